@@ -1,3 +1,17 @@
 """The gradient of the global contrastive loss at the price of an in-batch one."""
 
+from torch_emc2 import exact, metropolis
+from torch_emc2.losses import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ContrastiveLoss",
+    "DCLLoss",
+    "EMC2Loss",
+    "InfoNCELoss",
+    "NegativeCacheLoss",
+    "SogCLRLoss",
+    "exact",
+    "metropolis",
+]

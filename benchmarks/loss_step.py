@@ -1,0 +1,83 @@
+"""Time one forward and backward pass of every loss on random embeddings, and its ratio to InfoNCE in the same run.
+
+    python benchmarks/loss_step.py [--device cuda] [--batch-sizes 32 256 1024]
+
+The losses take turns, so that whatever else the machine does meets all of them alike; the medians are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
+
+NUM_SAMPLES = 10_000
+
+
+def cross_entropy(z1: Tensor, z2: Tensor, index: Tensor, temperature: float = 0.07) -> Tensor:
+    """InfoNCE as it is usually written with torch."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    logits = (z @ z.T / temperature).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z) // 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 256, 1024])
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each batch size")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {name}, d = {args.dim}")
+
+    torch.manual_seed(0)
+    table = torch.randn(NUM_SAMPLES, args.dim, device=device)
+    losses: dict[str, Callable[..., Tensor]] = {
+        "InfoNCE": InfoNCELoss(),
+        "InfoNCE, F.cross_entropy": cross_entropy,
+        "DCL": DCLLoss(),
+        "SogCLR": SogCLRLoss(NUM_SAMPLES),
+        "Negative Cache": NegativeCacheLoss(NUM_SAMPLES, args.dim),
+        "EMC2": EMC2Loss(NUM_SAMPLES),
+        "EMC2, carry=encode": EMC2Loss(NUM_SAMPLES, carry="encode"),
+        "EMC2, a chain a view": EMC2Loss(2 * NUM_SAMPLES),
+        "EMC2, 4 chains": EMC2Loss(NUM_SAMPLES, num_chains=4),
+    }
+    for batch_size in args.batch_sizes:
+        times: dict[str, list[float]] = {name: [] for name in losses}
+        start, calls = time.perf_counter(), 0
+        while calls < 3 or time.perf_counter() - start < args.seconds:
+            z1, z2 = torch.randn(2, batch_size, args.dim, device=device).unbind()
+            z1.requires_grad_()
+            z2.requires_grad_()
+            index = torch.randperm(NUM_SAMPLES)[:batch_size].to(device)
+            for name, loss_fn in losses.items():
+                ids = torch.stack([2 * index, 2 * index + 1], 1) if "view" in name else index
+                extra = {"encode": table.__getitem__} if "encode" in name else {}
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                before = time.perf_counter()
+                loss_fn(z1, z2, ids, **extra).backward()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - before)
+            calls += 1
+        reference = statistics.median(times["InfoNCE"][2:] or times["InfoNCE"])
+        print(f"\nb = {batch_size} ({calls} calls)\n{'loss':26s} {'ms':>9s} {'ratio':>7s}")
+        for name, seconds in times.items():
+            median = statistics.median(seconds[2:] or seconds)  # the first calls compile and allocate
+            print(f"{name:26s} {median * 1e3:9.3f} {median / reference:7.2f}")
+
+
+if __name__ == "__main__":
+    main()

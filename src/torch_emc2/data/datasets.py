@@ -1,0 +1,260 @@
+"""Data sets by name."""
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from http.client import HTTPException
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_emc2.data.images import ArrayImages, DataError, FileImages, ImageDataset, RecordImages, one_line
+
+Split = Literal["train", "probe", "test"]
+
+_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+
+
+def open_dataset(
+    name: str, split: Split, root: Path, *, channels: int | None = None, limit: int | None = None, seed: int = 0
+) -> ImageDataset:
+    """The images of a data set that are pre-trained on ("train"), probed with labels ("probe"), or tested on ("test").
+
+    `name` is `digits`, `fashion-mnist`, `cifar10`, `stl10`, `imagenet100`, or `folder:PATH` for any tree of images.
+    All but `digits` and `folder:` are looked for under `root`; Fashion-MNIST, CIFAR-10 and STL-10 are downloaded to it.
+
+    A folder's classes are the folders that hold its images; images that all lie directly in it have no labels. Its
+    `train/` and `test/` (or `val/`) are its splits. Where it has none, "train" is all images and "test" a fixed
+    random fifth of each class, "probe" the rest.
+
+    `channels` (1 or 3) converts every image; None keeps the data set's own. `limit` keeps a random subset of at most
+    that many images of "train", drawn with `seed`. Raises `DataError` for data that is not there or damaged.
+    """
+    if split not in get_args(Split):
+        raise DataError(f"unknown split {split!r}; use one of {', '.join(get_args(Split))}")
+    if limit is not None and limit < 2:
+        raise DataError(f"limit must be at least 2, got {limit}: a lone image has no negatives")
+    if name.startswith("folder:"):
+        dataset = _folder(Path(name.removeprefix("folder:")).expanduser(), split)
+    elif name in _NAMED:
+        dataset = _NAMED[name](split, Path(root).expanduser())
+    else:
+        raise DataError(f"unknown data set {name!r}; use one of {', '.join(_NAMED)}, folder:PATH")
+
+    if split == "train" and limit is not None:
+        generator = torch.Generator().manual_seed(seed)
+        dataset = dataset.subset(torch.randperm(len(dataset), generator=generator)[:limit].sort().values)
+    return ImageDataset(
+        dataset.source,
+        rows=dataset.rows,
+        labels=dataset.labels,
+        classes=dataset.classes,
+        channels=channels or dataset.channels,
+    )
+
+
+def _digits(split: Split, root: Path) -> ImageDataset:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(digits.target).long()
+    dataset = ImageDataset(ArrayImages(images), labels=labels, classes=[str(digit) for digit in range(10)])
+    return dataset.subset(_fifth(labels, test=split == "test"))
+
+
+def _fashion_mnist(split: Split, root: Path) -> ImageDataset:
+    from torchvision.datasets import FashionMNIST
+
+    part = "t10k" if split == "test" else "train"
+    names = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
+    own = root / "FashionMNIST" / "raw"
+
+    def find() -> list[Path] | None:
+        for folder in (own, _DEBIAN_FASHION_MNIST):
+            found = [file for name in names for file in (folder / name, folder / f"{name}.gz") if file.is_file()]
+            # A download leaves both forms of a file; either will do.
+            chosen = {file.name.removesuffix(".gz"): file for file in reversed(found)}
+            if len(chosen) == len(names):
+                return [chosen[name] for name in names]
+        return None
+
+    found = find()
+    if found is None:
+        _download(
+            lambda target: FashionMNIST(target, download=True),
+            Path("FashionMNIST/raw"),
+            root,
+            f"fashion-mnist: {names[0]}[.gz] and {names[1]}[.gz] are neither in {str(own)!r} nor in "
+            f"{str(_DEBIAN_FASHION_MNIST)!r}; put them there, or install Debian's package dataset-fashion-mnist",
+        )
+        found = [own / name for name in names]
+    images, labels = (_read_idx(file) for file in found)
+    return ImageDataset(ArrayImages(images[:, None]), labels=labels.long(), classes=FashionMNIST.classes)
+
+
+def _cifar10(split: Split, root: Path) -> ImageDataset:
+    from torchvision.datasets import CIFAR10
+
+    train = split != "test"
+    try:
+        data = CIFAR10(root, train=train)
+    except RuntimeError:  # torchvision's word for files that are missing or have another checksum
+        folder = Path(CIFAR10.base_folder)
+        _download(
+            lambda target: CIFAR10(target, download=True),
+            folder,
+            root,
+            f"cifar10: its files are not in {str(root / folder)!r}, or damaged; unpack {CIFAR10.filename} "
+            f"({CIFAR10.url}) in {str(root)!r}",
+        )
+        data = CIFAR10(root, train=train)
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return ImageDataset(ArrayImages(images), labels=torch.tensor(data.targets), classes=data.classes)
+
+
+def _stl10(split: Split, root: Path) -> ImageDataset:
+    from torchvision.datasets import STL10
+
+    folder = Path(STL10.base_folder)
+    part = {"train": "unlabeled", "probe": "train", "test": "test"}[split]
+    images, labels = root / folder / f"{part}_X.bin", root / folder / f"{part}_y.bin"
+    labelled = split != "train"
+    missing = [file.name for file in (images, labels)[: 1 + labelled] if not file.is_file()]
+    if missing:
+        _download(
+            lambda target: STL10(target, download=True),
+            folder,
+            root,
+            f"stl10: {' and '.join(missing)} not in {str(root / folder)!r}; unpack {STL10.filename} "
+            f"({STL10.url}) in {str(root)!r}",
+        )
+    source = RecordImages(images, size=96)
+    if not labelled:
+        return ImageDataset(source)
+    return ImageDataset(
+        source, labels=torch.from_numpy(np.fromfile(labels, np.uint8)).long() - 1, classes=_STL10_CLASSES
+    )
+
+
+def _imagenet100(split: Split, root: Path) -> ImageDataset:
+    folder = root / "imagenet" / ("val" if split == "test" else "train")
+    wnids = sorted(files("torch_emc2.data").joinpath("imagenet100_wnids.txt").read_text().split())
+    tree = {wnid: _image_files(folder / wnid) for wnid in wnids}
+    missing = [wnid for wnid, found in tree.items() if not found]
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise DataError(
+            f"imagenet100: {len(missing)} of {len(wnids)} classes have no images in {str(folder)!r} ({shown}); "
+            "put each class's ImageNet-1k images in a folder there named by its WordNet id"
+        )
+    return _of_files([(file, wnid) for wnid, found in tree.items() for file in found], wnids)
+
+
+def _folder(path: Path, split: Split) -> ImageDataset:
+    if not path.is_dir():
+        raise DataError(f"{str(path)!r} is not a folder; give one that holds images, as folder:PATH")
+    train = path / "train"
+    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    if train.is_dir() and test is not None:
+        listings = {folder: _with_parents(folder) for folder in (train, test)}
+        # Both splits number the classes of either, so that a label means the same in both.
+        classes = sorted({parent for listing in listings.values() for _, parent in listing if _labelled(listing)})
+        dataset = _of_files(listings[test if split == "test" else train], classes)
+        return dataset
+    listing = _with_parents(path)
+    dataset = _of_files(listing, sorted({parent for _, parent in listing}))
+    if split == "train":
+        return dataset
+    labels = torch.zeros(len(dataset)) if dataset.labels is None else dataset.labels
+    return dataset.subset(_fifth(labels, test=split == "test"))
+
+
+_NAMED: dict[str, Callable[[Split, Path], ImageDataset]] = {
+    "digits": _digits,
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": _cifar10,
+    "stl10": _stl10,
+    "imagenet100": _imagenet100,
+}
+
+
+def _fifth(labels: Tensor, *, test: bool) -> Tensor:
+    """Rows of a fixed random fifth of each class, to within one image, or of the rest."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[order[labels[order].argsort(stable=True)][::5]] = True
+    return (chosen if test else ~chosen).nonzero()[:, 0]
+
+
+def _download(fetch: Callable[[str], object], folder: Path, root: Path, failure: str) -> None:
+    """Fetches `root/folder`; its files appear under their names only once all of them are whole."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".download-", dir=root) as target:
+            fetch(target)
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for file in (target / folder).iterdir():
+                os.replace(file, root / folder / file.name)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise DataError(f"{failure} (the download failed: {one_line(error)})") from error
+
+
+def _read_idx(file: Path) -> Tensor:
+    """A file in the idx format of MNIST as a uint8 tensor."""
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        if data[:3] != b"\0\0\x08":
+            raise ValueError("not an idx file of bytes")
+        shape = np.frombuffer(data, ">i4", count=data[3], offset=4).tolist()
+        return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise DataError(f"{str(file)!r} is damaged ({one_line(error)}); remove it and fetch it again") from error
+
+
+def _image_files(folder: Path) -> list[str]:
+    """Paths of all images in a folder and below it, in order of their names; hidden files are left out."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = Path(parent).resolve()
+        # A link to a folder above would be followed for ever.
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not real.is_relative_to(Path(parent, name).resolve())
+        ]
+        found += [
+            os.path.join(parent, name)
+            for name in names
+            if not name.startswith(".") and name.lower().endswith((*IMG_EXTENSIONS, ".gif"))
+        ]
+    return sorted(found)
+
+
+def _with_parents(folder: Path) -> list[tuple[str, str]]:
+    """Images below a folder, each with the folder that holds it, relative to the first ('.' for its own)."""
+    listing = [(file, Path(file).parent.relative_to(folder).as_posix()) for file in _image_files(folder)]
+    if len(listing) < 2:
+        raise DataError(f"{str(folder)!r} holds {len(listing)} images, at least 2 are needed; put images there")
+    return listing
+
+
+def _labelled(listing: Sequence[tuple[str, str]]) -> bool:
+    return any(parent != "." for _, parent in listing)
+
+
+def _of_files(listing: Sequence[tuple[str, str]], classes: Sequence[str]) -> ImageDataset:
+    source = FileImages([file for file, _ in listing])
+    if not _labelled(listing):
+        return ImageDataset(source)
+    number = {name: i for i, name in enumerate(classes)}
+    return ImageDataset(source, labels=torch.tensor([number[parent] for _, parent in listing]), classes=classes)

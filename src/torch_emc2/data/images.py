@@ -1,0 +1,190 @@
+"""What a data set of images is: numbered uint8 images, wherever they are kept."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """Data that is missing or wrong; the message is one line and says what to do."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises a worker's error anew with the worker's traceback as its message; our line is its last.
+        last = message.rstrip().rpartition("\n")[2]
+        super().__init__(message if last == message else last.partition("Error: ")[2])
+
+
+class BadImageError(DataError):
+    """A file that should be an image and cannot be read as one; the message names it."""
+
+
+class ImageSource(Protocol):
+    """Where images are kept: `read(row)` gives a uint8 (c, h, w) with c of 1 or 3, `path(row)` the file behind it."""
+
+    channels: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> Tensor: ...
+
+    def path(self, row: int) -> str | None: ...
+
+
+class ArrayImages:
+    """Images in memory: a uint8 tensor (n, c, h, w)."""
+
+    def __init__(self, images: Tensor) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            shape, dtype = tuple(images.shape), images.dtype
+            raise DataError(f"images must be uint8 of shape (n, 1 or 3, h, w), got {dtype} of shape {shape}")
+        self.images = images
+        self.channels = images.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, row: int) -> Tensor:
+        """Image `row`, uint8 (c, h, w)."""
+        return self.images[row]
+
+    def path(self, row: int) -> str | None:
+        """None: no file is behind a single image."""
+        return None
+
+
+class RecordImages:
+    """Images of one size in one file of raw bytes, each stored as (3, width, height).
+
+    Each read opens the file: the system's page cache serves all worker processes, and nothing large is copied to them.
+    """
+
+    channels = 3
+
+    def __init__(self, file: Path, size: int) -> None:
+        self.file, self.size = file, size
+        self.record = 3 * size * size
+        self.count, rest = divmod(file.stat().st_size, self.record)
+        if rest:
+            raise DataError(f"{str(file)!r} is cut short or not this data set; remove it and fetch it again")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, row: int) -> Tensor:
+        """Image `row`, uint8 (3, size, size)."""
+        pixels = np.fromfile(self.file, dtype=np.uint8, count=self.record, offset=row * self.record)
+        return torch.from_numpy(pixels).view(3, self.size, self.size).mT.contiguous()
+
+    def path(self, row: int) -> str | None:
+        """None: no file is behind a single image."""
+        return None
+
+
+class FileImages:
+    """Images in a file each, decoded when they are read."""
+
+    channels = 3
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, row: int) -> Tensor:
+        """Image `row`, uint8 (3, h, w); raises `BadImageError` where it cannot be decoded."""
+        return decode_image(self.files[row])
+
+    def path(self, row: int) -> str | None:
+        """The file of image `row`."""
+        return self.files[row]
+
+
+class ImageDataset:
+    """Numbered images of one split, with labels where it has them.
+
+    `labels` is int64 (n,) with values that index `classes`, or None. `channels`, 1 or 3, is what every image is
+    converted to (grey is Rec. 601 luma); None keeps what the source has. `rows` picks images of the source.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        rows: Tensor | None = None,
+        labels: Tensor | None = None,
+        classes: Sequence[str] = (),
+        channels: int | None = None,
+    ) -> None:
+        if channels not in (None, 1, 3):
+            raise DataError(f"channels must be 1 or 3, got {channels}")
+        self.source = source
+        self.rows = torch.arange(len(source)) if rows is None else rows
+        self.labels = labels
+        self.classes = list(classes)
+        self.channels = channels or source.channels
+        if labels is not None and len(labels) != len(self):
+            raise DataError(f"{len(self)} images but {len(labels)} labels; give one label an image")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, i: int) -> Tensor:
+        """Image `i`, uint8 (channels, h, w); raises `BadImageError` where its file cannot be decoded."""
+        return _with_channels(self.source.read(int(self.rows[i])), self.channels)
+
+    def path(self, i: int) -> str | None:
+        """The file of image `i`, None where it has none of its own."""
+        return self.source.path(int(self.rows[i]))
+
+    def subset(self, picks: Tensor) -> "ImageDataset":
+        """The images numbered `picks` (k,), in that order."""
+        labels = None if self.labels is None else self.labels[picks]
+        return ImageDataset(
+            self.source, rows=self.rows[picks], labels=labels, classes=self.classes, channels=self.channels
+        )
+
+
+def decode_image(path: str | os.PathLike[str]) -> Tensor:
+    """First frame of an image file as RGB, uint8 (3, h, w), turned upright as its EXIF says; alpha is dropped.
+
+    Raises `BadImageError` naming the file where it cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            image = _eight_bit(ImageOps.exif_transpose(file)).convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    except Exception as error:  # Pillow's parsers raise whatever a damaged file makes of them, struct.error included
+        reason = one_line(error)
+        raise BadImageError(f"cannot read image {os.fspath(path)!r} ({reason}); repair or remove it") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line of text, to be quoted in another."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scales 16-bit grey to 8 bits, where Pillow's own conversion would clip it to white."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if not image.mode.startswith("I"):
+        return image
+    grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+    return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+
+
+def _with_channels(image: Tensor, channels: int) -> Tensor:
+    if len(image) == channels:
+        return image
+    if channels == 3:
+        return image.repeat(3, 1, 1)
+    # Luma in Pillow's fixed point: the weights sum to 2^16, so grey stored as RGB comes back exactly.
+    red, green, blue = image.int()
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[None]

@@ -1,0 +1,164 @@
+"""Batches of two views, with the images that their chains carry."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from torch_emc2.data.images import BadImageError, DataError, ImageDataset
+from torch_emc2.data.views import Transform, mix_seed, seeded_view
+
+_CARRIED_VIEW = 2
+
+
+class Batch(NamedTuple):
+    """Two views of b samples, and a third view of the k samples that their chains carry."""
+
+    first: Tensor  # (b, c, s, s) float32
+    second: Tensor  # (b, c, s, s)
+    index: Tensor  # (b,) int64
+    carried_ids: Tensor  # (k,) int64, each once, ascending
+    carried: Tensor  # (k, c, s, s)
+    epoch: int
+    skipped: int  # images left out as unreadable
+
+
+class ContrastiveDataset(Dataset[Batch]):
+    """Whole batches of views of `images`; each view depends on (seed, epoch, index, view) alone.
+
+    `carried_ids`, an integer tensor (num_samples, num_chains) with -1 for an empty chain, is moved to shared memory in
+    place: what the training process writes to it, workers read. Unreadable images raise, or are left out and counted.
+    """
+
+    def __init__(
+        self,
+        images: ImageDataset,
+        transform: Transform,
+        *,
+        seed: int,
+        carried_ids: Tensor | None = None,
+        on_bad_image: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        if carried_ids is not None and len(carried_ids) != len(images):
+            raise DataError(f"carried_ids has {len(carried_ids)} rows for {len(images)} images; give it one an image")
+        if on_bad_image not in ("raise", "skip"):
+            raise DataError(f"on_bad_image must be 'raise' or 'skip', got {on_bad_image!r}")
+        self.images, self.transform, self.seed = images, transform, seed
+        self.carried_ids = None if carried_ids is None else carried_ids.share_memory_()
+        self.on_bad_image = on_bad_image
+        blank = torch.zeros(images.channels, 32, 32, dtype=torch.uint8)
+        self.view_shape = seeded_view(transform, blank, seed, 0, 0, 0).shape  # (c, s, s)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def view(self, epoch: int, index: int, view: int) -> Tensor:
+        """One view (c, s, s): 0 and 1 are a batch's two, 2 is the one used when the sample is carried."""
+        return self._views(epoch, index, view)[0]
+
+    def encode_inputs(self, epoch: int, ids: Tensor) -> Tensor:
+        """The views (k, c, s, s) of carried samples `ids` (k,), as they come in a batch's `carried`."""
+        return self._stack([self.view(epoch, index, _CARRIED_VIEW) for index in ids.tolist()])
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        """The batch of keys (epoch, index), of one epoch; raises `DataError` if fewer than two images are readable."""
+        epoch = keys[0][0]
+        pairs, indices, error = [], [], None
+        for _, index in keys:
+            try:
+                pairs.append(self._views(epoch, index, 0, 1))
+                indices.append(index)
+            except BadImageError as bad:
+                if self.on_bad_image == "raise":
+                    raise
+                error = bad
+        if error is not None and len(pairs) < 2:
+            raise DataError(f"{len(pairs)} of the {len(keys)} images of a batch can be read, 2 are needed: {error}")
+        index = torch.tensor(indices)
+        carried_ids = self._carried_by(index)
+        return Batch(
+            first=self._stack([first for first, _ in pairs]),
+            second=self._stack([second for _, second in pairs]),
+            index=index,
+            carried_ids=carried_ids,
+            carried=self.encode_inputs(epoch, carried_ids),
+            epoch=epoch,
+            skipped=len(keys) - len(pairs),
+        )
+
+    def _views(self, epoch: int, index: int, *views: int) -> list[Tensor]:
+        image = self.images.image(index)
+        return [seeded_view(self.transform, image, self.seed, epoch, index, view) for view in views]
+
+    def _carried_by(self, index: Tensor) -> Tensor:
+        if self.carried_ids is None:
+            return torch.empty(0, dtype=torch.int64)
+        ids = self.carried_ids[index].long()
+        return ids[ids >= 0].unique()
+
+    def _stack(self, views: list[Tensor]) -> Tensor:
+        return torch.stack(views) if views else torch.empty(0, *self.view_shape)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Keys (epoch, index) in an order that depends on (seed, epoch) alone; what does not fill a batch is left out.
+
+    `batch_size` is that of one rank. Ranks take consecutive parts of each global batch, so that the parts of all ranks,
+    one after the other, are the batch of a single process.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.batches = num_samples // (batch_size * world_size)
+        if self.batches == 0:
+            raise DataError(
+                f"{num_samples} samples do not fill one global batch of {batch_size * world_size} "
+                f"({batch_size} on each of {world_size} ranks); lower the batch size"
+            )
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self._skipped = 0, 0
+
+    def __len__(self) -> int:
+        """This rank's samples of a full epoch, skipped ones included."""
+        return self.batches * self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def skip(self, batches: int) -> None:
+        """Lets the next iteration, and only that one, start after the first `batches` of its epoch."""
+        if not 0 <= batches <= self.batches:
+            raise DataError(f"cannot skip {batches} batches of an epoch of {self.batches}")
+        self._skipped = batches
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        start, self._skipped = self._skipped, 0
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        order = torch.randperm(self.num_samples, generator=generator)
+        parts = order[: len(self) * self.world_size].view(self.batches, self.world_size, self.batch_size)
+        return iter([(self.epoch, index) for index in parts[start:, self.rank].flatten().tolist()])
+
+
+def make_loader(
+    dataset: ContrastiveDataset, sampler: EpochSampler, batch_size: int, num_workers: int, pin_memory: bool = False
+) -> DataLoader[Batch]:
+    """A loader whose items are `Batch`es; they do not depend on the number of workers."""
+    if batch_size != sampler.batch_size:
+        raise DataError(f"batch_size {batch_size} is not the sampler's {sampler.batch_size}; give both the same")
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,77 @@
+"""Features of a whole data set, in its order."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+
+class ImageDataset(Protocol):
+    """What this package asks of a data set."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int, /) -> Tensor:
+        """Return one image, uint8 (c, h, w)."""
+        ...
+
+
+@torch.no_grad()
+def extract_features(
+    encode: Callable[[Tensor], Tensor],
+    dataset: ImageDataset,
+    transform: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
+) -> Tensor:
+    """Encode every image of a data set.
+
+    Args:
+        encode: images (b, c, s, s) on `device` -> features (b, d). A module, or a method of one such as
+            `encoder.features`, is in evaluation mode for the while; any other callable sees to its modes itself.
+        dataset: the images.
+        transform: uint8 (c, h, w) -> float (c, s, s), the same size for every image.
+        batch_size: images encoded at once; the features do not depend on it.
+        device: where `encode` wants its images.
+        num_workers: processes that read and transform.
+
+    Returns:
+        Features (n, d), float32, on the CPU, row i for image i.
+    """
+    batches = DataLoader(_Transformed(dataset, transform), batch_size=batch_size, num_workers=num_workers)
+    with _evaluating(encode):
+        return torch.cat([encode(images.to(device)).float().cpu() for images in batches])
+
+
+def raw_pixels(dataset: ImageDataset) -> Tensor:
+    """Flatten the images themselves, the baseline that needs no encoder: (n, c*h*w), float32 in [0, 1]."""
+    return torch.stack([dataset.image(index).flatten() for index in range(len(dataset))]).float() / 255
+
+
+class _Transformed(Dataset[Tensor]):
+    def __init__(self, dataset: ImageDataset, transform: Callable[[Tensor], Tensor]) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(self.dataset.image(index))
+
+
+@contextmanager
+def _evaluating(encode: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    owner = getattr(encode, "__self__", encode)
+    modes = [(module, module.training) for module in owner.modules()] if isinstance(owner, nn.Module) else []
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

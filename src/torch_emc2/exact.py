@@ -1,0 +1,74 @@
+"""The exact global contrastive loss and its gradient, for data sets small enough to enumerate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["global_contrastive_loss"]
+
+
+def global_contrastive_loss(
+    z: Tensor, temperature: float, *, chunk_size: int | None = None, include_positive: bool = False
+) -> Tensor:
+    """Global contrastive loss over all views of all samples, a scalar with exact gradient (Yau et al. 2024, eq. 1).
+
+    ``mean_a[ -β s_pos + log Σ_z exp(β s_z) ]``, where a runs over all views, z over all views of the other samples, and with
+    more than two views ``s_pos`` is the mean over the sample's other ones.
+
+    Args:
+        z: (m, views, d) embeddings, m >= 2, views >= 2; normalised here. float64 stays float64.
+        temperature: 1 / β.
+        chunk_size: rows and columns at a time; memory beyond ``z`` and its gradient is O(chunk_size²). Default: all.
+        include_positive: put the sample's own other views into the denominator too, as InfoNCE does.
+    """
+    if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
+        raise ValueError(f"z must be (m, views, d) with m >= 2 and views >= 2, got {tuple(z.shape)}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    m, views, _ = z.shape
+    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=2)
+    flat = z.flatten(0, 1)
+    siblings = (z.sum(1, keepdim=True) - z).flatten(0, 1) / (views - 1)
+    positive = (flat * siblings).sum(1).mean() / temperature
+    log_mass: Tensor = _MeanLogMass.apply(flat, views, 1 / temperature, chunk_size or m * views, include_positive)
+    return log_mass - positive
+
+
+class _MeanLogMass(torch.autograd.Function):
+    """Mean over rows of log Σ exp(β s) over their negatives; the gradient is formed with the value, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, views: int, beta: float, chunk_size: int, include_positive: bool) -> Tensor:
+        total = flat.new_zeros(())
+        gradient = torch.zeros_like(flat)
+        sample = torch.arange(len(flat), device=flat.device) // views
+        view = torch.arange(len(flat), device=flat.device)
+        starts = range(0, len(flat), chunk_size)
+
+        def logits(rows: slice, columns: slice) -> Tensor:
+            own = view[rows, None] == view[columns] if include_positive else sample[rows, None] == sample[columns]
+            return (flat[rows] @ flat[columns].T).mul_(beta).masked_fill_(own, -torch.inf)
+
+        for row in starts:
+            rows = slice(row, row + chunk_size)
+            log_mass = torch.full_like(flat[rows, 0], -torch.inf)
+            for column in starts:
+                log_mass = torch.logaddexp(log_mass, logits(rows, slice(column, column + chunk_size)).logsumexp(1))
+            total += log_mass.sum()
+            if ctx.needs_input_grad[0]:
+                for column in starts:
+                    columns = slice(column, column + chunk_size)
+                    weights = logits(rows, columns).sub_(log_mass[:, None]).exp_()
+                    gradient[rows] += weights @ flat[columns]
+                    gradient[columns] += weights.T @ flat[rows]
+        ctx.save_for_backward(gradient.mul_(beta / len(flat)))
+        return total / len(flat)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return outer[0] * gradient, None, None, None, None

@@ -1,0 +1,191 @@
+"""What all estimators share: a batch of pairs, detached weights, and one weighted sum of similarities.
+
+    ∇L = β · mean over rows of [ -(1 - w_pos) ∇s_pos + Σ_j w_j ∇s_j + the carried negatives' term ]
+
+An estimator is a way to choose the weights (`ContrastiveLoss._weigh`); all else stands here.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_emc2.pairs import Pairs, make_pairs
+
+__all__ = ["Carried", "ContrastiveLoss", "Encode", "StatefulLoss", "Weights", "log_sum_exp"]
+
+Encode = Callable[[Tensor], Tensor]
+"""``encode(ids)``: embeddings (k, d) of the samples (or views) ``ids`` (k,) with today's weights, with gradient."""
+
+
+class Carried(NamedTuple):
+    """Negatives that are not in the batch: row r meets ``embeddings[position[r, c]]`` with weight ``weight[r, c]``."""
+
+    embeddings: Tensor
+    position: Tensor
+    weight: Tensor
+
+
+class Weights(NamedTuple):
+    """An estimator's answer for a batch, all detached but ``carried.embeddings``.
+
+    Attributes:
+        negatives: (rows, columns) w_j, zero at the row's own sample.
+        positive: (rows,) w_pos, or None for zero.
+        value: (rows,) the textbook value of the loss, or None where there is none but the estimate of the global loss.
+        carried: negatives from outside the batch, or None.
+    """
+
+    negatives: Tensor
+    positive: Tensor | None = None
+    value: Tensor | None = None
+    carried: Carried | None = None
+
+
+class ContrastiveLoss(nn.Module, ABC):
+    """A loss over two views of a batch: ``loss(z1, z2, index)``.
+
+    Args:
+        temperature: 1 / β; similarities of unit vectors are divided by it.
+
+    Attributes:
+        last: detached numbers of the last call, for logs. ``global_loss`` is every method's batch estimate of the global
+            contrastive loss, per negative: ``mean_a[-β s_pos + log mean_j exp(β s_j)]``, that is, the loss less the log of the
+            number of negatives. It compares methods and batch sizes, and is 0 when all embeddings are equal.
+    """
+
+    _needs_index = False
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__()
+        if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+            raise ValueError(f"temperature must be a positive number, got {temperature!r}")
+        self.temperature = float(temperature)
+        self.num_samples: int | None = None
+        self.last: dict[str, Tensor] = {}
+
+    def forward(self, z1: Tensor, z2: Tensor, index: Tensor | None = None, encode: Encode | None = None) -> Tensor:
+        """Return the loss of a batch, a scalar whose gradient is the estimator's.
+
+        Args:
+            z1: (b, d) embeddings of the first views; any length, they are normalised here.
+            z2: (b, d) embeddings of the second views.
+            index: (b,) ids of the samples in the data set, or (b, 2) ids of their views.
+            encode: gives carried negatives' embeddings; see `Encode`.
+
+        Raises:
+            ValueError, IndexError, TypeError: the input is not usable; no state has changed.
+
+        Under an initialised process group of several ranks the batch is gathered; the mean over ranks of value and gradient
+        is what one process computes on the whole batch.
+        """
+        if index is None and self._needs_index:
+            raise ValueError(f"{type(self).__name__} needs index, the ids of the batch's samples: loss(z1, z2, index)")
+        encode = None if encode is None else _checked(encode, z1)
+        with torch.autocast(z1.device.type, enabled=False):
+            pairs = make_pairs(z1, z2, index if self._needs_index else None, self.num_samples)
+            with torch.no_grad():
+                logits = (pairs.rows @ pairs.columns.T).div_(self.temperature)
+                positive = logits.gather(1, pairs.positive[:, None])[:, 0]
+                logits.masked_fill_(pairs.own, -torch.inf)
+                log_mass = log_sum_exp(logits)
+                estimate = log_mass - positive - math.log(pairs.num_negatives)
+            weights = self._weigh(pairs, logits, log_mass, positive, encode)
+            self.last |= {"global_loss": estimate.mean(), "positive_similarity": positive.mean() * self.temperature}
+            share = pairs.world_size / (2 * pairs.size)  # of a row in the mean over rows, before the mean over ranks
+            value = (estimate if weights.value is None else weights.value).sum() * share
+            surrogate = _weighted_sum(pairs, weights) * (share / self.temperature)
+            return value + (surrogate - surrogate.detach())
+
+    @abstractmethod
+    def _weigh(
+        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: Encode | None
+    ) -> Weights:
+        """Choose the weights.
+
+        Args:
+            pairs: the batch.
+            logits: (rows, columns) β s_j, -inf at the row's own sample; detached.
+            log_mass: (rows,) log Σ_j exp(β s_j) over the row's negatives.
+            positive: (rows,) β s_pos.
+            encode: as given by the caller.
+        """
+
+    def extra_repr(self) -> str:
+        """Show the temperature."""
+        return f"temperature={self.temperature:g}"
+
+
+class StatefulLoss(ContrastiveLoss):
+    """A loss that remembers something of every sample: needs ``index``, and puts its memory in ``state_dict()``."""
+
+    _needs_index = True
+
+    def __init__(self, num_samples: int | None, temperature: float) -> None:
+        super().__init__(temperature)
+        if num_samples is not None and num_samples < 2:
+            raise ValueError(f"num_samples must be at least 2, the size of the data set, or None to grow; got {num_samples}")
+        self.num_samples = num_samples
+
+    @abstractmethod
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the memory; part of ``state_dict()``, where DDP does not broadcast it and ``.half()`` does not touch it."""
+
+    @abstractmethod
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over a saved memory. Raises ValueError if it is of another size."""
+
+    def extra_repr(self) -> str:
+        """Show size and temperature."""
+        return f"num_samples={self.num_samples}, {super().extra_repr()}"
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """Row-wise log Σ exp of (rows, n) logits; faster than `torch.logsumexp` on the CPU. A row's maximum must be finite."""
+    peak = logits.amax(1, keepdim=True)
+    return (logits - peak).exp_().sum(1).log_() + peak[:, 0]
+
+
+def _weighted_sum(pairs: Pairs, weights: Weights) -> Tensor:
+    """Σ over rows of [ -(1 - w_pos) s_pos + Σ_j w_j s_j + carried ], as a scalar whose gradient costs two matmuls.
+
+    Σ_rj W_rj <row_r, column_j> is linear in the rows and in the columns, so its gradients W @ columns and W.T @ rows are
+    formed at once and the (rows, columns) similarities need not be kept for the backward pass.
+    """
+    with torch.no_grad():
+        matrix = weights.negatives
+        minus = torch.full_like(matrix[:, 0], -1.0) if weights.positive is None else weights.positive - 1
+        matrix.scatter_(1, pairs.positive[:, None], minus[:, None])
+        by_rows = matrix @ pairs.columns
+        by_columns = matrix.T @ pairs.rows
+    total = (pairs.rows * by_rows).sum() + (pairs.columns * by_columns).sum()
+    if (carried := weights.carried) is not None:
+        met = carried.embeddings[carried.position]  # (rows, chains, d)
+        total = total + torch.einsum("rd,rcd,rc->", pairs.rows, met, carried.weight)
+    return total
+
+
+def _checked(encode: Encode, z: Tensor) -> Encode:
+    """Wrap a caller's ``encode``: under the caller's autocast and gradient modes, to finite unit vectors like the batch's."""
+    device, grad = z.device.type, torch.is_grad_enabled()
+    autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+
+    def encode_unit(ids: Tensor) -> Tensor:
+        with torch.set_grad_enabled(grad):
+            with torch.autocast(device, **autocast):
+                embeddings = encode(ids)
+            if embeddings.shape != (len(ids), z.shape[1]):
+                raise ValueError(f"encode must return ({len(ids)}, {z.shape[1]}) for {len(ids)} ids, got {tuple(embeddings.shape)}")
+            embeddings = embeddings.to(torch.promote_types(z.dtype, torch.float32))
+            finite = embeddings.detach().sum(1).isfinite()
+            if not finite.all():
+                raise ValueError(f"encode({int(ids[~finite][0])}) is not finite: no state changed; check the encoder's output")
+            return F.normalize(embeddings, dim=1)
+
+    return encode_unit

@@ -1,0 +1,213 @@
+"""EMC²: every sample's Markov chain draws its negatives from the softmax over the whole data set."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from torch_emc2.chains import EMPTY, ChainTable
+from torch_emc2.losses.base import Carried, Encode, StatefulLoss, Weights
+from torch_emc2.metropolis import fill_exponential, metropolis_hastings, occupancy
+from torch_emc2.pairs import Pairs
+from torch_emc2.seeds import mix
+from torch_emc2.tables import SampleTable
+
+__all__ = ["Carry", "EMC2Loss"]
+
+Carry = Literal["encode", "encode_if_used", "cache", "drop"]
+
+_NOISE_BLOCK = 256  # samples that share a noise seed: a rank draws the noise of the blocks that hold its rows
+
+
+class EMC2Loss(StatefulLoss):
+    """Global contrastive loss by Markov chain Monte Carlo negative sampling (Yau et al., ICML 2024).
+
+    The batch's negatives are proposals to a Metropolis–Hastings chain that each sample keeps between its visits and whose
+    states are draws from the softmax over all negatives of the data set. Weights: the share of its steps after burn-in that
+    the chain spends at each negative; what it spends at the negative it came in with is the carried negative's weight.
+
+    Args:
+        num_samples: size of the data set (of its views, with an id a view), or None to grow.
+        temperature: 1 / β.
+        burn_in: share of a visit's steps that are not counted, in [0, 1).
+        num_chains: chains a sample; they share the proposals, and their mean has less variance.
+        carry: who supplies the carried negative's embedding.
+            ``"encode"``: ``encode(ids)`` does, with today's weights and before the walk, so the entry score is fresh too.
+            ``"encode_if_used"``: ``encode(ids)`` does, for chains that stayed at it after burn-in; the entry score is the stored one.
+            ``"cache"``: the loss keeps every sample's last embedding, O(num_samples · d) memory; it gets no gradient itself.
+            ``"drop"``: nobody; its term is left out and the estimate is biased.
+        seed: of the chains' noise, which is a function of (seed, number of the call).
+
+    Notes:
+        With ``index`` (b,) both views of a sample share its chain: the second view's walk starts where the first one's ended,
+        rescored. That is the paper's form, for views that are drawn anew each time. With ``index`` (b, 2) every view has its own
+        chain, which is less biased where the views are fixed.
+
+    Example::
+
+        >>> loss_fn = EMC2Loss(num_samples=1000)
+        >>> loss = loss_fn(torch.randn(8, 128), torch.randn(8, 128), torch.randperm(1000)[:8])
+    """
+
+    def __init__(
+        self,
+        num_samples: int | None,
+        temperature: float = 0.07,
+        *,
+        burn_in: float = 0.5,
+        num_chains: int = 1,
+        carry: Carry = "cache",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(num_samples, temperature)
+        if not 0 <= burn_in < 1:
+            raise ValueError(f"burn_in must be in [0, 1), the share of steps left out; got {burn_in}")
+        if num_chains < 1:
+            raise ValueError(f"num_chains must be at least 1, got {num_chains}")
+        if carry not in get_args(Carry):
+            raise ValueError(f"carry must be one of {', '.join(get_args(Carry))}; got {carry!r}")
+        self.burn_in = burn_in
+        self.num_chains = num_chains
+        self.carry = carry
+        self.seed = seed
+        self.chains = ChainTable(num_samples, num_chains)
+        self._steps = 0
+        self._embeddings: SampleTable | None = None  # carry="cache"; made when d is known
+
+    @torch.no_grad()
+    def _weigh(
+        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: Encode | None
+    ) -> Weights:
+        if self.carry in ("encode", "encode_if_used") and encode is None:
+            raise ValueError(f'carry="{self.carry}" needs encode: loss(z1, z2, index, encode=fn) with fn(ids) -> (k, d)')
+        ids = [pairs.view_ids(view) for view in range(2)]
+        carried, score = self.chains.read(torch.cat([pairs.mine(view) for view in ids]))  # (rows, chains)
+        score = score.to(logits.dtype)
+        embedded = None
+        if self.carry == "encode":
+            embedded = _encode(carried, carried != EMPTY, encode)
+        elif self.carry == "cache":
+            embedded = self._recall(carried, pairs)
+        if embedded is not None:  # the entry score is fresh
+            embeddings, position = embedded
+            fresh = (pairs.rows[:, None] * embeddings[position]).sum(2) / self.temperature
+            score = fresh.masked_fill_(carried == EMPTY, -torch.inf)
+
+        in_batch, at_carried, end, end_score = self._walk(pairs, logits, score)
+
+        if self.carry == "encode_if_used":
+            embedded = _encode(carried, at_carried > 0, encode)
+        self._remember(pairs, ids, carried, end, end_score)
+        self.last["carried_share"] = at_carried.mean()
+        return Weights(in_batch, carried=Carried(*embedded, at_carried / self.num_chains) if embedded is not None else None)
+
+    def _walk(self, pairs: Pairs, logits: Tensor, carried_score: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Walk all chains over the batch.
+
+        Returns, with a row's steps after burn-in as the whole: the share of each column (rows, columns), mean over chains; the
+        share of the carried negative (rows, chains); and for the chains (rows, chains), last walk only where views share them, the
+        column at which each ends, -1 for the carried negative, and its log score.
+        """
+        assert pairs.index is not None
+        walks = 2 if pairs.index.ndim == 1 else 1  # one after the other if the views share a chain, else all at once
+        x = _by_chain(logits, walks, self.num_chains)
+        valid = _by_chain(pairs.negative, walks, self.num_chains)
+        first_counted = int(self.burn_in * pairs.num_negatives)
+        counted = _by_chain(_counted(pairs.start, pairs.local, pairs.size, first_counted, logits.device), walks, self.num_chains)
+        noise = self._noise(pairs, logits).view(walks, -1, logits.shape[1])
+        entry_score = carried_score.view(walks, -1)
+
+        shares, at_carried, accepted = [], [], 0
+        at = torch.full_like(entry_score[0], -1, dtype=torch.int64)  # column, or -1: at the carried negative
+        for walk in range(walks):
+            # A chain that left the carried negative in the first view's walk comes to the second view at a column of the batch,
+            # whose score there is another.
+            column = at.clamp(min=0)[:, None]
+            entry = torch.where(at < 0, entry_score[walk], x[walk].gather(1, column)[:, 0])
+            state, score = metropolis_hastings(x[walk], entry, noise[walk], valid[walk])
+            steps = occupancy(state, counted[walk])
+            at_entry, share = steps[:, 0], steps[:, 1:]
+            share.scatter_add_(1, column, (at_entry * (at >= 0))[:, None])
+            at_carried.append(at_entry * (at < 0))
+            shares.append(share)
+            accepted += (state == torch.arange(state.shape[1], device=state.device)).count_nonzero()
+            at = torch.where(state[:, -1] < 0, at, state[:, -1])
+
+        num_counted = pairs.num_negatives - first_counted
+        self.last["acceptance"] = accepted / (x.shape[0] * x.shape[1] * pairs.num_negatives)
+        in_batch = torch.cat(shares).view(-1, self.num_chains, logits.shape[1])
+        in_batch = in_batch[:, 0] if self.num_chains == 1 else in_batch.mean(1)
+        return (
+            (in_batch / num_counted).to(logits.dtype),
+            (torch.cat(at_carried).view(-1, self.num_chains) / num_counted).to(logits.dtype),
+            at.view(-1, self.num_chains),
+            score.view(-1, self.num_chains),
+        )
+
+    def _noise(self, pairs: Pairs, logits: Tensor) -> Tensor:
+        """Exp(1) draws (2, local, chains, columns): a function of seed, call and place in the whole batch, on any rank."""
+        first = pairs.start // _NOISE_BLOCK * _NOISE_BLOCK
+        last = min(pairs.size, -(-(pairs.start + pairs.local) // _NOISE_BLOCK) * _NOISE_BLOCK)
+        noise = logits.new_empty(2, last - first, self.num_chains, logits.shape[1])
+        for view in range(2):
+            for place, block in zip(range(first, last, _NOISE_BLOCK), noise[view].split(_NOISE_BLOCK), strict=True):
+                fill_exponential(block, mix(self.seed, self._steps, view, place))
+        return noise[:, pairs.start - first :][:, : pairs.local].contiguous()
+
+    def _recall(self, carried: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Look up the cached embeddings (rows · chains, d) of carried negatives, and their places (rows, chains)."""
+        if self._embeddings is None:
+            self._embeddings = SampleTable(self.num_samples, (pairs.rows.shape[1],), torch.float32, 0.0)
+        embeddings = self._embeddings.read(carried.flatten().clamp(min=0)).to(pairs.rows.dtype)
+        return embeddings, torch.arange(carried.numel(), device=carried.device).view_as(carried)
+
+    def _remember(self, pairs: Pairs, ids: list[Tensor], carried: Tensor, end: Tensor, end_score: Tensor) -> None:
+        """Write back where the chains ended. Last of all, so that a call that fails changes nothing."""
+        column_ids = torch.cat(ids)
+        end_ids = torch.where(end < 0, carried[-len(end) :], column_ids[end.clamp(min=0)])
+        for view, (view_ids, score) in enumerate(zip(end_ids.split(pairs.local), end_score.split(pairs.local), strict=True)):
+            self.chains.write(ids[view], pairs.gather(view_ids), pairs.gather(score))
+        if self._embeddings is not None:
+            written = len(column_ids) if len(end) == len(carried) else pairs.size  # a shared chain's sample keeps its first view
+            self._embeddings.write(column_ids[:written], pairs.columns[:written])
+        self._steps += 1
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return chains, cached embeddings and the position in the noise."""
+        embeddings = None if self._embeddings is None else self._embeddings.data
+        return {"chains": self.chains.state(), "embeddings": embeddings, "seed": self.seed, "steps": self._steps}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over a saved state: the next call draws the noise that would have come next."""
+        self.chains.load(state["chains"])
+        self._embeddings = None
+        if state["embeddings"] is not None:
+            self._embeddings = SampleTable(self.num_samples, tuple(state["embeddings"].shape[1:]), torch.float32, 0.0)
+            self._embeddings.load(state["embeddings"])
+        self.seed, self._steps = state["seed"], state["steps"]
+
+
+def _by_chain(rows: Tensor, walks: int, num_chains: int) -> Tensor:
+    """Repeat (rows, columns) for every chain of a row: (walks, rows · chains / walks, columns)."""
+    if num_chains > 1:
+        rows = rows.repeat_interleave(num_chains, 0)
+    return rows.view(walks, -1, rows.shape[1])
+
+
+def _encode(carried: Tensor, wanted: Tensor, encode: Encode) -> tuple[Tensor, Tensor] | None:
+    """Encode each wanted id of (rows, chains) once: embeddings (k, d) and their places (rows, chains)."""
+    ids, place = carried[wanted].unique(return_inverse=True)
+    if len(ids) == 0:
+        return None
+    return encode(ids), torch.zeros_like(carried).masked_scatter_(wanted, place)
+
+
+@lru_cache(maxsize=8)
+def _counted(start: int, local: int, size: int, first_counted: int, device: torch.device) -> Tensor:
+    """(rows, columns) bool: the column is a negative, and not among the row's first ``first_counted`` ones."""
+    column, sample = torch.arange(2 * size, device=device), torch.arange(start, start + local, device=device)[:, None]
+    step = column - (column > sample).long() - (column > sample + size).long()  # the own sample's columns are no steps
+    return ((step >= first_counted) & (column % size != sample)).repeat(2, 1)

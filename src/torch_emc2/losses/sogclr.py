@@ -1,0 +1,61 @@
+"""SogCLR: the batch's negatives, normalised by a moving average of every row's own denominator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_emc2.losses.base import Encode, StatefulLoss, Weights
+from torch_emc2.pairs import Pairs
+from torch_emc2.tables import SampleTable
+
+__all__ = ["SogCLRLoss"]
+
+
+class SogCLRLoss(StatefulLoss):
+    """Stochastic optimisation of the global contrastive loss (Yuan et al. 2022, algorithm 1).
+
+    With ``g_a = mean_j exp(β s_j)`` over the batch's negatives, ``u_a <- (1 - γ) u_a + γ g_a`` (``u_a <- g_a`` at the first
+    visit) and ``w_j = exp(β s_j) / (N u_a)``. ``u`` is kept as its logarithm, which no temperature overflows: 4 bytes a view.
+
+    Args:
+        num_samples: size of the data set, or None to grow.
+        temperature: 1 / β.
+        gamma: γ in (0, 1], the weight of the present batch; 1 is DCL.
+    """
+
+    def __init__(self, num_samples: int | None, temperature: float = 0.07, gamma: float = 0.9) -> None:
+        super().__init__(num_samples, temperature)
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma must be in (0, 1], got {gamma}")
+        self.gamma = gamma
+        self._log_u = SampleTable(num_samples, (2,), torch.float32, -torch.inf)  # a slot a view; -inf: not visited
+
+    @torch.no_grad()
+    def _weigh(
+        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: Encode | None
+    ) -> Weights:
+        log_n = math.log(pairs.num_negatives)
+        log_u = []
+        for view, log_g in enumerate((log_mass - log_n).view(2, -1)):
+            ids = pairs.view_ids(view)
+            slot = view if pairs.index is not None and pairs.index.ndim == 1 else 0
+            entry = self._log_u.read(pairs.mine(ids)).to(log_g.dtype)
+            before = torch.where(entry[:, slot] == -torch.inf, log_g, entry[:, slot])
+            entry[:, slot] = math.log(self.gamma) + log_g
+            if self.gamma < 1:
+                entry[:, slot] = torch.logaddexp(entry[:, slot], math.log1p(-self.gamma) + before)
+            log_u.append(entry[:, slot])
+            self._log_u.write(ids, pairs.gather(entry))
+        return Weights(negatives=logits.sub_(log_n + torch.cat(log_u)[:, None]).exp_())
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the moving averages."""
+        return {"log_u": self._log_u.data}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over saved moving averages."""
+        self._log_u.load(state["log_u"])

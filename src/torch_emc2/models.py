@@ -1,0 +1,226 @@
+"""The encoder: a timm backbone, an MLP projection head, and the files both are kept in."""
+
+import difflib
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.layers.norm_act import BatchNormAct2d, GroupNormAct
+from torch import Tensor, nn
+
+Norm = Literal["batch", "group", "none"]
+
+SMALL_IMAGE = 64  # pixels; up to here a stride-2 convolution and a pooling would throw away too much
+
+
+@dataclass
+class ModelConfig:
+    """What the encoder is made of.
+
+    Attributes:
+        backbone: any name that `timm.create_model` takes.
+        norm: keep the batch norms, or put group norms or nothing in their place. Other norm layers are left alone.
+        stem: "small" is SimCLR's for CIFAR: a 3x3 first convolution with stride 1 and no max pool. "auto" takes it for
+            images of at most 64 pixels where the backbone has such a stem to change (the ResNets), else "standard".
+        hidden_dim: width of the head's hidden layers.
+        out_dim: width of the embedding.
+        hidden_layers: number of hidden layers of the head; 0 makes it linear.
+        feature: what a probe sees: the pooled backbone output, or the head's first hidden layer after its ReLU.
+    """
+
+    backbone: str = "resnet18"
+    norm: Norm = "batch"
+    stem: Literal["auto", "standard", "small"] = "auto"
+    hidden_dim: int = 512
+    out_dim: int = 128
+    hidden_layers: int = 1
+    feature: Literal["backbone", "hidden"] = "backbone"
+
+
+class Encoder(nn.Module):
+    """Images to embeddings through `backbone` and `head`; made by `build_encoder`."""
+
+    def __init__(self, backbone: nn.Module, config: ModelConfig, channels: int, image_size: int) -> None:
+        super().__init__()
+        if config.feature == "hidden" and config.hidden_layers < 1:
+            raise ValueError("feature='hidden' needs a hidden layer in the head; set hidden_layers to 1 or more, got 0")
+        self.config, self.channels, self.image_size = config, channels, image_size
+        self.backbone = backbone
+        width = _output_width(backbone, config.backbone, channels, image_size)
+        self.head = _build_head(width, config)
+        self.feature_dim = width if config.feature == "backbone" else config.hidden_dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images (b, c, s, s) -> (b, out_dim), not normalised."""
+        embedding: Tensor = self.head(self.backbone(images))
+        return embedding
+
+    def features(self, images: Tensor) -> Tensor:
+        """Compute what a probe sees: images (b, c, s, s) -> (b, feature_dim)."""
+        feature: Tensor = self.backbone(images)
+        return feature if self.config.feature == "backbone" else self.head[:2](feature)
+
+
+def build_encoder(config: ModelConfig, channels: int, image_size: int) -> Encoder:
+    """Build an untrained encoder for square images.
+
+    Raises:
+        ValueError: the backbone's name is unknown (the message lists close ones), it has no stem that "small" could
+            change, images of this size are too small for it, or `feature="hidden"` without a hidden layer.
+    """
+    return Encoder(_build_backbone(config, channels, image_size), config, channels, image_size)
+
+
+def adapt_backbone(backbone: nn.Module, norm: Norm, small_stem: bool) -> nn.Module:
+    """Change a timm backbone in place, and return it.
+
+    Args:
+        backbone: as `timm.create_model` returns it.
+        norm: what stands in the place of every `BatchNorm2d`. Group norms start with the batch norm's scale and shift,
+            so that residual blocks which start as the identity still do. timm's fused norm-and-activation layers keep
+            their activation.
+        small_stem: 3x3 first convolution with stride 1, no max pool.
+    """
+    if norm != "batch":
+        _replace_batch_norms(backbone, _group_norm if norm == "group" else _no_norm)
+    if small_stem:
+        _shrink_stem(backbone)
+    return backbone
+
+
+def save_backbone(encoder: Encoder, path: str | Path) -> None:
+    """Write the backbone's weights, under timm's own keys, to a safetensors file.
+
+    With `norm="batch"` and the standard stem, `timm.create_model(name, num_classes=0, in_chans=channels,
+    checkpoint_path=path)` loads it. `load_backbone` always does: the file's metadata says how to build the model.
+    """
+    _save(encoder.backbone, encoder, path)
+
+
+def load_backbone(path: str | Path) -> nn.Module:
+    """Rebuild the backbone that `save_backbone` wrote, (b, c, s, s) -> (b, width), in training mode on the CPU."""
+    backbone = _build_backbone(*_read_recipe(path))
+    backbone.load_state_dict(load_file(path))
+    return backbone
+
+
+def save_encoder(encoder: Encoder, folder: str | Path) -> None:
+    """Write the backbone to `encoder.safetensors` and the head to `head.safetensors` in an existing folder."""
+    save_backbone(encoder, Path(folder) / "encoder.safetensors")
+    _save(encoder.head, encoder, Path(folder) / "head.safetensors")
+
+
+def load_encoder(folder: str | Path) -> Encoder:
+    """Rebuild the encoder that `save_encoder` wrote, in training mode on the CPU."""
+    encoder = build_encoder(*_read_recipe(Path(folder) / "encoder.safetensors"))
+    encoder.backbone.load_state_dict(load_file(Path(folder) / "encoder.safetensors"))
+    encoder.head.load_state_dict(load_file(Path(folder) / "head.safetensors"))
+    return encoder
+
+
+def _build_backbone(config: ModelConfig, channels: int, image_size: int) -> nn.Module:
+    name = config.backbone
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=5)
+        hint = f"close: {', '.join(close)}" if close else "timm.list_models() lists the names"
+        raise ValueError(f"timm has no backbone {name!r}; {hint}")
+    # Transformers have position embeddings, so they must know the image size; convolutional nets do not take it.
+    pretrained = timm.get_pretrained_cfg(name)
+    size: dict[str, Any] = {"img_size": image_size} if pretrained is not None and pretrained.fixed_input_size else {}
+    backbone: nn.Module = timm.create_model(name, num_classes=0, in_chans=channels, **size)
+    if config.stem == "small" and not _has_resnet_stem(backbone):
+        raise ValueError(f"backbone {name!r} has no conv1 and maxpool to make small; set stem='standard'")
+    small_stem = config.stem == "small" or (
+        config.stem == "auto" and image_size <= SMALL_IMAGE and _has_resnet_stem(backbone)
+    )
+    return adapt_backbone(backbone, config.norm, small_stem)
+
+
+def _build_head(width: int, config: ModelConfig) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(config.hidden_layers):
+        layers += [nn.Linear(width, config.hidden_dim), nn.ReLU()]
+        width = config.hidden_dim
+    return nn.Sequential(*layers, nn.Linear(width, config.out_dim))
+
+
+@torch.no_grad()
+def _output_width(backbone: nn.Module, name: str, channels: int, image_size: int) -> int:
+    """Ask the backbone itself: timm's num_features is not the pooled width everywhere (MobileNetV3)."""
+    backbone.eval()
+    try:
+        width: int = backbone(torch.zeros(1, channels, image_size, image_size)).shape[1]
+    except RuntimeError as error:
+        raise ValueError(
+            f"backbone {name!r} cannot take {image_size}x{image_size} images ({error}); use larger images or a ResNet"
+        ) from error
+    backbone.train()
+    return width
+
+
+def _replace_batch_norms(module: nn.Module, replacement: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, replacement(child))
+        else:
+            _replace_batch_norms(child, replacement)
+
+
+def _group_norm(batch_norm: nn.BatchNorm2d) -> nn.Module:
+    channels = batch_norm.num_features
+    # At most 32 groups, as usual, but never one channel a group: a 1x1 map would then be normalised to zero.
+    groups = next(g for g in range(min(32, max(1, channels // 2)), 0, -1) if channels % g == 0)
+    norm: nn.Module
+    if isinstance(batch_norm, BatchNormAct2d):
+        norm = GroupNormAct(channels, groups)
+        norm.drop, norm.act = batch_norm.drop, batch_norm.act
+    else:
+        norm = nn.GroupNorm(groups, channels)
+    if batch_norm.affine:
+        norm.load_state_dict({"weight": batch_norm.weight, "bias": batch_norm.bias})
+    return norm
+
+
+def _no_norm(batch_norm: nn.BatchNorm2d) -> nn.Module:
+    if isinstance(batch_norm, BatchNormAct2d):
+        return nn.Sequential(OrderedDict(drop=batch_norm.drop, act=batch_norm.act))
+    return nn.Identity()
+
+
+def _has_resnet_stem(backbone: nn.Module) -> bool:
+    return isinstance(getattr(backbone, "conv1", None), nn.Conv2d | nn.Sequential) and hasattr(backbone, "maxpool")
+
+
+def _shrink_stem(backbone: nn.Module) -> None:
+    stem: Any = backbone.conv1
+    deep = isinstance(stem, nn.Sequential)  # three 3x3 convolutions, only the first of them with a stride
+    old = stem[0] if deep else stem
+    new = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=old.bias is not None)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNets
+    if deep:
+        stem[0] = new
+    else:
+        backbone.conv1 = new
+    backbone.maxpool = nn.Identity()
+
+
+def _save(module: nn.Module, encoder: Encoder, path: str | Path) -> None:
+    recipe = {"config": asdict(encoder.config), "channels": encoder.channels, "image_size": encoder.image_size}
+    weights = {key: value.contiguous() for key, value in module.state_dict().items()}
+    save_file(weights, path, metadata={"torch_emc2": json.dumps(recipe)})
+
+
+def _read_recipe(path: str | Path) -> tuple[ModelConfig, int, int]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if "torch_emc2" not in metadata:
+        raise ValueError(f"{path} does not say how its model is built; load_backbone reads files of save_backbone only")
+    recipe = json.loads(metadata["torch_emc2"])
+    return ModelConfig(**recipe["config"]), recipe["channels"], recipe["image_size"]
