@@ -23,7 +23,7 @@ try:
 except ImportError:  # numba is optional: without it the CPU takes the scan as well
     _compiled = None  # type: ignore[assignment]
 
-__all__ = ["MHResult", "fill_exponential", "metropolis_hastings", "occupancy"]
+__all__ = ["MHResult", "Walk", "fill_exponential", "metropolis_hastings", "walk"]
 
 
 class MHResult(NamedTuple):
@@ -31,6 +31,24 @@ class MHResult(NamedTuple):
 
     state: Tensor
     score: Tensor
+
+
+class Walk(NamedTuple):
+    """A walk in summary.
+
+    Attributes:
+        steps: (rows, N) counted steps spent at each proposal, summed over a row's chains.
+        carried_steps: (rows, chains) counted steps spent at the carried state.
+        state: (rows, chains) int64 proposal each chain ends at, -1 for the carried state.
+        score: (rows, chains) log score each chain ends with.
+        accepted: (rows, chains) number of proposals accepted.
+    """
+
+    steps: Tensor
+    carried_steps: Tensor
+    state: Tensor
+    score: Tensor
+    accepted: Tensor
 
 
 def metropolis_hastings(
@@ -56,12 +74,6 @@ def metropolis_hastings(
         tensor([[-1,  1,  1]])
     """
     _validate(log_scores, entry_score, noise, valid)
-    if _compiled is not None and log_scores.device.type == "cpu":
-        return MHResult(*_compiled.metropolis_hastings(log_scores, entry_score, noise, valid))
-    return _scan(log_scores, entry_score, noise, valid)
-
-
-def _scan(log_scores: Tensor, entry_score: Tensor, noise: Tensor, valid: Tensor | None) -> MHResult:
     threshold = log_scores + noise
     if valid is not None:
         threshold.masked_fill_(~valid, -torch.inf)
@@ -79,24 +91,39 @@ def _scan(log_scores: Tensor, entry_score: Tensor, noise: Tensor, valid: Tensor 
     return MHResult(state.masked_fill_(~moved, -1), torch.where(moved[:, -1], score[:, -1], entry_score))
 
 
-def occupancy(state: Tensor, counted: Tensor) -> Tensor:
-    """Count the steps that each chain spends at each state.
+def walk(log_scores: Tensor, entry_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
+    """Run several chains a row over the same proposals and count where they spend their steps.
+
+    The chains are those of `metropolis_hastings`. On the CPU, where numba is installed, one compiled pass over memory takes the
+    place of the scan's many; states and counts are the same.
 
     Args:
-        state: (rows, N) as `metropolis_hastings` returns it.
+        log_scores: (rows, N) log scores of the proposals, -inf for those that may not be accepted.
+        entry_score: (rows, chains) log score of the state each chain comes in with.
+        noise: (rows, chains, N) independent Exp(1) draws.
         counted: (rows, N) bool, the steps that count.
-
-    Returns:
-        (rows, N + 1) float32 numbers of steps; column 0 is the carried state, column ``1 + j`` proposal ``j``.
     """
-    counts = torch.zeros(state.shape[0], state.shape[1] + 1, device=state.device)
-    return counts.scatter_add_(1, state + 1, counted.to(counts.dtype))
+    if _compiled is not None and log_scores.device.type == "cpu":
+        return Walk(*_compiled.walk(log_scores, entry_score, noise, counted))
+    return _walk_by_scan(log_scores, entry_score, noise, counted)
+
+
+def _walk_by_scan(log_scores: Tensor, entry_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
+    num_chains = entry_score.shape[1]
+    log_scores, counted = (tensor.repeat_interleave(num_chains, 0) for tensor in (log_scores, counted))
+    state, score = metropolis_hastings(log_scores, entry_score.flatten(), noise.flatten(0, 1))
+    steps = noise.new_zeros(len(state), state.shape[1] + 1).scatter_add_(1, state + 1, counted.to(noise.dtype))
+    accepted = (state == torch.arange(state.shape[1], device=state.device)).sum(1)
+    return Walk(
+        steps[:, 1:].unflatten(0, (-1, num_chains)).sum(1),
+        *(tensor.view(-1, num_chains) for tensor in (steps[:, 0], state[:, -1], score, accepted)),
+    )
 
 
 def fill_exponential(noise: Tensor, seed: int) -> None:
     """Fill a tensor in place with finite Exp(1) draws, a function of ``seed`` on each kind of device."""
     noise.uniform_(generator=torch.Generator(noise.device).manual_seed(seed))
-    noise.neg_().log1p_().neg_()  # uniform_ draws from [0, 1): 1 - u is never 0, whose logarithm is infinite
+    noise.neg_().add_(1).log_().neg_()  # uniform_ draws from [0, 1): 1 - u is never 0, whose logarithm is infinite
 
 
 def _validate(log_scores: Tensor, entry_score: Tensor, noise: Tensor, valid: Tensor | None) -> None:

@@ -166,9 +166,8 @@ def _folder(path: Path, split: Split) -> ImageDataset:
     if train.is_dir() and test is not None:
         listings = {folder: _with_parents(folder) for folder in (train, test)}
         # Both splits number the classes of either, so that a label means the same in both.
-        classes = sorted({parent for listing in listings.values() for _, parent in listing if _labelled(listing)})
-        dataset = _of_files(listings[test if split == "test" else train], classes)
-        return dataset
+        classes = sorted({parent for listing in listings.values() if _labelled(listing) for _, parent in listing})
+        return _of_files(listings[test if split == "test" else train], classes)
     listing = _with_parents(path)
     dataset = _of_files(listing, sorted({parent for _, parent in listing}))
     if split == "train":

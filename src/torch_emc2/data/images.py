@@ -16,8 +16,9 @@ class DataError(ValueError):
 
     def __init__(self, message: str) -> None:
         # A DataLoader raises a worker's error anew with the worker's traceback as its message; our line is its last.
-        last = message.rstrip().rpartition("\n")[2]
-        super().__init__(message if last == message else last.partition("Error: ")[2])
+        if message.startswith("Caught "):
+            message = message.rstrip().rpartition("\n")[2].partition("Error: ")[2]
+        super().__init__(message)
 
 
 class BadImageError(DataError):
@@ -25,15 +26,17 @@ class BadImageError(DataError):
 
 
 class ImageSource(Protocol):
-    """Where images are kept: `read(row)` gives a uint8 (c, h, w) with c of 1 or 3, `path(row)` the file behind it."""
+    """Where images are kept, each uint8 (channels, h, w) with 1 or 3 channels."""
 
     channels: int
 
     def __len__(self) -> int: ...
 
-    def read(self, row: int) -> Tensor: ...
+    def read(self, row: int) -> Tensor:
+        """Image `row`."""
 
-    def path(self, row: int) -> str | None: ...
+    def path(self, row: int) -> str | None:
+        """The file that holds image `row` alone, if there is one."""
 
 
 class ArrayImages:
@@ -187,4 +190,5 @@ def _with_channels(image: Tensor, channels: int) -> Tensor:
         return image.repeat(3, 1, 1)
     # Luma in Pillow's fixed point: the weights sum to 2^16, so grey stored as RGB comes back exactly.
     red, green, blue = image.int()
-    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[None]
+    luma: Tensor = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+    return luma.to(torch.uint8)[None]

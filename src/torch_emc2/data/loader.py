@@ -1,7 +1,7 @@
 """Batches of two views, with the images that their chains carry."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class Batch(NamedTuple):
 
     first: Tensor  # (b, c, s, s) float32
     second: Tensor  # (b, c, s, s)
-    index: Tensor  # (b,) int64
+    index: Tensor  # type: ignore[assignment]  # (b,) int64; hides tuple.index
     carried_ids: Tensor  # (k,) int64, each once, ascending
     carried: Tensor  # (k, c, s, s)
     epoch: int
@@ -46,7 +46,9 @@ class ContrastiveDataset(Dataset[Batch]):
         if on_bad_image not in ("raise", "skip"):
             raise DataError(f"on_bad_image must be 'raise' or 'skip', got {on_bad_image!r}")
         self.images, self.transform, self.seed = images, transform, seed
-        self.carried_ids = None if carried_ids is None else carried_ids.share_memory_()
+        if carried_ids is not None:
+            carried_ids.share_memory_()  # type: ignore[no-untyped-call]
+        self.carried_ids = carried_ids
         self.on_bad_image = on_bad_image
         blank = torch.zeros(images.channels, 32, 32, dtype=torch.uint8)
         self.view_shape = seeded_view(transform, blank, seed, 0, 0, 0).shape  # (c, s, s)
@@ -65,18 +67,18 @@ class ContrastiveDataset(Dataset[Batch]):
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
         """The batch of keys (epoch, index), of one epoch; raises `DataError` if fewer than two images are readable."""
         epoch = keys[0][0]
-        pairs, indices, error = [], [], None
-        for _, index in keys:
+        pairs, read, error = [], [], None
+        for _, i in keys:
             try:
-                pairs.append(self._views(epoch, index, 0, 1))
-                indices.append(index)
+                pairs.append(self._views(epoch, i, 0, 1))
+                read.append(i)
             except BadImageError as bad:
                 if self.on_bad_image == "raise":
                     raise
                 error = bad
         if error is not None and len(pairs) < 2:
             raise DataError(f"{len(pairs)} of the {len(keys)} images of a batch can be read, 2 are needed: {error}")
-        index = torch.tensor(indices)
+        index = torch.tensor(read)
         carried_ids = self._carried_by(index)
         return Batch(
             first=self._stack([first for first, _ in pairs]),
@@ -96,7 +98,8 @@ class ContrastiveDataset(Dataset[Batch]):
         if self.carried_ids is None:
             return torch.empty(0, dtype=torch.int64)
         ids = self.carried_ids[index].long()
-        return ids[ids >= 0].unique()
+        carried: Tensor = torch.unique(ids[ids >= 0])
+        return carried
 
     def _stack(self, views: list[Tensor]) -> Tensor:
         return torch.stack(views) if views else torch.empty(0, *self.view_shape)
@@ -160,5 +163,5 @@ def make_loader(
     )
 
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
+def _as_is(batch: Any) -> Any:
+    return batch  # `__getitems__` has built it whole; DataLoader's type wants a list here

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 
-class ImageDataset(Protocol):
+class Images(Protocol):
     """What this package asks of a data set."""
 
     def __len__(self) -> int: ...
@@ -22,7 +22,7 @@ class ImageDataset(Protocol):
 @torch.no_grad()
 def extract_features(
     encode: Callable[[Tensor], Tensor],
-    dataset: ImageDataset,
+    dataset: Images,
     transform: Callable[[Tensor], Tensor],
     *,
     batch_size: int = 256,
@@ -48,13 +48,13 @@ def extract_features(
         return torch.cat([encode(images.to(device)).float().cpu() for images in batches])
 
 
-def raw_pixels(dataset: ImageDataset) -> Tensor:
+def raw_pixels(dataset: Images) -> Tensor:
     """Flatten the images themselves, the baseline that needs no encoder: (n, c*h*w), float32 in [0, 1]."""
     return torch.stack([dataset.image(index).flatten() for index in range(len(dataset))]).float() / 255
 
 
 class _Transformed(Dataset[Tensor]):
-    def __init__(self, dataset: ImageDataset, transform: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, dataset: Images, transform: Callable[[Tensor], Tensor]) -> None:
         self.dataset, self.transform = dataset, transform
 
     def __len__(self) -> int:

@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from torch_emc2 import metropolis
 from torch_emc2.chains import EMPTY, ChainTable
 from torch_emc2.losses.base import Carried, Encode, StatefulLoss, Weights
-from torch_emc2.metropolis import fill_exponential, metropolis_hastings, occupancy
 from torch_emc2.pairs import Pairs
 from torch_emc2.seeds import mix
 from torch_emc2.tables import SampleTable
@@ -113,38 +113,32 @@ class EMC2Loss(StatefulLoss):
         """
         assert pairs.index is not None
         walks = 2 if pairs.index.ndim == 1 else 1  # one after the other if the views share a chain, else all at once
-        x = _by_chain(logits, walks, self.num_chains)
-        valid = _by_chain(pairs.negative, walks, self.num_chains)
-        first_counted = int(self.burn_in * pairs.num_negatives)
-        counted = _by_chain(_counted(pairs.start, pairs.local, pairs.size, first_counted, logits.device), walks, self.num_chains)
-        noise = self._noise(pairs, logits).view(walks, -1, logits.shape[1])
-        entry_score = carried_score.view(walks, -1)
+        burnt = int(self.burn_in * pairs.num_negatives)
+        x = logits.view(walks, -1, logits.shape[1])
+        counted = _counted(pairs.start, pairs.local, pairs.size, burnt, logits.device).view_as(x)
+        noise = self._noise(pairs, logits).view(walks, -1, self.num_chains, x.shape[2])
+        carried_score = carried_score.view(walks, -1, self.num_chains)
 
-        shares, at_carried, accepted = [], [], 0
-        at = torch.full_like(entry_score[0], -1, dtype=torch.int64)  # column, or -1: at the carried negative
+        steps, carried_steps, accepted = [], [], []
+        at = torch.full_like(carried_score[0], -1, dtype=torch.int64)  # column, or -1: at the carried negative
         for walk in range(walks):
             # A chain that left the carried negative in the first view's walk comes to the second view at a column of the batch,
-            # whose score there is another.
-            column = at.clamp(min=0)[:, None]
-            entry = torch.where(at < 0, entry_score[walk], x[walk].gather(1, column)[:, 0])
-            state, score = metropolis_hastings(x[walk], entry, noise[walk], valid[walk])
-            steps = occupancy(state, counted[walk])
-            at_entry, share = steps[:, 0], steps[:, 1:]
-            share.scatter_add_(1, column, (at_entry * (at >= 0))[:, None])
-            at_carried.append(at_entry * (at < 0))
-            shares.append(share)
-            accepted += (state == torch.arange(state.shape[1], device=state.device)).count_nonzero()
-            at = torch.where(state[:, -1] < 0, at, state[:, -1])
+            # which scores another value there.
+            column = at.clamp(min=0)
+            entry = torch.where(at < 0, carried_score[walk], x[walk].gather(1, column))
+            done = metropolis.walk(x[walk], entry, noise[walk], counted[walk])
+            steps.append(done.steps.scatter_add_(1, column, done.carried_steps * (at >= 0)))
+            carried_steps.append(done.carried_steps * (at < 0))
+            accepted.append(done.accepted)
+            at = torch.where(done.state < 0, at, done.state)
 
-        num_counted = pairs.num_negatives - first_counted
-        self.last["acceptance"] = accepted / (x.shape[0] * x.shape[1] * pairs.num_negatives)
-        in_batch = torch.cat(shares).view(-1, self.num_chains, logits.shape[1])
-        in_batch = in_batch[:, 0] if self.num_chains == 1 else in_batch.mean(1)
+        self.last["acceptance"] = torch.cat(accepted).float().mean() / pairs.num_negatives
+        num_counted = pairs.num_negatives - burnt
         return (
-            (in_batch / num_counted).to(logits.dtype),
-            (torch.cat(at_carried).view(-1, self.num_chains) / num_counted).to(logits.dtype),
-            at.view(-1, self.num_chains),
-            score.view(-1, self.num_chains),
+            torch.cat(steps).div_(num_counted * self.num_chains),
+            torch.cat(carried_steps).div_(num_counted),
+            at,
+            done.score,
         )
 
     def _noise(self, pairs: Pairs, logits: Tensor) -> Tensor:
@@ -154,7 +148,7 @@ class EMC2Loss(StatefulLoss):
         noise = logits.new_empty(2, last - first, self.num_chains, logits.shape[1])
         for view in range(2):
             for place, block in zip(range(first, last, _NOISE_BLOCK), noise[view].split(_NOISE_BLOCK), strict=True):
-                fill_exponential(block, mix(self.seed, self._steps, view, place))
+                metropolis.fill_exponential(block, mix(self.seed, self._steps, view, place))
         return noise[:, pairs.start - first :][:, : pairs.local].contiguous()
 
     def _recall(self, carried: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -188,13 +182,6 @@ class EMC2Loss(StatefulLoss):
             self._embeddings = SampleTable(self.num_samples, tuple(state["embeddings"].shape[1:]), torch.float32, 0.0)
             self._embeddings.load(state["embeddings"])
         self.seed, self._steps = state["seed"], state["steps"]
-
-
-def _by_chain(rows: Tensor, walks: int, num_chains: int) -> Tensor:
-    """Repeat (rows, columns) for every chain of a row: (walks, rows · chains / walks, columns)."""
-    if num_chains > 1:
-        rows = rows.repeat_interleave(num_chains, 0)
-    return rows.view(walks, -1, rows.shape[1])
 
 
 def _encode(carried: Tensor, wanted: Tensor, encode: Encode) -> tuple[Tensor, Tensor] | None:

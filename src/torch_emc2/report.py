@@ -1,0 +1,120 @@
+"""What a run looks like: training curves and nearest neighbours."""
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+# Title of the panel of each number. Its column may also be named "train/acceptance", "acceptance_step" or "lr-Adam".
+PANELS = {
+    "global_loss": "Global loss, estimated",
+    "acceptance": "Acceptance rate",
+    "carried_share": "Weight of carried negatives",
+    "lr": "Learning rate",
+}
+
+_LINE, _QUERY, _SAME, _OTHER = "#3b6ea8", "#8a8a8a", "#2e9e5b", "#d1453b"
+
+
+def plot_curves(metrics: Sequence[Mapping[str, float]] | str | Path, out: str | Path) -> None:
+    """Draw a run's curves as a PNG, one panel for each of `PANELS` that the run has logged.
+
+    Args:
+        metrics: one mapping a logged row, with "step" (or "epoch") and any of the numbers; a row may miss some. Or the
+            path of the metrics.csv that Lightning's `CSVLogger` writes.
+        out: the file to write.
+
+    Raises:
+        ValueError: no column to draw.
+    """
+    rows = _read_csv(Path(metrics)) if isinstance(metrics, str | Path) else metrics
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    panels = {key: column for key in PANELS if (column := _find_column(key, columns))}
+    if not panels:
+        raise ValueError(f"nothing to draw in the columns {columns}; log one of {', '.join(PANELS)}")
+    x = "step" if "step" in columns else "epoch"
+    figure, grid = _subplots(1, len(panels), width=3.5 * len(panels), height=2.8)
+    for axes, (key, column) in zip(grid[0], panels.items(), strict=True):
+        points = [(row[x], row[column]) for row in rows if column in row]
+        axes.plot(*zip(*points, strict=True), color=_LINE, linewidth=1.5, marker="." if len(points) < 20 else "")
+        axes.set_title(PANELS[key], fontsize=11)
+        axes.set_xlabel(x.capitalize())
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, format="png", dpi=150)
+
+
+def plot_neighbours(
+    queries: Sequence[Tensor],
+    neighbours: Sequence[Sequence[Tensor]],
+    query_labels: Sequence[object] | None,
+    neighbour_labels: Sequence[Sequence[object]] | None,
+    out: str | Path,
+) -> None:
+    """Draw each query at the left of a row and its nearest neighbours to the right, nearest first, as a PNG.
+
+    Args:
+        queries: q images, uint8 (c, h, w) with c of 1 or 3.
+        neighbours: k images a query.
+        query_labels: q labels, printed above the images. With them a neighbour's frame is green where its label is the
+            query's, else red. None where there are no labels.
+        neighbour_labels: k labels a query; None goes with None.
+        out: the file to write.
+
+    Raises:
+        ValueError: no query, or numbers of neighbours or labels that differ.
+    """
+    sizes = {len(row) for row in (*neighbours, *(neighbour_labels or ()))}
+    counts = {len(queries), len(neighbours), *(len(x) for x in (query_labels, neighbour_labels) if x is not None)}
+    if len(sizes) != 1 or len(counts) != 1 or (query_labels is None) != (neighbour_labels is None):
+        raise ValueError(
+            f"lists of {counts} queries and {sizes} neighbours; give each query equally many, and all labels or none"
+        )
+    (k,) = sizes
+    labels = list(zip(query_labels or (), neighbour_labels or (), strict=True))
+    height = (1.25 if labels else 1.0) * len(queries)
+    gap = 0.2  # an empty column between queries and neighbours
+    figure, grid = _subplots(len(queries), k + 2, width=1 + gap + k, height=height, width_ratios=[1, gap, *[1] * k])
+    for row, (query, between, *rest) in enumerate(grid):
+        between.set_axis_off()
+        _draw_image(query, queries[row], _QUERY)
+        for axes, image in zip(rest, neighbours[row], strict=True):
+            _draw_image(axes, image, _QUERY)
+        if labels:
+            own, others = labels[row]
+            query.set_title(own, fontsize=8, pad=3)
+            for axes, label in zip(rest, others, strict=True):
+                axes.set_title(label, fontsize=8, pad=3)
+                axes.spines[:].set_color(_SAME if label == own else _OTHER)
+    figure.savefig(out, format="png", dpi=150)
+
+
+def _read_csv(path: Path) -> list[dict[str, float]]:
+    """Read rows of numbers; the logger leaves the cells of unlogged numbers empty."""
+    with path.open(newline="") as file:
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+
+
+def _find_column(key: str, columns: Sequence[str]) -> str | None:
+    return next((name for name in columns if re.fullmatch(rf"(.*/)?{key}([-_/].*)?", name)), None)
+
+
+def _subplots(rows: int, columns: int, width: float, height: float, **layout: Any) -> tuple[Figure, Any]:
+    """Make a figure without pyplot, whose global state and choice of a display are no business of a library."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **layout)
+
+
+def _draw_image(axes: Any, image: Tensor, frame: str) -> None:
+    axes.imshow(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())  # grey to RGB
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(color=frame, linewidth=2.5)

@@ -1,0 +1,116 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
+
+from torch_emc2.evaluation import knn_accuracy, nearest_neighbours
+
+
+def problem(seed, n=60, q=25, d=5, classes=3):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(n, d, generator=generator),
+        torch.randint(classes, (n,), generator=generator),
+        torch.randn(q, d, generator=generator),
+        torch.randint(classes, (q,), generator=generator),
+    )
+
+
+def vote(labels):
+    """The most frequent label; of equally frequent ones the one met first."""
+    counts = Counter(labels)
+    return next(label for label in labels if counts[label] == max(counts.values()))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("k", [1, 3, 15])
+def test_two_classes_and_odd_k_agree_with_scikit_learn(metric, k):
+    train_x, train_y, test_x, test_y = problem(0, n=300, q=100, classes=2)
+    reference = KNeighborsClassifier(k, metric=metric, algorithm="brute").fit(train_x, train_y)
+    expected = reference.score(test_x, test_y)
+    assert knn_accuracy(train_x, train_y, test_x, test_y, (k,), metric) == {k: pytest.approx(expected, abs=1e-12)}
+
+
+@given(seed=st.integers(0, 2**31), ks=st.lists(st.integers(1, 20), min_size=1, max_size=3), chunk=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_vote_against_brute_force(seed, ks, chunk):
+    train_x, train_y, test_x, test_y = problem(seed, n=20)
+    distances = np.linalg.norm(test_x.double().numpy()[:, None] - train_x.double().numpy()[None], axis=2)
+    ranked = train_y.numpy()[distances.argsort(axis=1)]
+    expected = {
+        k: np.mean([vote(row[:k].tolist()) == y for row, y in zip(ranked, test_y.tolist(), strict=True)]) for k in ks
+    }
+    assert knn_accuracy(train_x, train_y, test_x, test_y, ks, chunk_size=chunk) == pytest.approx(expected)
+
+
+def test_nearest_of_the_tied_classes_wins():
+    train_x = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]])
+    train_y = torch.tensor([2, 1, 0, 0, 1])  # by distance from 0; k=4: 0 leads; k=2, 3, 5: ties (2 v 1; all; 1 v 0)
+    query = torch.zeros(1, 1)
+    winners = {
+        k: next(c for c in range(3) if knn_accuracy(train_x, train_y, query, torch.tensor([c]), (k,))[k])
+        for k in range(1, 6)
+    }
+    assert winners == {1: 2, 2: 2, 3: 2, 4: 0, 5: 1}
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("chunk_size", [1, 7, 25])
+def test_chunks_change_nothing(metric, chunk_size):
+    train_x, _, test_x, _ = problem(1)
+    whole = nearest_neighbours(train_x, test_x, 9, metric)
+    chunked = nearest_neighbours(train_x, test_x, 9, metric, chunk_size=chunk_size)
+    assert torch.equal(whole[0], chunked[0])
+    torch.testing.assert_close(whole[1], chunked[1], rtol=0, atol=1e-12)
+
+
+def test_distances_are_those_of_their_definition():
+    train_x, _, test_x, _ = problem(2)
+    indices, distances = nearest_neighbours(train_x, test_x, 60)
+    expected = (test_x.double()[:, None] - train_x.double()[indices]).norm(dim=2)
+    torch.testing.assert_close(distances, expected, rtol=1e-12, atol=1e-12)
+    assert (distances.diff(dim=1) >= 0).all()
+    indices, distances = nearest_neighbours(train_x, test_x, 60, "cosine")
+    cosine = torch.nn.functional.cosine_similarity(test_x.double()[:, None], train_x.double()[indices], dim=2)
+    torch.testing.assert_close(distances, 1 - cosine, rtol=1e-12, atol=1e-12)
+    assert indices.sort(dim=1).values.equal(torch.arange(60).expand(25, 60))
+
+
+def test_features_far_from_the_origin_keep_their_order():
+    """At 1e4 from the origin float32 squares have a step of 8, far more than the distances here."""
+    train_x, _, test_x, _ = problem(3)
+    train_x, test_x = train_x + 1e4, test_x + 1e4
+    indices, _ = nearest_neighbours(train_x, test_x, 10)
+    exact = torch.cdist(test_x.double(), train_x.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.equal(indices, exact.argsort(dim=1)[:, :10])
+    found, distances = nearest_neighbours(train_x, train_x, 1)
+    assert torch.equal(found[:, 0], torch.arange(60))
+    assert distances.max() < 1e-6
+
+
+def test_impossible_k_names_the_values():
+    train_x, train_y, test_x, test_y = problem(4)
+    with pytest.raises(ValueError, match=r"k=61 of ks=\(1, 61\) with 60 training rows"):
+        knn_accuracy(train_x, train_y, test_x, test_y, (1, 61))
+    with pytest.raises(ValueError, match="k=0 neighbours of 60"):
+        nearest_neighbours(train_x, test_x, 0)
+
+
+def test_wrong_input_is_named():
+    train_x, train_y, test_x, test_y = problem(5)
+    broken = test_x.clone()
+    broken[7, 2] = torch.nan
+    with pytest.raises(ValueError, match="test features are not finite in row 7"):
+        knn_accuracy(train_x, train_y, broken, test_y, (1,))
+    with pytest.raises(ValueError, match="widths 5 and 4"):
+        nearest_neighbours(train_x, test_x[:, :4], 1)
+    with pytest.raises(ValueError, match=r"shape \(60,\); give a matrix"):
+        nearest_neighbours(train_x[:, 0], test_x, 1)
+    with pytest.raises(ValueError, match=r"labels have shape \(59,\) for features \(60, 5\)"):
+        knn_accuracy(train_x, train_y[1:], test_x, test_y)
+    with pytest.raises(ValueError, match="minimum -1"):
+        knn_accuracy(train_x, torch.full_like(train_y, -1), test_x, test_y)

@@ -1,0 +1,83 @@
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from torch_emc2.report import _OTHER, _SAME, plot_curves, plot_neighbours
+
+
+def shape(path):
+    return matplotlib.image.imread(path).shape[:2]
+
+
+def pixels_of(path, colour):
+    """How many pixels of the picture have a colour such as "#2e9e5b"."""
+    picture = (matplotlib.image.imread(path)[..., :3] * 255).round()
+    return int((picture == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=-1).sum())
+
+
+def test_one_panel_for_each_number_that_was_logged(tmp_path):
+    rows = [{"step": t, "train/global_loss": 5 - t, "train/acceptance": 0.5} for t in range(3)] + [
+        {"step": 2, "lr-Adam": 1e-4}
+    ]
+    plot_curves(rows, tmp_path / "three.png")
+    plot_curves([{"epoch": 0, "global_loss": 1.0, "validation": 2.0}], tmp_path / "one.png")
+    assert shape(tmp_path / "three.png") == (420, 3 * 525)
+    assert shape(tmp_path / "one.png") == (420, 525)
+
+
+def test_csv_of_lightning_draws_the_same_picture(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    rows = [{"global_loss": 5.0, "acceptance": 0.5}, {"lr-Adam": 1e-4}, {"global_loss": 4.0, "acceptance": 0.25}]
+    for step, row in enumerate(rows):
+        logger.log_metrics(row, step)
+    logger.save()
+    plot_curves(tmp_path / "metrics.csv", tmp_path / "csv.png")
+    plot_curves([{"step": step, **row} for step, row in enumerate(rows)], tmp_path / "rows.png")
+    np.testing.assert_array_equal(
+        matplotlib.image.imread(tmp_path / "csv.png"), matplotlib.image.imread(tmp_path / "rows.png")
+    )
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"columns \['step', 'validation'\]; log one of global_loss"):
+        plot_curves([{"step": 0, "validation": 1.0}], tmp_path / "none.png")
+
+
+def test_frames_tell_whether_labels_agree(tmp_path):
+    image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    neighbours = [[image, image], [image, image]]
+    plot_neighbours([image, image], neighbours, ["cat", "dog"], [["cat", "dog"], ["cat", "cat"]], tmp_path / "n.png")
+    same, other = pixels_of(tmp_path / "n.png", _SAME), pixels_of(tmp_path / "n.png", _OTHER)
+    assert same > 500
+    assert other / same == pytest.approx(3, rel=0.1)  # one of the four agrees
+    plot_neighbours([image, image], neighbours, None, None, tmp_path / "plain.png")
+    assert pixels_of(tmp_path / "plain.png", _SAME) == pixels_of(tmp_path / "plain.png", _OTHER) == 0
+
+
+def test_colours_of_images_are_kept(tmp_path):
+    red = torch.tensor([200, 10, 30], dtype=torch.uint8)[:, None, None].expand(3, 4, 4)
+    grey = torch.full((1, 4, 4), 77, dtype=torch.uint8)
+    plot_neighbours([red], [[grey]], None, None, tmp_path / "n.png")
+    assert pixels_of(tmp_path / "n.png", "#c80a1e") > 5000
+    assert pixels_of(tmp_path / "n.png", "#4d4d4d") > 5000
+
+
+@pytest.mark.parametrize(
+    ("queries", "neighbours", "labels", "neighbour_labels"),
+    [
+        (0, [], None, None),
+        (2, [1], None, None),
+        (2, [1, 2], None, None),
+        (1, [2], ["a"], [["a"]]),
+        (1, [1], ["a", "b"], [["a"]]),
+        (1, [1], ["a"], None),
+    ],
+)
+def test_lists_that_do_not_fit(queries, neighbours, labels, neighbour_labels, tmp_path):
+    image = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="give each query equally many"):
+        plot_neighbours(
+            [image] * queries, [[image] * k for k in neighbours], labels, neighbour_labels, tmp_path / "n.png"
+        )
