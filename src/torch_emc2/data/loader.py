@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from torch_emc2.data.images import BadImageError, DataError, ImageDataset
-from torch_emc2.data.views import Transform, mix_seed, seeded_view
+from torch_emc2.data.views import Transform, seeded_view
+from torch_emc2.seeds import mix_seed
 
 _CARRIED_VIEW = 2
 

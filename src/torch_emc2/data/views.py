@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from torch_emc2.data.images import DataError
+from torch_emc2.seeds import mix_seed
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -136,21 +137,6 @@ def _evaluation_view(image: Tensor, size: int) -> Tensor:
         else:
             image = tvf.center_crop(tvf.resize(image, [round(size * 256 / 224)], antialias=True), [size, size])
     return image.float() / 255
-
-
-def mix_seed(*words: int) -> int:
-    """A 64-bit number in which every bit of every word counts, chained through the finaliser of splitmix64.
-
-    torch's CPU generator takes 32 bits of a seed, so neighbouring words must not give neighbouring seeds.
-    """
-    mask = (1 << 64) - 1
-    state = 0
-    for word in words:
-        state = ((state ^ word & mask) + 0x9E3779B97F4A7C15) & mask
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
-        state ^= state >> 31
-    return state
 
 
 def view_seed(seed: int, epoch: int, index: int, view: int) -> int:

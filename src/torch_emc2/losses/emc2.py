@@ -12,7 +12,7 @@ from torch_emc2 import metropolis
 from torch_emc2.chains import EMPTY, ChainTable
 from torch_emc2.losses.base import Carried, Encode, StatefulLoss, Weights
 from torch_emc2.pairs import Pairs
-from torch_emc2.seeds import mix
+from torch_emc2.seeds import mix_seed
 from torch_emc2.tables import SampleTable
 
 __all__ = ["Carry", "EMC2Loss"]
@@ -148,7 +148,7 @@ class EMC2Loss(StatefulLoss):
         noise = logits.new_empty(2, last - first, self.num_chains, logits.shape[1])
         for view in range(2):
             for place, block in zip(range(first, last, _NOISE_BLOCK), noise[view].split(_NOISE_BLOCK), strict=True):
-                metropolis.fill_exponential(block, mix(self.seed, self._steps, view, place))
+                metropolis.fill_exponential(block, mix_seed(self.seed, self._steps, view, place))
         return noise[:, pairs.start - first :][:, : pairs.local].contiguous()
 
     def _recall(self, carried: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
