@@ -126,7 +126,7 @@ def test_errors_name_the_backbone_and_the_fix():
     with pytest.raises(ValueError, match=r"no backbone 'resnet81'; close: .*resnet18"):
         build_encoder(ModelConfig("resnet81"), 3, 32)
     for name in ("test_convnext", "test_vit"):  # too small for the strides; not a multiple of the patch size
-        with pytest.raises(ValueError, match=rf"'{name}' cannot take 20x20 images.*use another image size"):
+        with pytest.raises(ValueError, match=rf"'{name}' cannot take 20x20 images.*use another size"):
             build_encoder(ModelConfig(name), 3, 20)
 
 

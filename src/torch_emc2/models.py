@@ -159,7 +159,7 @@ def _output_width(backbone: nn.Module, name: str, channels: int, image_size: int
         width: int = backbone(torch.zeros(1, channels, image_size, image_size)).shape[1]
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"backbone {name!r} cannot take {image_size}x{image_size} images ({error}); use another image size or a ResNet"
+            f"backbone {name!r} cannot take {image_size}x{image_size} images ({error}); use another size or a ResNet"
         ) from error
     backbone.train()
     return width

@@ -1,0 +1,197 @@
+"""All that a training run is made of, as typed dataclasses; presets are YAML files of them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from torch_emc2.data import Augmentation
+from torch_emc2.losses.emc2 import Carry
+from torch_emc2.models import ModelConfig
+
+__all__ = ["Config", "DataConfig", "LossName", "config_parser", "presets", "read_config", "to_yaml"]
+
+LossName = Literal["emc2", "infonce", "dcl", "sogclr", "negative-cache"]
+
+
+@dataclass
+class DataConfig:
+    """Where images come from and how views are drawn.
+
+    Attributes:
+        name: digits, fashion-mnist, cifar10, stl10, imagenet100 or folder:PATH.
+        root: folder that holds the named data sets, or takes them in.
+        channels: 1 or 3; by default what the data set has.
+        limit: pre-train on a random subset of at most this many images.
+        augmentation: how the random views are drawn; its size is the encoder's input.
+        num_workers: processes that read images; results do not depend on it.
+        on_bad_image: raise stops at an unreadable image and names it, skip leaves it out and counts it.
+    """
+
+    name: str = "digits"
+    root: str = "data"
+    channels: int | None = None
+    limit: int | None = None
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(size=28))
+    num_workers: int = 0
+    on_bad_image: Literal["raise", "skip"] = "raise"
+
+
+@dataclass
+class EMC2Config:
+    """EMC²'s own settings, as `torch_emc2.EMC2Loss` takes them.
+
+    Attributes:
+        burn_in: share of a visit's steps that are not counted.
+        num_chains: chains a sample.
+        carry: who supplies the carried negative's embedding.
+    """
+
+    burn_in: float = 0.5
+    num_chains: int = 1
+    carry: Carry = "encode"
+
+
+@dataclass
+class SogCLRConfig:
+    """SogCLR's own settings.
+
+    Attributes:
+        gamma: weight of the present batch in the moving average.
+    """
+
+    gamma: float = 0.9
+
+
+@dataclass
+class NegativeCacheConfig:
+    """Negative Cache's own settings.
+
+    Attributes:
+        refresh_fraction: share of the cache that is encoded anew each step.
+    """
+
+    refresh_fraction: float = 0.01024
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimiser and its schedule: linear warm-up, then half a cosine to zero, step by step.
+
+    Attributes:
+        name: adam, adamw, sgd (with momentum) or lars.
+        lr: peak learning rate.
+        weight_decay: on all weights but biases and norms.
+        momentum: of sgd and lars.
+        warmup_epochs: length of the warm-up.
+        clip: largest norm of the gradient, none by default.
+    """
+
+    name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    warmup_epochs: float = 0
+    clip: float | None = None
+
+
+@dataclass
+class Config:
+    """A training run.
+
+    Attributes:
+        loss: the estimator; each takes the same call, so this one word swaps it.
+        temperature: 1 / β.
+        batch_size: samples a step on each device.
+        epochs: passes over the images.
+        seed: of weights, order, views and chains.
+        precision: of the encoder, as Lightning names it; similarities are always float32 or better.
+        accelerator: auto, cpu, gpu …, as Lightning names it.
+        devices: how many, or auto.
+        accumulate: batches whose gradients are averaged in one step of the optimiser.
+        checkpoint_every_epochs: a checkpoint is kept each so many epochs, besides the last.
+        checkpoint_every_steps: renew the last checkpoint each so many steps too, by default at the end of an epoch only.
+        log_every_steps: rows of metrics.csv.
+        probe: the linear probe that evaluates: logistic (L-BFGS, L2 chosen on held-out training images) or sgd (the paper's).
+        out: folder of the run.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossName = "emc2"
+    temperature: float = 0.07
+    emc2: EMC2Config = field(default_factory=EMC2Config)
+    sogclr: SogCLRConfig = field(default_factory=SogCLRConfig)
+    negative_cache: NegativeCacheConfig = field(default_factory=NegativeCacheConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch_size: int = 32
+    epochs: int = 10
+    seed: int = 0
+    precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
+    accelerator: str = "auto"
+    devices: int | Literal["auto"] = 1
+    accumulate: int = 1
+    checkpoint_every_epochs: int | None = None
+    checkpoint_every_steps: int | None = None
+    log_every_steps: int = 10
+    probe: Literal["logistic", "sgd"] = "logistic"
+    out: str = "runs/train"
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "epochs", "temperature", "accumulate", "log_every_steps")
+        for name in (*positive, "checkpoint_every_epochs", "checkpoint_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2, got {self.batch_size}: a lone sample has no negatives")
+
+
+def presets() -> dict[str, Path]:
+    """Return the presets that come with the package: name and YAML file."""
+    folder = Path(str(files("torch_emc2.experiments").joinpath("presets")))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def config_parser(prog: str) -> ArgumentParser:
+    """Return a parser of every field of `Config`; unknown ones are errors."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False)
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def read_config(preset: str, overrides: list[str] | None = None, prog: str = "emc2 train") -> Config:
+    """Read a preset's name or a YAML file, and overrides as on the command line (``["--loss", "infonce"]``).
+
+    Raises:
+        ValueError: no such preset or file, an unknown field, or a value that does not fit.
+    """
+    known = presets()
+    file = known.get(preset, Path(preset))
+    if not file.is_file():
+        raise ValueError(f"{preset!r} is neither a preset ({', '.join(known)}) nor a YAML file")
+    parser = config_parser(prog)
+    try:
+        from_file = parser.parse_string(file.read_text() or "{}")
+        given = parser.parse_args(overrides or [], namespace=from_file)
+        return parser.instantiate(given)
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def to_yaml(config: Config) -> str:
+    """Write all fields as YAML, which `read_config` reads back."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """Turn tuples to lists: YAML has no other."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value

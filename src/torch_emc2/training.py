@@ -1,0 +1,279 @@
+"""Pre-training an encoder, with Lightning: the step, the data, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import platform
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from torch_emc2.config import Config, to_yaml
+from torch_emc2.data import Batch, ContrastiveDataset, EpochSampler, ImageDataset, make_loader, open_dataset
+from torch_emc2.losses import (
+    ContrastiveLoss,
+    DCLLoss,
+    EMC2Loss,
+    InfoNCELoss,
+    NegativeCacheLoss,
+    SogCLRLoss,
+)
+from torch_emc2.models import build_encoder, save_encoder
+from torch_emc2.seeds import mix_seed
+
+__all__ = ["ContrastiveData", "ContrastiveModule", "build_loss", "train"]
+
+_PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-learn", "numpy", "numba")
+
+
+def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
+    """Build the loss that a config names, for a data set of ``num_samples``."""
+    match config.loss:
+        case "emc2":
+            own = config.emc2
+            return EMC2Loss(
+                num_samples,
+                config.temperature,
+                burn_in=own.burn_in,
+                num_chains=own.num_chains,
+                carry=own.carry,
+                seed=config.seed,
+            )
+        case "infonce":
+            return InfoNCELoss(config.temperature)
+        case "dcl":
+            return DCLLoss(config.temperature)
+        case "sogclr":
+            return SogCLRLoss(num_samples, config.temperature, config.sogclr.gamma)
+        case "negative-cache":
+            return NegativeCacheLoss(
+                num_samples,
+                config.model.out_dim,
+                config.temperature,
+                refresh_fraction=config.negative_cache.refresh_fraction,
+                seed=config.seed,
+            )
+
+
+class ContrastiveModule(L.LightningModule):
+    """Encoder and loss; the loss's memory of every sample is part of the checkpoint."""
+
+    def __init__(self, config: Config, channels: int, num_samples: int) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = build_encoder(config.model, channels, config.data.augmentation.size)
+        self.loss = build_loss(config, num_samples)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make dropout and its like a function of the place in training, so that a resumed run draws the same."""
+        torch.manual_seed(mix_seed(self.config.seed, self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Embed both views and the carried negatives that came with them, and compare."""
+        size = len(batch.index)
+        embeddings = self.encoder(torch.cat([batch.first, batch.second, batch.carried]))
+        z1, z2, carried = embeddings.split([size, size, len(batch.carried)])
+
+        def encode(ids: Tensor) -> Tensor:
+            place = torch.searchsorted(batch.carried_ids, ids)
+            if len(carried) and torch.equal(batch.carried_ids[place.clamp(max=len(carried) - 1)], ids):
+                return carried[place]
+            views = self.trainer.datamodule.dataset.encode_inputs(batch.epoch, ids)  # type: ignore[attr-defined]
+            embedded: Tensor = self.encoder(views.to(batch.first))
+            return embedded
+
+        loss: Tensor = self.loss(z1, z2, batch.index, encode)
+        shown = {"loss": loss.detach()} | {name: self.loss.last[name] for name in ("acceptance", "carried_share") if name in self.loss.last}
+        self.log_dict(shown, prog_bar=True)
+        self.log_dict({name: value for name, value in self.loss.last.items() if name not in shown})
+        self.log("lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
+        if batch.skipped:
+            self.log("skipped", float(batch.skipped), prog_bar=True, reduce_fx="sum")
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser with linear warm-up and half a cosine, a step at a time."""
+        own = self.config.optimizer
+        name = {"sgd": "momentum"}.get(own.name, own.name)  # timm's "sgd" is Nesterov's
+        optimizer = create_optimizer_v2(
+            self.encoder, opt=name, lr=own.lr, weight_decay=own.weight_decay, momentum=own.momentum
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = round(total * own.warmup_epochs / self.config.epochs)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ContrastiveData(L.LightningDataModule):
+    """Batches of two views; a resumed run goes on with the batch that would have come next."""
+
+    def __init__(self, config: Config, images: ImageDataset, carried_ids: Tensor | None) -> None:
+        super().__init__()
+        self.config = config
+        data = config.data
+        self.dataset = ContrastiveDataset(
+            images,
+            data.augmentation.transform(),
+            seed=config.seed,
+            carried_ids=carried_ids,
+            on_bad_image=data.on_bad_image,
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return the loader, placed after the steps that the trainer has already taken."""
+        trainer, config = self.trainer, self.config
+        assert trainer is not None
+        sampler = EpochSampler(
+            len(self.dataset), config.batch_size, config.seed, rank=trainer.global_rank, world_size=trainer.world_size
+        )
+        epoch, steps = divmod(trainer.global_step, math.ceil(sampler.batches / config.accumulate))
+        sampler.set_epoch(epoch)
+        sampler.skip(steps * config.accumulate)
+        pin = trainer.strategy.root_device.type == "cuda"
+        return make_loader(self.dataset, sampler, config.batch_size, config.data.num_workers, pin_memory=pin)
+
+
+class MetricsFile(Logger):
+    """metrics.csv of a run, a row each ``log_every_steps``; a resumed run goes on in the same file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.path.name
+
+    @property
+    def version(self) -> str:
+        """Return nothing to tell apart: a run has one such file."""
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append a row; a column that is new, or steps that are run again after an interruption, rewrite the file."""
+        known = list(self.rows[0]) if self.rows else []
+        row = dict.fromkeys(known, "") | {"step": str(step)} | {name: f"{value:.8g}" for name, value in metrics.items()}
+        again = bool(self.rows) and int(self.rows[-1]["step"]) >= int(row["step"])
+        if again:
+            self.rows = [old for old in self.rows if int(old["step"]) < int(row["step"])]
+        self.rows.append(row)
+        if again or list(row) != known:
+            self.rows = [dict.fromkeys(row, "") | old for old in self.rows]
+            self._write("w", self.rows)
+        else:
+            self._write("a", [row])
+
+    def _write(self, mode: str, rows: list[dict[str, str]]) -> None:
+        with self.path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def train(config: Config, *, resume: bool = False) -> Path:
+    """Train, and return the run's folder.
+
+    It holds config.yaml, versions.json, metrics.csv, TensorBoard's log, checkpoints/ and, once trained, encoder.safetensors
+    and head.safetensors (see `torch_emc2.models`).
+
+    Args:
+        config: the run.
+        resume: go on from the last checkpoint in ``config.out``; without one, start.
+
+    Raises:
+        FileExistsError: ``config.out`` holds a run and ``resume`` is not set.
+        ValueError: the run there has another config.
+    """
+    run = Path(config.out)
+    _prepare_folder(config, run, resume)
+    data = config.data
+    images = open_dataset(data.name, "train", Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed)
+
+    L.seed_everything(config.seed, verbose=False)
+    module = ContrastiveModule(config, images.channels, len(images))
+    chains = module.loss.chains if isinstance(module.loss, EMC2Loss) and module.loss.carry == "encode" else None
+    datamodule = ContrastiveData(config, images, chains.ids.share_memory() if chains is not None else None)
+    last = run / "checkpoints" / "last.ckpt"
+    trainer = L.Trainer(
+        max_epochs=config.epochs,
+        accelerator=config.accelerator,
+        devices=config.devices,
+        precision=config.precision,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=config.optimizer.clip,
+        log_every_n_steps=config.log_every_steps,
+        logger=[MetricsFile(run / "metrics.csv"), TensorBoardLogger(run, name="", version="tensorboard")],
+        callbacks=_callbacks(config, last.parent),
+        use_distributed_sampler=False,  # the sampler knows its rank
+        enable_model_summary=False,
+        default_root_dir=run,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|dataloader is not resumable).*")
+        trainer.fit(module, datamodule, ckpt_path=last if resume and last.exists() else None, weights_only=True)
+    if trainer.is_global_zero and not trainer.interrupted:
+        save_encoder(module.encoder, run)
+    return run
+
+
+def _callbacks(config: Config, folder: Path) -> list[L.Callback]:
+    def last(**every: int) -> ModelCheckpoint:
+        return ModelCheckpoint(folder, "last", enable_version_counter=False, **every)
+
+    callbacks: list[L.Callback] = [last(every_n_epochs=1, save_on_train_epoch_end=True)]
+    if config.checkpoint_every_steps is not None:
+        callbacks.append(last(every_n_train_steps=config.checkpoint_every_steps))
+    if (every := config.checkpoint_every_epochs) is not None:
+        callbacks.append(
+            ModelCheckpoint(folder, "epoch-{epoch}", save_top_k=-1, every_n_epochs=every, save_on_train_epoch_end=True, auto_insert_metric_name=False)
+        )
+    return callbacks
+
+
+def _prepare_folder(config: Config, run: Path, resume: bool) -> None:
+    """Write down what is run; refuse to mix two runs in one folder."""
+    text = to_yaml(config)
+    file = run / "config.yaml"
+    if file.exists():
+        if not resume:
+            raise FileExistsError(f"{run} already holds a run: --resume goes on with it, --out FOLDER starts another")
+        if file.read_text() != text:
+            different = sorted(set(file.read_text().splitlines()) ^ set(text.splitlines()))
+            raise ValueError(f"cannot resume {run}: its config differs ({'; '.join(line.strip() for line in different)})")
+    run.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    (run / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    file.write_text(text)
