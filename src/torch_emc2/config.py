@@ -180,7 +180,7 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
     try:
         from_file = parser.parse_string(file.read_text() or "{}")
         given = parser.parse_args(overrides or [], namespace=from_file)
-        return parser.instantiate(given)
+        return Config(**parser.instantiate(given).as_dict())
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from timm.optim import create_optimizer_v2
@@ -200,6 +200,14 @@ class MetricsFile(Logger):
             writer.writerows(rows)
 
 
+class _ProgressBar(TQDMProgressBar):
+    """Lightning's bar, less the loggers' version."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Return what is shown beside the bar."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+
 def train(config: Config, *, resume: bool = False) -> Path:
     """Train, and return the run's folder.
 
@@ -233,7 +241,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
         gradient_clip_val=config.optimizer.clip,
         log_every_n_steps=config.log_every_steps,
         logger=[MetricsFile(run / "metrics.csv"), TensorBoardLogger(run, name="", version="tensorboard")],
-        callbacks=_callbacks(config, last.parent),
+        callbacks=[*_callbacks(config, last.parent), _ProgressBar(refresh_rate=10)],
         use_distributed_sampler=False,  # the sampler knows its rank
         enable_model_summary=False,
         default_root_dir=run,

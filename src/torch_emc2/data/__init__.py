@@ -1,7 +1,7 @@
 """Data sets by name, views that can be drawn again, and batches that bring the carried images along."""
 
-from torch_emc2.data.datasets import open_dataset
-from torch_emc2.data.images import ArrayImages, BadImageError, DataError, FileImages, ImageDataset
+from torch_emc2.data.datasets import image_files, open_dataset
+from torch_emc2.data.images import ArrayImages, BadImageError, DataError, FileImages, ImageDataset, decode_image
 from torch_emc2.data.loader import Batch, ContrastiveDataset, EpochSampler, make_loader
 from torch_emc2.data.views import Augmentation, evaluation_transform, seeded_view, view_seed
 
@@ -15,7 +15,9 @@ __all__ = [
     "EpochSampler",
     "FileImages",
     "ImageDataset",
+    "decode_image",
     "evaluation_transform",
+    "image_files",
     "make_loader",
     "open_dataset",
     "seeded_view",

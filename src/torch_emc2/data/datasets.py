@@ -147,7 +147,7 @@ def _stl10(split: Split, root: Path) -> ImageDataset:
 def _imagenet100(split: Split, root: Path) -> ImageDataset:
     folder = root / "imagenet" / ("val" if split == "test" else "train")
     wnids = sorted(files("torch_emc2.data").joinpath("imagenet100_wnids.txt").read_text().split())
-    tree = {wnid: _image_files(folder / wnid) for wnid in wnids}
+    tree = {wnid: image_files(folder / wnid) for wnid in wnids}
     missing = [wnid for wnid, found in tree.items() if not found]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -218,7 +218,7 @@ def _read_idx(file: Path) -> Tensor:
         raise DataError(f"{str(file)!r} is damaged ({one_line(error)}); remove it and fetch it again") from error
 
 
-def _image_files(folder: Path) -> list[str]:
+def image_files(folder: Path) -> list[str]:
     """Paths of all images in a folder and below it, in order of their names; hidden files are left out."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -241,7 +241,7 @@ def _image_files(folder: Path) -> list[str]:
 
 def _with_parents(folder: Path) -> list[tuple[str, str]]:
     """Images below a folder, each with the folder that holds it, relative to the first ('.' for its own)."""
-    listing = [(file, Path(file).parent.relative_to(folder).as_posix()) for file in _image_files(folder)]
+    listing = [(file, Path(file).parent.relative_to(folder).as_posix()) for file in image_files(folder)]
     if len(listing) < 2:
         raise DataError(f"{str(folder)!r} holds {len(listing)} images, at least 2 are needed; put images there")
     return listing

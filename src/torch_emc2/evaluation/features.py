@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 
 class Images(Protocol):
@@ -28,6 +29,7 @@ def extract_features(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
+    progress: bool = False,
 ) -> Tensor:
     """Encode every image of a data set.
 
@@ -39,13 +41,15 @@ def extract_features(
         batch_size: images encoded at once; the features do not depend on it.
         device: where `encode` wants its images.
         num_workers: processes that read and transform.
+        progress: show a bar.
 
     Returns:
         Features (n, d), float32, on the CPU, row i for image i.
     """
     batches = DataLoader(_Transformed(dataset, transform), batch_size=batch_size, num_workers=num_workers)
     with _evaluating(encode):
-        return torch.cat([encode(images.to(device)).float().cpu() for images in batches])
+        shown = tqdm(batches, "Embedding", leave=False, disable=not progress)
+        return torch.cat([encode(images.to(device)).float().cpu() for images in shown])
 
 
 def raw_pixels(dataset: Images) -> Tensor:

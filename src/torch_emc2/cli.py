@@ -1,0 +1,126 @@
+"""The command ``emc2``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch_emc2.runs import Metrics
+
+_USAGE = """\
+usage: emc2 COMMAND …
+
+  quickstart                         train on bundled digits, evaluate, draw: about a minute on two CPU cores
+  train PRESET_OR_YAML [--FIELD VALUE …] [--resume]
+                                     pre-train an encoder; emc2 train --help lists the fields
+  evaluate RUN                       linear probe and k-NN of a run's encoder
+  embed RUN FOLDER -o OUT.parquet    embed your own images
+  presets                            list the presets
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, 2 for what the user can mend, 130 when interrupted."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0
+    commands = {"quickstart": _quickstart, "train": _train, "evaluate": _evaluate, "embed": _embed, "presets": _presets}
+    if command not in commands:
+        print(f"emc2: error: no command {command!r}; there are {', '.join(commands)}", file=sys.stderr)
+        return 2
+    try:
+        commands[command](rest)
+    except (ValueError, OSError) as error:
+        print(f"emc2: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f'emc2: error: {error}; python -m pip install "torch-emc2[train]" installs it', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("emc2: interrupted; emc2 train … --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(argv: list[str]) -> None:
+    from torch_emc2.config import config_parser, read_config
+
+    if not argv or argv[0].startswith("-"):
+        print("usage: emc2 train PRESET_OR_YAML [--FIELD VALUE …] [--resume]; emc2 presets lists the presets\n")
+        config_parser("emc2 train PRESET_OR_YAML").print_help()
+        return
+    from torch_emc2.training import train
+
+    preset, *rest = argv
+    resume = "--resume" in rest
+    config = read_config(preset, [argument for argument in rest if argument != "--resume"])
+    run = train(config, resume=resume)
+    print(f"Run: {run}. Next: emc2 evaluate {run}")
+
+
+def _quickstart(argv: list[str]) -> None:
+    from torch_emc2.config import read_config
+
+    start = time.monotonic()
+    config = read_config("quickstart", argv)
+    if not argv:
+        config.out = _free(config.out)
+    from torch_emc2.runs import compare_with_baselines, draw
+    from torch_emc2.training import train
+
+    run = train(config)
+    _print_table(compare_with_baselines(run))
+    pictures = " and ".join(str(picture) for picture in draw(run))
+    print(f"\nPictures: {pictures}. Encoder: {run}/encoder.safetensors. {time.monotonic() - start:.0f} seconds.")
+
+
+def _evaluate(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="emc2 evaluate", description="Linear probe and k-NN of a run's encoder.")
+    parser.add_argument("run", type=Path)
+    args = parser.parse_args(argv)
+    from torch_emc2.runs import draw, evaluate_run
+
+    _print_table({args.run.name: evaluate_run(args.run)})
+    print(f"\nWritten: {args.run}/evaluation.json, {', '.join(str(picture) for picture in draw(args.run))}")
+
+
+def _embed(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="emc2 embed", description="Embed a folder of images: a row a path.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="Parquet file to write")
+    parser.add_argument("--on-bad-image", choices=("raise", "skip"), default="raise")
+    args = parser.parse_args(argv)
+    from torch_emc2.runs import embed_folder
+
+    embedded, skipped = embed_folder(args.run, args.folder, args.out, on_bad_image=args.on_bad_image)
+    print(f"{embedded} images embedded, {skipped} skipped as unreadable: {args.out}")
+
+
+def _presets(argv: list[str]) -> None:
+    from torch_emc2.config import presets
+
+    for name, file in presets().items():
+        print(f"{name:16s} {file.read_text().splitlines()[0].removeprefix('# ')}")
+
+
+def _print_table(results: dict[str, Metrics]) -> None:
+    """Print a row a feature and a column a metric, accuracies in per cent."""
+    names = list(next(iter(results.values())))
+    width = max(len(row) for row in results)
+    print(f"\n{'accuracy, %':{width}s}  " + "  ".join(f"{name:>16s}" for name in names))
+    for row, metrics in results.items():
+        print(f"{row:{width}s}  " + "  ".join(f"{100 * metrics[name]:16.1f}" for name in names))
+
+
+def _free(folder: str) -> str:
+    """Return the folder's name, with a number where it is taken."""
+    number, free = 2, folder
+    while Path(free).exists():
+        number, free = number + 1, f"{folder}-{number}"
+    return free

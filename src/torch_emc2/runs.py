@@ -1,0 +1,168 @@
+"""What one does with a finished run: evaluate its encoder, look at it, embed images with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from torch_emc2.config import Config, read_config
+from torch_emc2.data import (
+    BadImageError,
+    DataError,
+    FileImages,
+    ImageDataset,
+    decode_image,
+    evaluation_transform,
+    image_files,
+    open_dataset,
+)
+from torch_emc2.evaluation import evaluate, extract_features, nearest_neighbours, raw_pixels
+from torch_emc2.models import Encoder, build_encoder, load_encoder
+from torch_emc2.report import plot_curves, plot_neighbours
+
+__all__ = ["compare_with_baselines", "draw", "embed_folder", "evaluate_run"]
+
+Metrics = dict[str, float]
+
+
+def evaluate_run(run: Path) -> Metrics:
+    """Probe a run's encoder and classify by nearest neighbours; writes evaluation.json and returns what is in it.
+
+    The probe is fitted, and its L2 strength chosen, on the labelled training part; the test part is used once.
+
+    Raises:
+        ValueError: the folder is no finished run, or its data set has no labels.
+    """
+    config, encoder = _load(run)
+    train, test = _labelled_parts(config)
+    device = _device(config)
+    encoder.to(device)
+    metrics = evaluate(*_features(encoder, config, train, device), *_features(encoder, config, test, device), probe=config.probe, seed=config.seed)
+    with _whole(run / "evaluation.json") as file:
+        file.write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def compare_with_baselines(run: Path) -> dict[str, Metrics]:
+    """Evaluate the trained encoder beside the same encoder untrained and beside raw pixels."""
+    config, _ = _load(run)
+    train, test = _labelled_parts(config)
+    torch.manual_seed(config.seed)  # the weights that the run started from
+    untrained = build_encoder(config.model, train.channels, config.data.augmentation.size)
+    features = [_features(untrained, config, part, torch.device("cpu")) for part in (train, test)]
+    pixels = [(raw_pixels(part), part.labels) for part in (train, test)]
+    results = {"trained": evaluate_run(run)}
+    for name, ((train_x, train_y), (test_x, test_y)) in {"untrained": features, "raw pixels": pixels}.items():
+        assert train_y is not None and test_y is not None
+        results[name] = evaluate(train_x, train_y, test_x, test_y, probe=config.probe, seed=config.seed)
+    return results
+
+
+def draw(run: Path, *, queries: int = 8, neighbours: int = 8) -> list[Path]:
+    """Draw the training curves, and random test images with their nearest training images by the cosine of their features."""
+    config, encoder = _load(run)
+    curves, grid = run / "curves.png", run / "neighbours.png"
+    plot_curves(run / "metrics.csv", curves)
+    train, test = _labelled_parts(config)
+    picks = torch.randperm(len(test), generator=torch.Generator().manual_seed(config.seed))[:queries]
+    test = test.subset(picks)
+    device = _device(config)
+    encoder.to(device)
+    (train_x, train_y), (test_x, test_y) = (_features(encoder, config, part, device) for part in (train, test))
+    nearest, _ = nearest_neighbours(train_x, test_x, neighbours, "cosine")
+    plot_neighbours(
+        [test.image(i) for i in range(len(test))],
+        [[train.image(i) for i in row] for row in nearest.tolist()],
+        [test.classes[label] for label in test_y.tolist()],
+        [[train.classes[label] for label in row] for row in train_y[nearest].tolist()],
+        grid,
+    )
+    return [curves, grid]
+
+
+def embed_folder(run: Path, folder: Path, out: Path, *, on_bad_image: Literal["raise", "skip"] = "raise") -> tuple[int, int]:
+    """Write a Parquet table of every image below a folder: its ``path`` and its ``embedding``, the run's probed feature.
+
+    Returns the numbers of images embedded and left out as unreadable. The file appears once it is whole.
+
+    Raises:
+        DataError: there is no image; or, unless they are to be skipped, one cannot be read.
+    """
+    config, encoder = _load(run)
+    paths = image_files(folder) if folder.is_dir() else []
+    if not paths:
+        raise DataError(f"no images below {str(folder)!r}: give a folder that holds some")
+    good = paths
+    if on_bad_image == "skip":
+        good = [path for path in paths if _is_readable(path)]
+        if not good:
+            raise DataError(f"none of the {len(paths)} images below {str(folder)!r} can be read")
+    device = _device(config)
+    images = ImageDataset(FileImages(good), channels=encoder.channels)
+    embeddings = _extract(encoder.to(device), config, images, device)
+    table = pa.table({
+        "path": good,
+        "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embeddings.flatten().numpy()), embeddings.shape[1]),
+    })  # fmt: skip
+    with _whole(out) as file:
+        pq.write_table(table, file)
+    return len(good), len(paths) - len(good)
+
+
+def _load(run: Path) -> tuple[Config, Encoder]:
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{str(run)!r} is not a run's folder: it has no config.yaml")
+    if not (run / "head.safetensors").is_file():
+        raise ValueError(f"the run in {str(run)!r} is not finished: go on with emc2 train {run / 'config.yaml'} --resume")
+    return read_config(str(run / "config.yaml")), load_encoder(run)
+
+
+def _labelled_parts(config: Config) -> tuple[ImageDataset, ImageDataset]:
+    data = config.data
+    train, test = (open_dataset(data.name, part, Path(data.root), channels=data.channels) for part in ("probe", "test"))  # type: ignore[arg-type]
+    if train.labels is None or test.labels is None:
+        raise DataError(f"{data.name} has no labels to evaluate with; emc2 embed writes its embeddings")
+    return train, test
+
+
+def _features(encoder: Encoder, config: Config, part: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
+    assert part.labels is not None
+    return _extract(encoder, config, part, device), part.labels
+
+
+def _extract(encoder: Encoder, config: Config, images: ImageDataset, device: torch.device) -> Tensor:
+    transform = evaluation_transform(encoder.image_size)
+    return extract_features(encoder.features, images, transform, device=device, num_workers=config.data.num_workers, progress=True)
+
+
+def _device(config: Config) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu")
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        decode_image(path)
+    except BadImageError:
+        return False
+    return True
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Write to a name beside ``path``, and give the file its own name when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
