@@ -11,15 +11,13 @@ from torch import Tensor
 from torch_emc2 import metropolis
 from torch_emc2.chains import EMPTY, ChainTable
 from torch_emc2.losses.base import Carried, Encode, StatefulLoss, Weights
+from torch_emc2.losses.noise import batch_noise
 from torch_emc2.pairs import Pairs
-from torch_emc2.seeds import mix_seed
 from torch_emc2.tables import SampleTable
 
 __all__ = ["Carry", "EMC2Loss"]
 
 Carry = Literal["encode", "encode_if_used", "cache", "drop"]
-
-_NOISE_BLOCK = 256  # samples that share a noise seed: a rank draws the noise of the blocks that hold its rows
 
 
 class EMC2Loss(StatefulLoss):
@@ -116,7 +114,7 @@ class EMC2Loss(StatefulLoss):
         burnt = int(self.burn_in * pairs.num_negatives)
         x = logits.view(walks, -1, logits.shape[1])
         counted = _counted(pairs.start, pairs.local, pairs.size, burnt, logits.device).view_as(x)
-        noise = self._noise(pairs, logits).view(walks, -1, self.num_chains, x.shape[2])
+        noise = batch_noise(pairs, (self.num_chains, x.shape[2]), self.seed, self._steps).view(walks, -1, self.num_chains, x.shape[2])
         carried_score = carried_score.view(walks, -1, self.num_chains)
 
         steps, carried_steps, accepted = [], [], []
@@ -140,16 +138,6 @@ class EMC2Loss(StatefulLoss):
             at,
             done.score,
         )
-
-    def _noise(self, pairs: Pairs, logits: Tensor) -> Tensor:
-        """Exp(1) draws (2, local, chains, columns): a function of seed, call and place in the whole batch, on any rank."""
-        first = pairs.start // _NOISE_BLOCK * _NOISE_BLOCK
-        last = min(pairs.size, -(-(pairs.start + pairs.local) // _NOISE_BLOCK) * _NOISE_BLOCK)
-        noise = logits.new_empty(2, last - first, self.num_chains, logits.shape[1])
-        for view in range(2):
-            for place, block in zip(range(first, last, _NOISE_BLOCK), noise[view].split(_NOISE_BLOCK), strict=True):
-                metropolis.fill_exponential(block, mix_seed(self.seed, self._steps, view, place))
-        return noise[:, pairs.start - first :][:, : pairs.local].contiguous()
 
     def _recall(self, carried: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Look up the cached embeddings (rows · chains, d) of carried negatives, and their places (rows, chains)."""

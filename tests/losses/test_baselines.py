@@ -1,0 +1,161 @@
+"""InfoNCE, DCL, SogCLR and Negative Cache against slow versions: dense formulas, plain loops, dictionaries."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torch_emc2 import DCLLoss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
+from torch_emc2.losses import ContrastiveLoss
+from torch_emc2.seeds import mix_seed
+
+M, B, D = 20, 5, 6
+
+
+def views(seed: int, size: int = B, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    z = torch.randn(2, size, D, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return z[0].requires_grad_(), z[1].requires_grad_()
+
+
+def rows_of(z1: Tensor, z2: Tensor, temperature: float) -> list[tuple[Tensor, Tensor]]:
+    """Every row's logit of its positive and of its negatives, in order."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    size = len(z1)
+    out = []
+    for row in range(2 * size):
+        negatives = [j for j in range(2 * size) if j % size != row % size]
+        out.append((z[row] @ z[(row + size) % (2 * size)] / temperature, z[negatives] @ z[row] / temperature))
+    return out
+
+
+def check(loss: Tensor, expected: Tensor, inputs: tuple[Tensor, ...], tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=tolerance, atol=tolerance)
+    got = torch.autograd.grad(loss, inputs)
+    want = torch.autograd.grad(expected, inputs)
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), size=st.integers(2, 9), temperature=st.sampled_from([0.02, 0.07, 0.5, 2.0]))
+def test_infonce_is_the_cross_entropy_of_torch(seed: int, size: int, temperature: float) -> None:
+    z1, z2 = views(seed, size)
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    logits = (z @ z.T / temperature).masked_fill(torch.eye(2 * size, dtype=torch.bool), -torch.inf)
+    expected = F.cross_entropy(logits, torch.arange(2 * size).roll(size))
+    check(InfoNCELoss(temperature)(z1, z2), expected, (z1, z2))
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), size=st.integers(2, 9), temperature=st.sampled_from([0.02, 0.07, 0.5, 2.0]))
+def test_dcl_is_its_formula(seed: int, size: int, temperature: float) -> None:
+    z1, z2 = views(seed, size)
+    terms = [negatives.logsumexp(0) - positive for positive, negatives in rows_of(z1, z2, temperature)]
+    check(DCLLoss(temperature)(z1, z2), torch.stack(terms).mean(), (z1, z2))
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.9, 1.0])
+@pytest.mark.parametrize("own_ids", [False, True])
+def test_sogclr_equals_a_dictionary_of_averages(gamma: float, own_ids: bool) -> None:
+    temperature, u = 0.3, {}
+    loss_fn = SogCLRLoss(2 * M, temperature, gamma)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(8):
+        z1, z2 = views(step)
+        index = torch.randperm(M, generator=generator)[:B]
+        ids = torch.stack([2 * index + 1, 2 * index], 1) if own_ids else index
+        surrogate, values = [], []
+        for row, (positive, negatives) in enumerate(rows_of(z1, z2, temperature)):
+            view, sample = divmod(row, B)
+            key = (int(ids[sample, view]), 0) if own_ids else (int(index[sample]), view)
+            g = float(negatives.detach().exp().mean())
+            u[key] = (1 - gamma) * u.get(key, g) + gamma * g
+            surrogate.append((negatives.detach().exp() / (len(negatives) * u[key])) @ negatives - positive)
+            values.append(math.log(g) - float(positive.detach()))
+        mean = torch.stack(surrogate).mean()
+        expected = mean - mean.detach() + sum(values) / len(values)
+        check(loss_fn(z1, z2, ids), expected, (z1, z2), tolerance=1e-6)  # the averages are kept in float32
+
+
+def test_sogclr_with_gamma_one_is_dcl() -> None:
+    z1, z2 = views(0)
+    sogclr, dcl = SogCLRLoss(M, 0.1, gamma=1.0)(z1, z2, torch.arange(B)), DCLLoss(0.1)(z1, z2)
+    got, want = torch.autograd.grad(sogclr, (z1, z2)), torch.autograd.grad(dcl, (z1, z2))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("own_ids", [False, True])
+@pytest.mark.parametrize("with_encode", [False, True])
+def test_negative_cache_equals_a_dictionary_of_embeddings(own_ids: bool, with_encode: bool) -> None:
+    temperature, fraction, entries = 0.3, 0.15, 2 * M if own_ids else M
+    loss_fn = NegativeCacheLoss(entries, D, temperature, refresh_fraction=fraction, seed=3)
+    cache: dict[int, Tensor] = {}
+    written = dict.fromkeys(range(entries), -1)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(entries, D, dtype=torch.float64, generator=generator).requires_grad_()
+    for step in range(8):
+        z1, z2 = views(step)
+        index = torch.randperm(M, generator=generator)[:B]
+        ids = torch.stack([2 * index, 2 * index + 1], 1) if own_ids else index
+        z = F.normalize(torch.cat([z1, z2]), dim=1)
+        row_ids = [*index.tolist(), *index.tolist()] if not own_ids else ids.T.flatten().tolist()
+        for row in range(2 * B if own_ids else B):
+            cache[row_ids[row]], written[row_ids[row]] = z[row].detach(), step
+        loss = loss_fn(z1, z2, ids, encode=table.__getitem__ if with_encode else None)
+        if with_encode:
+            # Of entries equally old any may be taken: follow the loss's choice, and check that it is one of the oldest.
+            now = loss_fn._written.data
+            count = math.ceil(fraction * entries)
+            refreshed = [i for i in range(entries) if int(now[i]) == step and written[i] != step]
+            oldest = sorted(written.values())[:count]
+            assert sorted(written[i] for i in refreshed) == oldest
+            for i in refreshed:
+                cache[i], written[i] = F.normalize(table[i].detach(), dim=0), step
+        noise = torch.empty(2, B, entries, dtype=torch.float64)
+        for view in range(2):
+            noise[view].uniform_(generator=torch.Generator().manual_seed(mix_seed(3, step, view, 0)))
+        noise = -torch.log(1 - noise).view(2 * B, entries)
+        surrogate, values = [], []
+        for row, (positive, negatives) in enumerate(rows_of(z1, z2, temperature)):
+            own = [i for i in range(entries) if (i // 2 == row_ids[row] // 2 if own_ids else i == row_ids[row])]
+            known = [i for i in sorted(cache) if i not in own]
+            scores = torch.stack([cache[i].float().double() @ z[row].detach() for i in known]) / temperature
+            gumbel = -noise[row, known].log()
+            drawn = known[int((scores + gumbel).argmax())]
+            w_pos = float(positive.detach().exp() / (positive.detach().exp() + scores.exp().sum()))
+            met = F.normalize(table[drawn], dim=0) if with_encode else cache[drawn].float().double()
+            surrogate.append((1 - w_pos) * (z[row] @ met / temperature - positive))
+            values.append(float(negatives.detach().exp().mean().log() - positive.detach()))
+        mean = torch.stack(surrogate).mean()
+        expected = mean - mean.detach() + sum(values) / len(values)
+        inputs = (z1, z2, table) if with_encode else (z1, z2)
+        check(loss, expected, inputs, tolerance=1e-6)
+
+
+ALL = [InfoNCELoss(0.1), DCLLoss(0.1), SogCLRLoss(M, 0.1), NegativeCacheLoss(M, D, 0.1)]
+
+
+@pytest.mark.parametrize("loss_fn", ALL, ids=lambda loss_fn: type(loss_fn).__name__)
+def test_global_loss_is_reported_alike_and_is_zero_at_collapse(loss_fn: ContrastiveLoss) -> None:
+    z1, z2 = views(0)
+    loss_fn(z1, z2, torch.arange(B))
+    expected = [negatives.logsumexp(0) - math.log(2 * B - 2) - positive for positive, negatives in rows_of(z1, z2, 0.1)]
+    torch.testing.assert_close(loss_fn.last["global_loss"], torch.stack(expected).mean().detach())
+    torch.testing.assert_close(loss_fn.last["positive_similarity"], F.cosine_similarity(z1, z2).mean().detach())
+    one = torch.ones(B, D)
+    loss_fn(one, one, torch.arange(B))
+    assert loss_fn.last["global_loss"].abs() < 1e-5
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.5])
+def test_sogclr_names_a_bad_gamma(gamma: float) -> None:
+    with pytest.raises(ValueError, match=rf"gamma must be in \(0, 1\], got {gamma}"):
+        SogCLRLoss(M, gamma=gamma)
+
+
+def test_negative_cache_names_a_bad_fraction() -> None:
+    with pytest.raises(ValueError, match=r"refresh_fraction must be in \[0, 1\].*got 2"):
+        NegativeCacheLoss(M, D, refresh_fraction=2)

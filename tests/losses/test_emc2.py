@@ -1,0 +1,229 @@
+"""EMC² against a slow version with a dictionary of chains and one step after the other; and what it is for: small bias."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_emc2 import EMC2Loss
+from torch_emc2.losses.emc2 import Carry
+from torch_emc2.losses.noise import batch_noise
+from torch_emc2.pairs import make_pairs
+from torch_emc2.seeds import mix_seed
+
+M, B, D = 24, 5, 6
+POLICIES = ("encode", "encode_if_used", "cache", "drop")
+
+
+class SlowEMC2:
+    """The algorithm as the paper tells it, in Python numbers; the noise is that of the loss under test."""
+
+    def __init__(self, temperature: float, burn_in: float, num_chains: int, carry: str, seed: int) -> None:
+        self.beta, self.burn_in, self.num_chains, self.carry, self.seed = 1 / temperature, burn_in, num_chains, carry, seed
+        self.chains: dict[tuple[int, int], tuple[int, float]] = {}
+        self.cached: dict[int, Tensor] = {}
+        self.calls = 0
+
+    def noise(self, size: int) -> Tensor:
+        draws = torch.empty(2, size, self.num_chains, 2 * size, dtype=torch.float64)
+        for view in range(2):
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, self.calls, view, 0))
+            draws[view] = -torch.log(1 - torch.empty(draws[view].shape, dtype=torch.float64).uniform_(generator=generator))
+        return draws
+
+    def __call__(self, z1: Tensor, z2: Tensor, index: Tensor, table: Tensor) -> Tensor:
+        size = len(z1)
+        columns = [F.normalize(z, dim=0) for z in (*z1, *z2)]
+        ids = [*index.tolist(), *index.tolist()] if index.ndim == 1 else index.T.flatten().tolist()
+        noise, total, estimates = self.noise(size), torch.zeros(()), []
+        cached_before = dict(self.cached)
+        for sample in range(size):
+            at = {}
+            for view in range(2):
+                row = columns[view * size + sample]
+                logit = [self.beta * float(row.detach() @ column.detach()) for column in columns]
+                proposals = [j for j in range(2 * size) if j % size != sample]
+                burnt = int(self.burn_in * len(proposals))
+                total = total - row @ columns[(1 - view) * size + sample]
+                log_mass = torch.tensor([logit[j] for j in proposals]).logsumexp(0)
+                estimates.append(float(log_mass) - logit[(1 - view) * size + sample] - torch.tensor(float(len(proposals))).log())
+                for chain in range(self.num_chains):
+                    key = (ids[view * size + sample], chain)
+                    shared_second = index.ndim == 1 and view == 1
+                    carried, stored = self.entry[key] if shared_second else self.chains.get(key, (None, float("-inf")))
+                    if not shared_second:
+                        self.entry = getattr(self, "entry", {}) | {key: (carried, stored)}
+                    embedding = None
+                    if carried is not None and self.carry.startswith("encode"):
+                        embedding = F.normalize(table[carried], dim=0)
+                    elif carried is not None and self.carry == "cache":
+                        embedding = cached_before[carried]
+                    score = stored
+                    if embedding is not None and self.carry in ("encode", "cache"):
+                        score = self.beta * float(row.detach() @ embedding.detach())
+                    state = at.get(chain) if shared_second else None  # None: at the carried negative
+                    if state is not None:
+                        score = logit[state]
+                    for step, j in enumerate(proposals):
+                        if logit[j] + float(noise[view, sample, chain, j]) > score:
+                            state, score = j, logit[j]
+                        if step >= burnt:
+                            met = columns[state] if state is not None else embedding
+                            if met is not None:
+                                total = total + (row @ met) / (self.num_chains * (len(proposals) - burnt))
+                    at[chain] = state
+                    end = carried if state is None else ids[state]
+                    if end is not None:
+                        self.chains[key] = (end, score)
+        for j in range(size if index.ndim == 1 else 2 * size):
+            self.cached[ids[j]] = columns[j].detach()
+        self.calls += 1
+        value = sum(estimates) / len(estimates)
+        surrogate = self.beta * total / (2 * size)
+        return value + surrogate - surrogate.detach()
+
+
+def batches(count: int, own_chains: bool, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(count):
+        index = torch.randperm(M, generator=generator)[:B]
+        z1, z2 = torch.randn(2, B, D, dtype=torch.float64, generator=generator).unbind()
+        out.append((z1, z2, torch.stack([2 * index, 2 * index + 1], 1) if own_chains else index))
+    return out
+
+
+@pytest.mark.parametrize("own_chains", [False, True])
+@pytest.mark.parametrize("num_chains", [1, 3])
+@pytest.mark.parametrize("carry", POLICIES)
+@pytest.mark.parametrize("burn_in", [0.0, 0.5, 0.9])
+def test_equals_the_slow_version(carry: str, num_chains: int, own_chains: bool, burn_in: float) -> None:
+    table = torch.randn(2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    fast = EMC2Loss(2 * M, 0.2, burn_in=burn_in, num_chains=num_chains, carry=carry, seed=5)
+    slow = SlowEMC2(0.2, burn_in, num_chains, carry, seed=5)
+    carried = 0.0
+    for z1, z2, index in batches(12, own_chains, seed=2):
+        gradients, values = [], []
+        for loss_fn in (fast, slow):
+            inputs = [tensor.clone().requires_grad_() for tensor in (z1, z2, table)]
+            a, b, rows = inputs
+            extra = {"encode": rows.__getitem__} if loss_fn is fast and carry.startswith("encode") else {}
+            loss = fast(a, b, index, **extra) if loss_fn is fast else slow(a, b, index, rows)
+            loss.backward()
+            values.append(loss.detach())
+            gradients.append([torch.zeros_like(t) if t.grad is None else t.grad for t in inputs])
+        carried += float(fast.last["carried_share"])
+        torch.testing.assert_close(values[0], values[1], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-6)
+    if burn_in == 0:
+        assert carried > 0, "the carried negatives were never weighed: this test shows nothing of them"
+    ids = fast.chains.ids.data
+    assert {(i, c): int(ids[i, c]) for i, c in slow.chains} == {key: end for key, (end, _) in slow.chains.items()}
+    assert int((ids >= 0).sum()) == len(slow.chains)
+
+
+@pytest.mark.parametrize("carry", POLICIES)
+def test_shares_of_a_row_sum_to_one(carry: Carry, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    loss_fn = EMC2Loss(M, 0.1, burn_in=0.3, num_chains=2, carry=carry)
+    shares = []
+    walk = loss_fn._walk
+
+    def spy(*args: Any) -> Any:
+        result = walk(*args)
+        shares.append([tensor.clone() for tensor in result[:2]])
+        return result
+
+    monkeypatch.setattr(loss_fn, "_walk", spy)
+    for _ in range(10):
+        loss_fn(*torch.randn(2, B, D), torch.randperm(M)[:B], encode=lambda ids: torch.randn(len(ids), D))
+    for in_batch, at_carried in shares:
+        torch.testing.assert_close(in_batch.sum(1) + at_carried.mean(1), torch.ones(2 * B))
+        assert (in_batch[torch.eye(B).repeat(2, 2).bool()] == 0).all()
+
+
+def test_growing_table_equals_a_fixed_one() -> None:
+    fixed, growing = EMC2Loss(2 * M, 0.2), EMC2Loss(None, 0.2)
+    for z1, z2, index in batches(6, own_chains=True, seed=4):
+        gradients = []
+        for loss_fn in (fixed, growing):
+            a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
+            loss_fn(a, b, index).backward()
+            gradients.append((a.grad, b.grad))
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+    seen = len(growing.chains.ids.data)
+    assert torch.equal(growing.chains.ids.data[: 2 * M], fixed.chains.ids.data[:seen])
+
+
+def test_a_chain_costs_eight_bytes() -> None:
+    chains = EMC2Loss(1000, num_chains=3).chains
+    assert sum(table.data.nbytes for table in (chains.ids, chains.scores)) == 8 * 3 * 1000
+
+
+def test_every_call_seed_and_view_has_noise_of_its_own() -> None:
+    z = torch.randn(2, 300, D)  # more samples than share a block
+    pairs = make_pairs(*z, None)
+    draws = torch.cat([batch_noise(pairs, (50,), seed, call).flatten(1) for seed in (0, 1) for call in (0, 1)])
+    blocks = torch.cat([draws[:, : 256 * 50 // 6], draws[:, -(256 * 50 // 6) :]])  # of the first and of the last block
+    correlation = torch.corrcoef(blocks) - torch.eye(len(blocks))
+    assert correlation.abs().max() < 5 / blocks.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_cold_near_duplicates_stay_finite_and_chains_move(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    centre = torch.randn(4, 16)
+    loss_fn = EMC2Loss(64, temperature=0.01, carry="encode", num_chains=2)
+    table = (centre[torch.arange(64) % 4] + 1e-3 * torch.randn(64, 16)).to(dtype).requires_grad_()
+    moved = 0
+    for _ in range(60):
+        index = torch.randperm(64)[:16]
+        before = loss_fn.chains.ids.data.clone()
+        loss = loss_fn(table[index], table[index] + 1e-3, index, encode=table.__getitem__)
+        loss.backward()
+        assert loss.isfinite()
+        assert table.grad is not None
+        assert table.grad.isfinite().all()
+        moved += int((loss_fn.chains.ids.data != before).sum())
+    visits = 60 * 16 * 2
+    assert moved > 0.5 * visits  # among 14 near-duplicates in the batch, most visits end elsewhere
+    assert loss_fn.chains.scores.data[loss_fn.chains.ids.data >= 0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"burn_in": 1.0}, r"burn_in must be in \[0, 1\).*1.0"),
+        ({"burn_in": -0.1}, "burn_in"),
+        ({"num_chains": 0}, "num_chains must be at least 1, got 0"),
+        ({"carry": "keep"}, "carry must be one of encode, encode_if_used, cache, drop; got 'keep'"),
+        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
+        ({"num_samples": 1}, "num_samples must be at least 2"),
+    ],
+)
+def test_bad_settings_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EMC2Loss(**({"num_samples": 10} | arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("carry", ["encode", "encode_if_used"])
+def test_encode_is_asked_for_and_checked(carry: str) -> None:
+    loss_fn = EMC2Loss(M, burn_in=0.0, carry=carry)  # type: ignore[arg-type]
+    z = torch.randn(2, B, D)
+    index = torch.arange(B)
+    with pytest.raises(ValueError, match="needs encode"):
+        loss_fn(*z, index)
+    for _ in range(5):
+        loss_fn(*z, index, encode=lambda ids: torch.randn(len(ids), D))
+    before = loss_fn.chains.ids.data.clone()
+    for wrong, message in (
+        (lambda ids: torch.randn(len(ids), D + 1), rf"encode must return \(\d, {D}\)"),
+        (lambda ids: torch.full((len(ids), D), torch.nan), r"encode\(\d+\) is not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):  # noqa: PT012
+            for _ in range(10):  # "if used": until one is
+                loss_fn(*z, index, encode=wrong)
+        if carry == "encode":
+            assert torch.equal(loss_fn.chains.ids.data, before)
