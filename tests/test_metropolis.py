@@ -113,6 +113,28 @@ def test_draws_follow_the_softmax() -> None:
     assert chi2 < 18.47  # the 0.999 quantile for 4 degrees of freedom
 
 
+def test_a_warm_chain_spends_its_steps_by_the_softmax() -> None:
+    """Carried from visit to visit, over fixed scores: occupancy against the exact distribution, within sampling error."""
+    log_p = torch.tensor([1.0, 0.0, 2.5, -1.0, 0.0, 1.5], dtype=torch.float64)
+    p, generator = log_p.softmax(0), torch.Generator().manual_seed(11)
+    rows, n, visits = 2_000, 24, 12
+    ids, score = torch.full((rows,), -1), torch.full((rows,), -torch.inf, dtype=torch.float64)
+    occupancy = torch.zeros(rows, len(p), dtype=torch.float64)
+    for visit in range(visits):
+        proposals = torch.randint(len(p), (rows, n), generator=generator)
+        noise = torch.empty(rows, n, dtype=torch.float64).exponential_(generator=generator)
+        state, score = metropolis_hastings(log_p[proposals], score, noise)
+        at = torch.where(state < 0, ids[:, None], proposals.gather(1, state.clamp(min=0)))
+        ids = at[:, -1]
+        if visit >= 2:  # warmed up
+            occupancy += torch.nn.functional.one_hot(at, len(p)).sum(1)
+    occupancy /= occupancy.sum(1, keepdim=True)
+    mean, error = occupancy.mean(0), occupancy.std(0) / math.sqrt(rows)
+    assert ((mean - p).abs() < 4 * error).all()
+    assert 0.5 * (mean - p).abs().sum() < 0.5 * 3 * error.sum()
+    assert error.max() < 0.005
+
+
 def test_total_variation_keeps_below_the_spectral_bound() -> None:
     # An independence chain with uniform proposals has second eigenvalue exactly 1 - 1 / (N max p) (Liu 1996).
     log_p = torch.tensor([3.0, 0.0, 0.0, 1.0, -1.0, 0.0, 2.0, 0.0], dtype=torch.float64)
