@@ -23,7 +23,7 @@ try:
 except ImportError:  # numba is optional: without it the CPU takes the scan as well
     _compiled = None  # type: ignore[assignment]
 
-__all__ = ["MHResult", "Walk", "fill_exponential", "metropolis_hastings", "walk"]
+__all__ = ["MHResult", "Walk", "metropolis_hastings", "walk"]
 
 
 class MHResult(NamedTuple):
@@ -34,14 +34,14 @@ class MHResult(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """A walk in summary.
+    """Walks in summary.
 
     Attributes:
-        steps: (rows, N) counted steps spent at each proposal, summed over a row's chains.
-        carried_steps: (rows, chains) counted steps spent at the carried state.
+        steps: (walks, rows, N) counted steps spent at each proposal, summed over a row's chains.
+        carried_steps: (walks, rows, chains) counted steps spent at the carried state.
         state: (rows, chains) int64 proposal each chain ends at, -1 for the carried state.
         score: (rows, chains) log score each chain ends with.
-        accepted: (rows, chains) number of proposals accepted.
+        accepted: (rows, chains) int64 number of proposals accepted.
     """
 
     steps: Tensor
@@ -91,39 +91,40 @@ def metropolis_hastings(
     return MHResult(state.masked_fill_(~moved, -1), torch.where(moved[:, -1], score[:, -1], entry_score))
 
 
-def walk(log_scores: Tensor, entry_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
-    """Run several chains a row over the same proposals and count where they spend their steps.
+def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
+    """Take several chains a row over the same proposals, one walk after the other, and count where they spend their steps.
 
-    The chains are those of `metropolis_hastings`. On the CPU, where numba is installed, one compiled pass over memory takes the
-    place of the scan's many; states and counts are the same.
+    The chains are those of `metropolis_hastings`. In each walk the proposals are the same and their scores are others: a chain
+    that has left its carried state comes to the next walk at the proposal where it stopped, scored as there. On the CPU, where
+    numba is installed, one compiled pass over memory takes the place of the scan's many; states and counts are the same.
 
     Args:
-        log_scores: (rows, N) log scores of the proposals, -inf for those that may not be accepted.
-        entry_score: (rows, chains) log score of the state each chain comes in with.
-        noise: (rows, chains, N) independent Exp(1) draws.
-        counted: (rows, N) bool, the steps that count.
+        log_scores: (walks, rows, N) log scores of the proposals, -inf for those that may not be accepted.
+        carried_score: (walks, rows, chains) log score of the state each chain comes in with.
+        noise: (walks, rows, chains, N) independent Exp(1) draws.
+        counted: (walks, rows, N) bool, the steps that count.
     """
     if _compiled is not None and log_scores.device.type == "cpu":
-        return Walk(*_compiled.walk(log_scores, entry_score, noise, counted))
-    return _walk_by_scan(log_scores, entry_score, noise, counted)
+        return Walk(*_compiled.walk(log_scores, carried_score, noise, counted))
+    return _walk_by_scan(log_scores, carried_score, noise, counted)
 
 
-def _walk_by_scan(log_scores: Tensor, entry_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
-    num_chains = entry_score.shape[1]
-    log_scores, counted = (tensor.repeat_interleave(num_chains, 0) for tensor in (log_scores, counted))
-    state, score = metropolis_hastings(log_scores, entry_score.flatten(), noise.flatten(0, 1))
-    steps = noise.new_zeros(len(state), state.shape[1] + 1).scatter_add_(1, state + 1, counted.to(noise.dtype))
-    accepted = (state == torch.arange(state.shape[1], device=state.device)).sum(1)
-    return Walk(
-        steps[:, 1:].unflatten(0, (-1, num_chains)).sum(1),
-        *(tensor.view(-1, num_chains) for tensor in (steps[:, 0], state[:, -1], score, accepted)),
-    )
-
-
-def fill_exponential(noise: Tensor, seed: int) -> None:
-    """Fill a tensor in place with finite Exp(1) draws, a function of ``seed`` on each kind of device."""
-    noise.uniform_(generator=torch.Generator(noise.device).manual_seed(seed))
-    noise.neg_().add_(1).log_().neg_()  # uniform_ draws from [0, 1): 1 - u is never 0, whose logarithm is infinite
+def _walk_by_scan(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
+    rows, num_chains = carried_score.shape[1:]
+    at = torch.full((rows, num_chains), -1, device=log_scores.device)
+    all_steps, carried_steps, accepted = [], [], torch.zeros_like(at)
+    for x, entry, e, counts in zip(log_scores, carried_score, noise, counted, strict=True):
+        column = at.clamp(min=0)
+        entry = torch.where(at < 0, entry, x.gather(1, column))
+        x, counts = (tensor.repeat_interleave(num_chains, 0) for tensor in (x, counts))
+        path, score = metropolis_hastings(x, entry.flatten(), e.flatten(0, 1))
+        accepted += (path == torch.arange(path.shape[1], device=path.device)).sum(1).view_as(at)
+        path = torch.where(path < 0, at.view(-1, 1), path)
+        steps = x.new_zeros(len(path), path.shape[1] + 1).scatter_add_(1, path + 1, counts.to(x.dtype))
+        all_steps.append(steps[:, 1:].unflatten(0, (rows, num_chains)).sum(1))
+        carried_steps.append(steps[:, 0].view_as(at))
+        at = path[:, -1].view_as(at)
+    return Walk(torch.stack(all_steps), torch.stack(carried_steps), at, score.view_as(at), accepted)
 
 
 def _validate(log_scores: Tensor, entry_score: Tensor, noise: Tensor, valid: Tensor | None) -> None:

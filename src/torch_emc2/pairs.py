@@ -74,12 +74,18 @@ class Pairs:
         """Put together the (local, …) parts of all ranks: (size, …), without gradient."""
         return part if self.world_size == 1 else _gather(part, _sizes(self.local, part.device))
 
+    def gather_rows(self, part: Tensor) -> Tensor:
+        """Put together parts (views · local, …) of all ranks, views after one another: (views · size, …), without gradient."""
+        if self.world_size == 1:
+            return part
+        return self.gather(part.unflatten(0, (-1, self.local)).transpose(0, 1)).transpose(0, 1).flatten(0, 1)
+
 
 def make_pairs(z1: Tensor, z2: Tensor, index: Tensor | None, num_samples: int | None = None) -> Pairs:
     """Validate a batch of two views (b, d), normalise it to unit vectors of at least float32, and gather it across ranks."""
     _validate_views(z1, z2)
     if index is not None:
-        index = _validate_index(index, z1, num_samples)
+        index = _validate_index(index, z1)
     dtype = torch.promote_types(z1.dtype, torch.float32)
     rows = F.normalize(torch.cat([z1, z2]).to(dtype), dim=1)
     _validate_finite(rows)
@@ -95,8 +101,8 @@ def make_pairs(z1: Tensor, z2: Tensor, index: Tensor | None, num_samples: int | 
         pairs = Pairs(rows, columns, index, sum(sizes[: dist.get_rank()]), local, sum(sizes), world_size)
     if pairs.size < 2:
         raise ValueError(f"a batch of {pairs.size} has no negatives: give at least 2 samples (drop_last=True in the loader)")
-    if index is not None:
-        _validate_distinct(index)
+    if pairs.index is not None:
+        _validate_ids(pairs.index, num_samples)  # of all ranks, on all ranks: they fail together
     return pairs
 
 
@@ -156,19 +162,13 @@ def _validate_views(z1: Tensor, z2: Tensor) -> None:
         raise TypeError(f"z1 and z2 must share a floating-point dtype, got {z1.dtype} and {z2.dtype}")
 
 
-def _validate_index(index: Tensor, z1: Tensor, num_samples: int | None) -> Tensor:
+def _validate_index(index: Tensor, z1: Tensor) -> Tensor:
     size = len(z1)
     if index.shape not in ((size,), (size, 2)):
         raise ValueError(f"index must be ({size},), or ({size}, 2) with an id a view, got {tuple(index.shape)}")
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"index must hold integers, got {index.dtype}")
-    index = index.to(z1.device, torch.int64)
-    if size:
-        low, high = (int(bound) for bound in torch.aminmax(index))
-        if low < 0 or (num_samples is not None and high >= num_samples):
-            limit = "" if num_samples is None else f" and below num_samples={num_samples}"
-            raise IndexError(f"index must be at least 0{limit}, got {low if low < 0 else high}")
-    return index
+    return index.to(z1.device, torch.int64)
 
 
 def _validate_finite(rows: Tensor) -> None:
@@ -179,8 +179,12 @@ def _validate_finite(rows: Tensor) -> None:
         raise ValueError(f"z{view + 1}[{sample}] is not finite: no loss was computed and no state changed; check the encoder's output")
 
 
-def _validate_distinct(index: Tensor) -> None:
+def _validate_ids(index: Tensor, num_samples: int | None) -> None:
     ordered = index.flatten().sort().values
+    low, high = int(ordered[0]), int(ordered[-1])
+    if low < 0 or (num_samples is not None and high >= num_samples):
+        limit = "" if num_samples is None else f" and below num_samples={num_samples}"
+        raise IndexError(f"index must be at least 0{limit}, got {low if low < 0 else high}")
     repeated = ordered[1:] == ordered[:-1]
     if repeated.any():
         value = int(ordered[1:][repeated][0])

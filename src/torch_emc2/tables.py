@@ -27,12 +27,12 @@ class SampleTable:
     def read(self, ids: Tensor) -> Tensor:
         """Return a copy of the entries of ``ids`` (k,), on the device of ``ids``."""
         self._make_room(ids)
-        return self.data[ids.to(self.data.device)].to(ids.device)
+        return self.data.index_select(0, ids.to(self.data.device)).to(ids.device)
 
     def write(self, ids: Tensor, values: Tensor) -> None:
         """Set the entries of ``ids`` (k,), all different, to ``values`` (k, *shape)."""
         self._make_room(ids)
-        self.data[ids.to(self.data.device)] = values.to(self.data)
+        self.data.index_copy_(0, ids.to(self.data.device), values.to(self.data))
 
     def share_memory(self) -> Tensor:
         """Move the entries to shared CPU memory, where they stay, and return them: worker processes see every write."""

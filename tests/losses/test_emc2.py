@@ -1,5 +1,6 @@
 """EMC² against a slow version with a dictionary of chains and one step after the other; and what it is for: small bias."""
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from torch_emc2 import EMC2Loss
 from torch_emc2.losses.emc2 import Carry
-from torch_emc2.losses.noise import batch_noise
+from torch_emc2.losses.noise import exponential_noise
 from torch_emc2.pairs import make_pairs
 from torch_emc2.seeds import mix_seed
 
@@ -162,10 +163,18 @@ def test_a_chain_costs_eight_bytes() -> None:
     assert sum(table.data.nbytes for table in (chains.ids, chains.scores)) == 8 * 3 * 1000
 
 
+def test_noise_is_exponential_and_finite() -> None:
+    noise = exponential_noise(make_pairs(*torch.randn(2, 500, D), None), (500,), seed=7, call=0)
+    assert noise.isfinite().all()
+    assert noise.min() >= 0
+    assert noise.mean().item() == pytest.approx(1, abs=4 / noise.numel() ** 0.5)
+    assert (noise > 2).float().mean().item() == pytest.approx(math.exp(-2), abs=4 * (0.135 / noise.numel()) ** 0.5)
+
+
 def test_every_call_seed_and_view_has_noise_of_its_own() -> None:
     z = torch.randn(2, 300, D)  # more samples than share a block
     pairs = make_pairs(*z, None)
-    draws = torch.cat([batch_noise(pairs, (50,), seed, call).flatten(1) for seed in (0, 1) for call in (0, 1)])
+    draws = torch.cat([exponential_noise(pairs, (50,), seed, call).flatten(1) for seed in (0, 1) for call in (0, 1)])
     blocks = torch.cat([draws[:, : 256 * 50 // 6], draws[:, -(256 * 50 // 6) :]])  # of the first and of the last block
     correlation = torch.corrcoef(blocks) - torch.eye(len(blocks))
     assert correlation.abs().max() < 5 / blocks.shape[1] ** 0.5

@@ -25,10 +25,10 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class Carried(NamedTuple):
-    """Negatives that are not in the batch: row r meets ``embeddings[position[r, c]]`` with weight ``weight[r, c]``."""
+    """Negatives that are not in the batch: row r meets ``embeddings[place[r, c]]`` with weight ``weight[r, c]``."""
 
     embeddings: Tensor
-    position: Tensor
+    place: Tensor
     weight: Tensor
 
 
@@ -97,9 +97,10 @@ class ContrastiveLoss(nn.Module, ABC):
                 log_mass = log_sum_exp(logits)
                 estimate = log_mass - positive - math.log(pairs.num_negatives)
             weights = self._weigh(pairs, logits, log_mass, positive, encode)
-            self.last |= {"global_loss": estimate.mean(), "positive_similarity": positive.mean() * self.temperature}
             share = pairs.world_size / (2 * pairs.size)  # of a row in the mean over rows, before the mean over ranks
-            value = (estimate if weights.value is None else weights.value).sum() * share
+            global_loss = estimate.sum() * share
+            self.last |= {"global_loss": global_loss, "positive_similarity": positive.sum() * (share * self.temperature)}
+            value = global_loss if weights.value is None else weights.value.sum() * share
             surrogate = _weighted_sum(pairs, weights) * (share / self.temperature)
             return value + (surrogate - surrogate.detach())
 
@@ -156,7 +157,7 @@ def _weighted_sum(pairs: Pairs, weights: Weights) -> Tensor:
     """Σ over rows of [ -(1 - w_pos) s_pos + Σ_j w_j s_j + carried ], as a scalar whose gradient costs two matmuls.
 
     Σ_rj W_rj <row_r, column_j> is linear in the rows and in the columns, so its gradients W @ columns and W.T @ rows are
-    formed at once and the (rows, columns) similarities need not be kept for the backward pass.
+    formed at once and the (rows, columns) similarities need not be kept for the backward pass. So with carried embeddings.
     """
     with torch.no_grad():
         matrix = weights.negatives
@@ -164,10 +165,18 @@ def _weighted_sum(pairs: Pairs, weights: Weights) -> Tensor:
         matrix.scatter_(1, pairs.positive[:, None], minus[:, None])
         by_rows = matrix @ pairs.columns
         by_columns = matrix.T @ pairs.rows
-    total = (pairs.rows * by_rows).sum() + (pairs.columns * by_columns).sum()
-    if (carried := weights.carried) is not None:
-        met = carried.embeddings[carried.position]  # (rows, chains, d)
-        total = total + torch.einsum("rd,rcd,rc->", pairs.rows, met, carried.weight)
+        if (carried := weights.carried) is not None:
+            chains = carried.weight.shape[1]
+            met = carried.embeddings.index_select(0, carried.place.flatten()).unflatten(0, (-1, chains))
+            by_rows.add_((carried.weight[:, :, None] * met).sum(1))
+    if pairs.rows is pairs.columns:
+        total = (pairs.rows * by_rows.add_(by_columns)).sum()
+    else:
+        total = (pairs.rows * by_rows).sum() + (pairs.columns * by_columns).sum()
+    if carried is not None and carried.embeddings.requires_grad:
+        sent = (carried.weight[:, :, None] * pairs.rows.detach()[:, None]).flatten(0, 1)
+        by_carried = torch.zeros_like(carried.embeddings).index_add_(0, carried.place.flatten(), sent)
+        total = total + (carried.embeddings * by_carried).sum()
     return total
 
 

@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from torch_emc2 import metropolis
 from torch_emc2.chains import EMPTY, ChainTable
 from torch_emc2.losses.base import Carried, Encode, StatefulLoss, Weights
-from torch_emc2.losses.noise import batch_noise
+from torch_emc2.losses.noise import exponential_noise
+from torch_emc2.metropolis import walk
 from torch_emc2.pairs import Pairs
 from torch_emc2.tables import SampleTable
 
@@ -81,61 +81,46 @@ class EMC2Loss(StatefulLoss):
     ) -> Weights:
         if self.carry in ("encode", "encode_if_used") and encode is None:
             raise ValueError(f'carry="{self.carry}" needs encode: loss(z1, z2, index, encode=fn) with fn(ids) -> (k, d)')
-        ids = [pairs.view_ids(view) for view in range(2)]
-        carried, score = self.chains.read(torch.cat([pairs.mine(view) for view in ids]))  # (rows, chains)
-        score = score.to(logits.dtype)
+        column_ids = torch.cat([pairs.view_ids(0), pairs.view_ids(1)])
+        mine = column_ids if pairs.world_size == 1 else torch.cat([pairs.mine(pairs.view_ids(view)) for view in range(2)])
+        carried, score = self.chains.read(mine)  # (rows, chains)
         embedded = None
         if self.carry == "encode":
             embedded = _encode(carried, carried != EMPTY, encode)
         elif self.carry == "cache":
             embedded = self._recall(carried, pairs)
         if embedded is not None:  # the entry score is fresh
-            embeddings, position = embedded
-            fresh = (pairs.rows[:, None] * embeddings[position]).sum(2) / self.temperature
+            embeddings, place = embedded
+            fresh = (pairs.rows[:, None] * embeddings[place]).sum(2).div_(self.temperature)
             score = fresh.masked_fill_(carried == EMPTY, -torch.inf)
 
-        in_batch, at_carried, end, end_score = self._walk(pairs, logits, score)
+        in_batch, at_carried, end, end_score = self._walk(pairs, logits, score.to(logits.dtype))
 
         if self.carry == "encode_if_used":
             embedded = _encode(carried, at_carried > 0, encode)
-        self._remember(pairs, ids, carried, end, end_score)
+        self._remember(pairs, column_ids, carried, end, end_score)
         self.last["carried_share"] = at_carried.mean()
-        return Weights(in_batch, carried=Carried(*embedded, at_carried / self.num_chains) if embedded is not None else None)
+        return Weights(in_batch, carried=embedded and Carried(*embedded, at_carried.div_(self.num_chains)))
 
     def _walk(self, pairs: Pairs, logits: Tensor, carried_score: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Walk all chains over the batch.
+        """Walk all chains over the batch: where views share a chain one view after the other, else all at once.
 
-        Returns, with a row's steps after burn-in as the whole: the share of each column (rows, columns), mean over chains; the
-        share of the carried negative (rows, chains); and for the chains (rows, chains), last walk only where views share them, the
-        column at which each ends, -1 for the carried negative, and its log score.
+        Returns, with a row's steps after burn-in as the whole, the share of each column (rows, columns), mean over its chains,
+        and the share of the carried negative (rows, chains); and for each chain (local or rows, chains) the column at which it
+        ends, -1 for the carried negative, and its log score.
         """
         assert pairs.index is not None
-        walks = 2 if pairs.index.ndim == 1 else 1  # one after the other if the views share a chain, else all at once
+        walks = 2 if pairs.index.ndim == 1 else 1
         burnt = int(self.burn_in * pairs.num_negatives)
-        x = logits.view(walks, -1, logits.shape[1])
-        counted = _counted(pairs.start, pairs.local, pairs.size, burnt, logits.device).view_as(x)
-        noise = batch_noise(pairs, (self.num_chains, x.shape[2]), self.seed, self._steps).view(walks, -1, self.num_chains, x.shape[2])
-        carried_score = carried_score.view(walks, -1, self.num_chains)
-
-        steps, carried_steps, accepted = [], [], []
-        at = torch.full_like(carried_score[0], -1, dtype=torch.int64)  # column, or -1: at the carried negative
-        for walk in range(walks):
-            # A chain that left the carried negative in the first view's walk comes to the second view at a column of the batch,
-            # which scores another value there.
-            column = at.clamp(min=0)
-            entry = torch.where(at < 0, carried_score[walk], x[walk].gather(1, column))
-            done = metropolis.walk(x[walk], entry, noise[walk], counted[walk])
-            steps.append(done.steps.scatter_add_(1, column, done.carried_steps * (at >= 0)))
-            carried_steps.append(done.carried_steps * (at < 0))
-            accepted.append(done.accepted)
-            at = torch.where(done.state < 0, at, done.state)
-
-        self.last["acceptance"] = torch.cat(accepted).float().mean() / pairs.num_negatives
+        counted = _counted(pairs.start, pairs.local, pairs.size, burnt, logits.device)
+        noise = exponential_noise(pairs, (self.num_chains, logits.shape[1]), self.seed, self._steps)
+        done = walk(*(tensor.unflatten(0, (walks, -1)) for tensor in (logits, carried_score, noise.flatten(0, 1), counted)))
+        self.last["acceptance"] = done.accepted.float().mean() / (walks * pairs.num_negatives)
         num_counted = pairs.num_negatives - burnt
         return (
-            torch.cat(steps).div_(num_counted * self.num_chains),
-            torch.cat(carried_steps).div_(num_counted),
-            at,
+            done.steps.flatten(0, 1).div_(num_counted * self.num_chains),
+            done.carried_steps.flatten(0, 1).div_(num_counted),
+            done.state,
             done.score,
         )
 
@@ -146,15 +131,13 @@ class EMC2Loss(StatefulLoss):
         embeddings = self._embeddings.read(carried.flatten().clamp(min=0)).to(pairs.rows.dtype)
         return embeddings, torch.arange(carried.numel(), device=carried.device).view_as(carried)
 
-    def _remember(self, pairs: Pairs, ids: list[Tensor], carried: Tensor, end: Tensor, end_score: Tensor) -> None:
+    def _remember(self, pairs: Pairs, column_ids: Tensor, carried: Tensor, end: Tensor, end_score: Tensor) -> None:
         """Write back where the chains ended. Last of all, so that a call that fails changes nothing."""
-        column_ids = torch.cat(ids)
-        end_ids = torch.where(end < 0, carried[-len(end) :], column_ids[end.clamp(min=0)])
-        for view, (view_ids, score) in enumerate(zip(end_ids.split(pairs.local), end_score.split(pairs.local), strict=True)):
-            self.chains.write(ids[view], pairs.gather(view_ids), pairs.gather(score))
+        end_ids = torch.where(end < 0, carried[: len(end)], column_ids[end.clamp(min=0)])
+        chain_ids = column_ids[: len(end) * pairs.size // pairs.local]  # a shared chain goes by its first view
+        self.chains.write(chain_ids, pairs.gather_rows(end_ids), pairs.gather_rows(end_score))
         if self._embeddings is not None:
-            written = len(column_ids) if len(end) == len(carried) else pairs.size  # a shared chain's sample keeps its first view
-            self._embeddings.write(column_ids[:written], pairs.columns[:written])
+            self._embeddings.write(chain_ids, pairs.columns[: len(chain_ids)])
         self._steps += 1
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_emc2.losses.base import Carried, Encode, StatefulLoss, Weights, log_sum_exp
-from torch_emc2.losses.noise import batch_noise
+from torch_emc2.losses.noise import exponential_noise
 from torch_emc2.pairs import Pairs
 from torch_emc2.tables import SampleTable
 
@@ -69,7 +69,7 @@ class NegativeCacheLoss(StatefulLoss):
         scores.masked_fill_((self._written.data == _NEVER) | (entries // views == ids[:, None] // views), -torch.inf)
         w_pos = (positive - torch.logaddexp(positive, log_sum_exp(scores))).exp()
 
-        noise = batch_noise(pairs, scores.shape[1:], self.seed, self._steps).view_as(scores)
+        noise = exponential_noise(pairs, scores.shape[1:], self.seed, self._steps).view_as(scores)
         drawn = (scores - noise.log_()).argmax(1)  # -log Exp(1) is a Gumbel draw
         if encode is None:
             embeddings, position = self._embeddings.read(drawn).to(pairs.rows.dtype), torch.arange(len(drawn), device=drawn.device)

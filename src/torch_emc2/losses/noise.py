@@ -5,21 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_emc2.metropolis import fill_exponential
 from torch_emc2.pairs import Pairs
 from torch_emc2.seeds import mix_seed
 
-__all__ = ["batch_noise"]
+__all__ = ["exponential_noise"]
 
 _BLOCK = 256  # samples that share a seed: a rank draws the noise of the blocks that hold its samples, and no more
 
 
-def batch_noise(pairs: Pairs, shape: tuple[int, ...], seed: int, call: int) -> Tensor:
-    """Exp(1) draws (2, local, \\*shape) for both views of this rank's samples: a function of seed, call and place in the batch."""
+def exponential_noise(pairs: Pairs, shape: tuple[int, ...], seed: int, call: int) -> Tensor:
+    """Finite Exp(1) draws (2, local, \\*shape) for both views of this rank's samples.
+
+    They are a function of seed, call and place in the whole batch, on each kind of device.
+    """
     first = pairs.start // _BLOCK * _BLOCK
     last = min(pairs.size, -(-(pairs.start + pairs.local) // _BLOCK) * _BLOCK)
     noise = torch.empty(2, last - first, *shape, dtype=pairs.rows.dtype, device=pairs.rows.device)
+    generator = torch.Generator(noise.device)
     for view in range(2):
-        for place, block in zip(range(first, last, _BLOCK), noise[view].split(_BLOCK), strict=True):
-            fill_exponential(block, mix_seed(seed, call, view, place))
-    return noise[:, pairs.start - first :][:, : pairs.local].contiguous()
+        for place in range(first, last, _BLOCK):
+            block = noise[view, place - first : place - first + _BLOCK]
+            block.uniform_(generator=generator.manual_seed(mix_seed(seed, call, view, place)))
+    noise.neg_().add_(1).log_().neg_()  # uniform_ draws from [0, 1): 1 - u is never 0, whose logarithm is infinite
+    return noise if pairs.local == last - first else noise[:, pairs.start - first :][:, : pairs.local].contiguous()
