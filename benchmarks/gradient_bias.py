@@ -55,7 +55,10 @@ def main() -> None:
         print(f"\n| b = {batch_size} | one epoch's squared error | squared bias ± s.e. |\n|---|--:|--:|")
         for name, (make_loss, ids) in estimators.items():
             error = gradient_error(make_loss, z, batch_size, ids=ids, epochs=args.epochs, runs=args.runs)  # type: ignore[arg-type]
-            print(f"| {name} | {error.one_epoch:.3f} | {error.squared_bias:.4f} ± {error.standard_error:.4f} |", flush=True)
+            print(
+                f"| {name} | {error.one_epoch:.3f} | {error.squared_bias:.4f} ± {error.standard_error:.4f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

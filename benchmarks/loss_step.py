@@ -62,7 +62,9 @@ def main() -> None:
             z1.requires_grad_()
             z2.requires_grad_()
             index = torch.randperm(NUM_SAMPLES)[:batch_size].to(device)
-            for name, loss_fn in random.sample(list(losses.items()), len(losses)):  # no loss always follows another's cache
+            for name, loss_fn in random.sample(
+                list(losses.items()), len(losses)
+            ):  # no loss always follows another's cache
                 ids = torch.stack([2 * index, 2 * index + 1], 1) if "view" in name else index
                 extra = {"encode": table.__getitem__} if "encode" in name else {}
                 if device.type == "cuda":

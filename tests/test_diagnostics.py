@@ -12,7 +12,9 @@ from torch_emc2.losses import ContrastiveLoss
 
 
 def test_dcl_on_the_whole_data_set_has_no_error() -> None:
-    error = gradient_error(lambda _: DCLLoss(0.07), clustered_embeddings(40).double(), 40, epochs=2, mixing_epochs=0, runs=2)
+    error = gradient_error(
+        lambda _: DCLLoss(0.07), clustered_embeddings(40).double(), 40, epochs=2, mixing_epochs=0, runs=2
+    )
     assert error.one_epoch < 1e-20
     assert abs(error.squared_bias) < 1e-20
 

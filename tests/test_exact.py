@@ -27,7 +27,9 @@ def dense(z: Tensor, temperature: float, include_positive: bool) -> Tensor:
 @pytest.mark.parametrize("views", [2, 3])
 @pytest.mark.parametrize("include_positive", [False, True])
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
-def test_equals_the_dense_computation(chunk_size: int | None, views: int, include_positive: bool, temperature: float) -> None:
+def test_equals_the_dense_computation(
+    chunk_size: int | None, views: int, include_positive: bool, temperature: float
+) -> None:
     z = torch.randn(9, views, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     loss = global_contrastive_loss(z, temperature, chunk_size=chunk_size, include_positive=include_positive)
     expected = dense(z, temperature, include_positive)

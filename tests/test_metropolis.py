@@ -120,7 +120,7 @@ def test_draws_follow_the_softmax() -> None:
 
 
 def test_a_warm_chain_spends_its_steps_by_the_softmax() -> None:
-    """Carried from visit to visit, over fixed scores: occupancy against the exact distribution, within sampling error."""
+    """Carried from visit to visit, over fixed scores: its occupancy is exact within sampling error."""
     log_p = torch.tensor([1.0, 0.0, 2.5, -1.0, 0.0, 1.5], dtype=torch.float64)
     p, generator = log_p.softmax(0), torch.Generator().manual_seed(11)
     rows, n, visits = 2_000, 24, 12
@@ -154,7 +154,9 @@ def test_total_variation_keeps_below_the_spectral_bound() -> None:
 
     chains = 40_000
     for steps in (1, 2, 4, 8, 16):
-        draws = chain_over(log_p, steps + 1, chains, seed=steps)  # the first proposal is always accepted: a uniform start
+        draws = chain_over(
+            log_p, steps + 1, chains, seed=steps
+        )  # the first proposal is always accepted: a uniform start
         empirical = torch.bincount(draws, minlength=n).double() / chains
         exact = torch.full((n,), 1 / n, dtype=torch.float64) @ torch.linalg.matrix_power(matrix, steps)
         assert 0.5 * (exact - p).abs().sum() <= eigenvalue**steps

@@ -1,8 +1,8 @@
 """The loop of `metropolis.walk`, compiled for the CPU by numba: one pass over memory instead of a scan's many.
 
-About every third proposal is accepted and none predictably, so a branch a step would cost more than all else. Steps are therefore
-branch-free (each notes its number where the next acceptance goes, and the place moves on only if it was one), and four chains
-advance together, so that none waits for its own last comparison.
+About every third proposal is accepted and none predictably, so a branch a step would cost more than all else. Steps are
+therefore branch-free (each notes its number where the next acceptance goes, and the place moves on only if it was one),
+and four chains advance together, so that none waits for its own last comparison.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _walk(
     log_scores: Any, carried_score: Any, noise: Any, counted: Any,
     steps: Any, carried_steps: Any, state: Any, score: Any, accepted: Any,
@@ -66,7 +66,9 @@ def _walk(
                 else:
                     steps[walk, row, state[chain]] += clock[accepted_at[lane, 0]]
                 for i in range(num):
-                    steps[walk, row, accepted_at[lane, i]] += clock[accepted_at[lane, i + 1]] - clock[accepted_at[lane, i]]
+                    steps[walk, row, accepted_at[lane, i]] += (
+                        clock[accepted_at[lane, i + 1]] - clock[accepted_at[lane, i]]
+                    )
                 if num:
                     state[chain] = accepted_at[lane, num - 1]
                 score[chain] = (at_a, at_b, at_c, at_d)[lane]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,8 +21,8 @@ class GradientError(NamedTuple):
 
     Attributes:
         one_epoch: squared error of the mean gradient of one epoch, mean over epochs: bias and variance.
-        squared_bias: what remains however many epochs are averaged. Of two independent runs' errors the inner product, in
-            which variance drops out; mean over all pairs of runs. May fall below zero by chance.
+        squared_bias: what remains however many epochs are averaged. Of two independent runs' errors the inner product,
+            in which variance drops out; mean over all pairs of runs. May fall below zero by chance.
         standard_error: of ``squared_bias``, over the pairs (which share runs: a guide, not a test).
     """
 
@@ -57,10 +57,10 @@ def gradient_error(
     one_epoch, errors = [], []
     for run in range(runs):
         total = torch.zeros_like(z)
-        for epoch, gradient in enumerate(_epoch_gradients(make_loss(run), z, batch_size, ids, mixing_epochs + epochs, run)):
-            if epoch >= mixing_epochs:
-                total += gradient
-                one_epoch.append((gradient - exact).square().sum() / norm)
+        gradients = _epoch_gradients(make_loss(run), z, batch_size, ids, mixing_epochs + epochs, seed=run)
+        for gradient in islice(gradients, mixing_epochs, None):
+            total += gradient
+            one_epoch.append((gradient - exact).square().sum() / norm)
         errors.append(total / epochs - exact)
     products = torch.stack([(one * other).sum() / norm for one, other in combinations(errors, 2)])
     spread = products.std() / len(products) ** 0.5 if len(products) > 1 else torch.tensor(torch.nan)
@@ -68,11 +68,18 @@ def gradient_error(
 
 
 def clustered_embeddings(
-    num_samples: int = 500, dim: int = 32, *, clusters: int = 15, spread: float = 1.0, view_spread: float = 0.5, seed: int = 0
+    num_samples: int = 500,
+    dim: int = 32,
+    *,
+    clusters: int = 15,
+    spread: float = 1.0,
+    view_spread: float = 0.5,
+    seed: int = 0,
 ) -> Tensor:
     """Two unit vectors a sample around random centres: a data set with hard negatives, (num_samples, 2, dim).
 
-    ``spread`` is the length of a sample's random offset from its unit centre, ``view_spread`` of a view's from its sample.
+    ``spread`` is the length of a sample's random offset from its unit centre, ``view_spread`` of a view's from its
+    sample.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -81,7 +88,8 @@ def clustered_embeddings(
 
     centres = F.normalize(offset(clusters), dim=1)
     samples = F.normalize(centres[torch.arange(num_samples) % clusters] + spread * offset(num_samples), dim=1)
-    return F.normalize(samples[:, None] + view_spread * offset(num_samples, 2), dim=2)
+    views: Tensor = F.normalize(samples[:, None] + view_spread * offset(num_samples, 2), dim=2)
+    return views
 
 
 def _exact_gradient(z: Tensor, temperature: float) -> Tensor:
@@ -100,14 +108,15 @@ def _epoch_gradients(
 
     def encode(carried: Tensor) -> Tensor:
         # A sample's id stands for any of its views: one is drawn, as an augmentation would.
-        sample, view = (carried // 2, carried % 2) if ids == "view" else (carried, torch.randint(2, carried.shape, generator=generator))
-        return z[sample, view]
+        if ids == "sample":
+            return z[carried, torch.randint(2, carried.shape, generator=generator)]
+        return z[carried // 2, carried % 2]
 
     for _ in range(epochs):
         order = torch.randperm(len(z), generator=generator)[: batches * batch_size]
         z.grad = None
-        for index in order.split(batch_size):
+        for index in torch.split(order, batch_size):
             given = torch.stack([2 * index, 2 * index + 1], 1) if ids == "view" else index
-            loss_fn(z[index, 0], z[index, 1], given, encode=encode).backward()  # type: ignore[no-untyped-call]
+            loss_fn(z[index, 0], z[index, 1], given, encode=encode).backward()
         assert z.grad is not None
         yield z.grad / batches

@@ -16,8 +16,8 @@ def global_contrastive_loss(
 ) -> Tensor:
     """Global contrastive loss over all views of all samples, a scalar with exact gradient (Yau et al. 2024, eq. 1).
 
-    ``mean_a[ -β s_pos + log Σ_z exp(β s_z) ]``, where a runs over all views, z over all views of the other samples, and with
-    more than two views ``s_pos`` is the mean over the sample's other ones.
+    ``mean_a[ -β s_pos + log Σ_z exp(β s_z) ]``, where a runs over all views, z over all views of the other samples, and
+    with more than two views ``s_pos`` is the mean over the sample's other ones.
 
     Args:
         z: (m, views, d) embeddings, m >= 2, views >= 2; normalised here. float64 stays float64.

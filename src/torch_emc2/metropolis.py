@@ -1,14 +1,14 @@
 """Metropolis–Hastings with uniform proposals, all steps of all chains at once.
 
-A chain sits at a state of log score ``c``. A proposal of log score ``x`` is accepted with probability ``min(1, e^(x - c))``,
-that is, iff ``x + e > c`` with ``e ~ Exp(1)``. As a function of the current score one step is therefore
+A chain sits at a state of log score ``c``. A proposal of log score ``x`` is accepted with probability ``min(1, e^(x -
+c))``, that is, iff ``x + e > c`` with ``e ~ Exp(1)``. As a function of the current score one step is therefore
 
     f(c) = x  if c < t  else c,        t = x + e >= x,
 
-and such maps compose into their own kind: first ``(t1, x1)``, then ``(t2, x2)`` is ``(max(t1, t2), x2 if x1 < t2 else x1)``.
-Composition is associative, so the states after every step come from a prefix scan in ``ceil(log2 N)`` rounds instead of
-``N`` steps, with the same comparisons of the same floats as the loop: the states are equal, not just equally distributed.
-Everything stays in the log domain, where no temperature overflows.
+and such maps compose into their own kind: first ``(t1, x1)``, then ``(t2, x2)`` is ``(max(t1, t2), x2 if x1 < t2 else
+x1)``. Composition is associative, so the states after every step come from a prefix scan in ``ceil(log2 N)`` rounds
+instead of ``N`` steps, with the same comparisons of the same floats as the loop: the states are equal, not just equally
+distributed. Everything stays in the log domain, where no temperature overflows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["MHResult", "Walk", "metropolis_hastings", "walk"]
 
 
 class MHResult(NamedTuple):
-    """The path of every chain: ``state`` (rows, N) int64 after each step, ``score`` (rows,) the log score at the end."""
+    """The path of every chain: ``state`` (rows, N) int64 after each step, ``score`` (rows,) at the end."""
 
     state: Tensor
     score: Tensor
@@ -58,8 +58,8 @@ def metropolis_hastings(
 
     Args:
         log_scores: (rows, N) log scores of the proposals, float32 or float64. Unnormalised; -inf is never accepted.
-        entry_score: (rows,) log score of the state each chain comes in with; -inf for a chain that has none, whose first
-            valid proposal is accepted.
+        entry_score: (rows,) log score of the state each chain comes in with; -inf for a chain that has none, whose
+            first valid proposal is accepted.
         noise: (rows, N) independent Exp(1) draws, finite.
         valid: (rows, N); a step whose proposal is not valid leaves its chain where it is. Default: all are.
 
@@ -77,7 +77,9 @@ def metropolis_hastings(
     threshold = log_scores + noise
     if valid is not None:
         threshold.masked_fill_(~valid, -torch.inf)
-    score = log_scores.masked_fill(threshold == -torch.inf, -torch.inf)  # keeps score <= threshold, which the family needs
+    score = log_scores.masked_fill(
+        threshold == -torch.inf, -torch.inf
+    )  # keeps score <= threshold, which the family needs
     num_proposals = log_scores.shape[1]
     state = torch.arange(num_proposals, device=log_scores.device).repeat(log_scores.shape[0], 1)
     stride = 1
@@ -92,11 +94,13 @@ def metropolis_hastings(
 
 
 def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
-    """Take several chains a row over the same proposals, one walk after the other, and count where they spend their steps.
+    """Take several chains a row over the same proposals, one walk after the other, and count where they spend their
+    steps.
 
-    The chains are those of `metropolis_hastings`. In each walk the proposals are the same and their scores are others: a chain
-    that has left its carried state comes to the next walk at the proposal where it stopped, scored as there. On the CPU, where
-    numba is installed, one compiled pass over memory takes the place of the scan's many; states and counts are the same.
+    The chains are those of `metropolis_hastings`. In each walk the proposals are the same and their scores are others:
+    a chain that has left its carried state comes to the next walk at the proposal where it stopped, scored as there. On
+    the CPU, where numba is installed, one compiled pass over memory takes the place of the scan's many; states and
+    counts are the same.
 
     Args:
         log_scores: (walks, rows, N) log scores of the proposals, -inf for those that may not be accepted.
@@ -131,11 +135,16 @@ def _validate(log_scores: Tensor, entry_score: Tensor, noise: Tensor, valid: Ten
     if log_scores.ndim != 2 or log_scores.shape[1] == 0:
         raise ValueError(f"log_scores must be (rows, N) with N >= 1, got {tuple(log_scores.shape)}")
     if entry_score.shape != log_scores.shape[:1]:
-        raise ValueError(f"entry_score must be ({log_scores.shape[0]},) as log_scores has rows, got {tuple(entry_score.shape)}")
+        raise ValueError(
+            f"entry_score must be ({log_scores.shape[0]},) as log_scores has rows, got {tuple(entry_score.shape)}"
+        )
     for name, tensor in (("noise", noise), ("valid", valid)):
         if tensor is not None and tensor.shape != log_scores.shape:
             raise ValueError(f"{name} must be {tuple(log_scores.shape)} like log_scores, got {tuple(tensor.shape)}")
-    if not log_scores.dtype == entry_score.dtype == noise.dtype or log_scores.dtype not in (torch.float32, torch.float64):
+    if not log_scores.dtype == entry_score.dtype == noise.dtype or log_scores.dtype not in (
+        torch.float32,
+        torch.float64,
+    ):
         raise TypeError(
             "log_scores, entry_score and noise must share one dtype, float32 or float64, "
             f"got {log_scores.dtype}, {entry_score.dtype}, {noise.dtype}"

@@ -1,8 +1,8 @@
 """The pairs of a batch: rows (anchors), columns (candidates), and which column is whose; gathered across ranks.
 
-With b samples in the whole batch, columns 0 … b-1 are their first views and b … 2b-1 their second ones. A rank's rows are the
-first, then the second views of its own samples. A row's positive is the other view of its sample; every column of another
-sample is a negative.
+With b samples in the whole batch, columns 0 … b-1 are their first views and b … 2b-1 their second ones. A rank's rows
+are the first, then the second views of its own samples. A row's positive is the other view of its sample; every column
+of another sample is a negative.
 """
 
 from __future__ import annotations
@@ -66,6 +66,16 @@ class Pairs:
         assert self.index is not None
         return self.index if self.index.ndim == 1 else self.index[:, view]
 
+    @property
+    def column_ids(self) -> Tensor:
+        """(columns,) ids of the samples, or views, behind the columns."""
+        return torch.cat([self.view_ids(0), self.view_ids(1)])
+
+    @property
+    def row_ids(self) -> Tensor:
+        """(rows,) ids of the samples, or views, behind the rows."""
+        return torch.cat([self.mine(self.view_ids(0)), self.mine(self.view_ids(1))])
+
     def mine(self, whole: Tensor) -> Tensor:
         """Cut this rank's part out of a tensor (size, …) over the whole batch."""
         return whole[self.start : self.start + self.local]
@@ -75,14 +85,15 @@ class Pairs:
         return part if self.world_size == 1 else _gather(part, _sizes(self.local, part.device))
 
     def gather_rows(self, part: Tensor) -> Tensor:
-        """Put together parts (views · local, …) of all ranks, views after one another: (views · size, …), without gradient."""
+        """Put together parts (views · local, …) of all ranks, view by view: (views · size, …), without gradient."""
         if self.world_size == 1:
             return part
-        return self.gather(part.unflatten(0, (-1, self.local)).transpose(0, 1)).transpose(0, 1).flatten(0, 1)
+        by_sample = part.view(-1, self.local, *part.shape[1:]).transpose(0, 1)
+        return self.gather(by_sample).transpose(0, 1).flatten(0, 1)
 
 
 def make_pairs(z1: Tensor, z2: Tensor, index: Tensor | None, num_samples: int | None = None) -> Pairs:
-    """Validate a batch of two views (b, d), normalise it to unit vectors of at least float32, and gather it across ranks."""
+    """Validate two views (b, d), normalise them to unit vectors of at least float32, and gather them across ranks."""
     _validate_views(z1, z2)
     if index is not None:
         index = _validate_index(index, z1)
@@ -100,7 +111,7 @@ def make_pairs(z1: Tensor, z2: Tensor, index: Tensor | None, num_samples: int | 
         index = None if index is None else _gather(index, sizes)
         pairs = Pairs(rows, columns, index, sum(sizes[: dist.get_rank()]), local, sum(sizes), world_size)
     if pairs.size < 2:
-        raise ValueError(f"a batch of {pairs.size} has no negatives: give at least 2 samples (drop_last=True in the loader)")
+        raise ValueError(f"a batch of {pairs.size} has no negatives: give 2 samples or more (drop_last=True helps)")
     if pairs.index is not None:
         _validate_ids(pairs.index, num_samples)  # of all ranks, on all ranks: they fail together
     return pairs
@@ -131,7 +142,7 @@ def _sizes(local: int, device: torch.device) -> list[int]:
 
 
 def _gather(part: Tensor, sizes: list[int]) -> Tensor:
-    """Concatenate tensors of different lengths: padded to the longest, for the back ends that gather equal shapes only."""
+    """Concatenate tensors of different lengths, padded to the longest: some back ends gather equal shapes only."""
     padded = part.new_zeros(max(sizes), *part.shape[1:])
     padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in sizes]
@@ -176,7 +187,7 @@ def _validate_finite(rows: Tensor) -> None:
     if not finite.all():
         row = int((~finite).nonzero()[0])
         view, sample = divmod(row, len(rows) // 2)
-        raise ValueError(f"z{view + 1}[{sample}] is not finite: no loss was computed and no state changed; check the encoder's output")
+        raise ValueError(f"z{view + 1}[{sample}] is not finite: no state has changed; check the encoder's output")
 
 
 def _validate_ids(index: Tensor, num_samples: int | None) -> None:
@@ -188,4 +199,4 @@ def _validate_ids(index: Tensor, num_samples: int | None) -> None:
     repeated = ordered[1:] == ordered[:-1]
     if repeated.any():
         value = int(ordered[1:][repeated][0])
-        raise ValueError(f"index {value} occurs more than once in the batch: each id needs its own sample (sample without replacement)")
+        raise ValueError(f"index {value} occurs more than once in the batch: draw batches without replacement")

@@ -16,7 +16,8 @@ class SampleTable:
         shape: shape of one entry.
         fill: what an entry holds before it is first written.
 
-    The table follows the device of the ids it is written with, until `share_memory` pins it where other processes read it.
+    The table follows the device of the ids it is written with, until `share_memory` pins it where other processes read
+    it.
     """
 
     def __init__(self, num_samples: int | None, shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> None:
@@ -38,7 +39,7 @@ class SampleTable:
         """Move the entries to shared CPU memory, where they stay, and return them: worker processes see every write."""
         if self.grows:
             raise ValueError("a table that grows cannot be shared with other processes: give num_samples")
-        self.data = self.data.cpu().share_memory_()
+        self.data = self.data.cpu().share_memory_()  # type: ignore[no-untyped-call]
         return self.data
 
     def load(self, data: Tensor) -> None:
@@ -54,7 +55,7 @@ class SampleTable:
             self.data = data.to(self.data, copy=True)
 
     def _make_room(self, ids: Tensor) -> None:
-        if self.data.device != ids.device and not self.data.is_shared():
+        if self.data.device != ids.device and not self.data.is_shared():  # type: ignore[no-untyped-call]
             self.data = self.data.to(ids.device)
         if self.grows and ids.numel() and (needed := int(ids.max()) + 1) > len(self.data):
             rows = max(needed, 2 * len(self.data)) - len(self.data)  # doubling: amortised O(1) an entry

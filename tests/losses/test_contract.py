@@ -98,7 +98,11 @@ def test_encode_runs_under_the_callers_autocast(name: str) -> None:
     [
         ({"z1": torch.zeros(6)}, ValueError, r"\(b, d\), got \(6,\)"),
         ({"z2": torch.zeros(5, D)}, ValueError, r"\(6, 8\) and \(5, 8\)"),
-        ({"z1": torch.zeros(6, D, dtype=torch.int64), "z2": torch.zeros(6, D, dtype=torch.int64)}, TypeError, "floating"),
+        (
+            {"z1": torch.zeros(6, D, dtype=torch.int64), "z2": torch.zeros(6, D, dtype=torch.int64)},
+            TypeError,
+            "floating",
+        ),
         ({"z1": torch.zeros(1, D), "z2": torch.zeros(1, D), "index": torch.tensor([0])}, ValueError, "batch of 1"),
         ({"z2": torch.zeros(6, D).index_fill(0, torch.tensor([4]), torch.nan)}, ValueError, r"z2\[4\] is not finite"),
         ({"z1": torch.zeros(6, D).index_fill(0, torch.tensor([2]), torch.inf)}, ValueError, r"z1\[2\] is not finite"),
@@ -230,7 +234,8 @@ def test_two_ranks_equal_one_process(name: str, own_ids: bool, two_ranks: list[A
         loss, by_z1, by_z2, by_table = step_of(loss_fn, step, sum(SIZES), own_ids)
         a, b = first[step], second[step]
         assert_same((a[0] + b[0]) / 2, loss, **close)
-        # DDP averages the ranks' gradients of shared parameters; an embedding is on one rank and the other adds nothing.
+        # DDP averages the ranks' gradients of shared parameters; an embedding is on one rank and the other adds
+        # nothing.
         for i, whole in ((1, by_z1), (2, by_z2)):
             assert_same(torch.cat([a[i], b[i]]) / 2, whole, **close)
         assert_same((a[3] + b[3]) / 2, by_table if by_table.ndim == 2 else torch.zeros(M, D), **close)

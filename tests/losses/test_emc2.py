@@ -1,4 +1,4 @@
-"""EMC² against a slow version with a dictionary of chains and one step after the other; and what it is for: small bias."""
+"""EMC² against a slow version with a dictionary of chains and one step after the other."""
 
 import math
 from typing import Any
@@ -22,7 +22,13 @@ class SlowEMC2:
     """The algorithm as the paper tells it, in Python numbers; the noise is that of the loss under test."""
 
     def __init__(self, temperature: float, burn_in: float, num_chains: int, carry: str, seed: int) -> None:
-        self.beta, self.burn_in, self.num_chains, self.carry, self.seed = 1 / temperature, burn_in, num_chains, carry, seed
+        self.beta, self.burn_in, self.num_chains, self.carry, self.seed = (
+            1 / temperature,
+            burn_in,
+            num_chains,
+            carry,
+            seed,
+        )
         self.chains: dict[tuple[int, int], tuple[int, float]] = {}
         self.cached: dict[int, Tensor] = {}
         self.calls = 0
@@ -31,7 +37,9 @@ class SlowEMC2:
         draws = torch.empty(2, size, self.num_chains, 2 * size, dtype=torch.float64)
         for view in range(2):
             generator = torch.Generator().manual_seed(mix_seed(self.seed, self.calls, view, 0))
-            draws[view] = -torch.log(1 - torch.empty(draws[view].shape, dtype=torch.float64).uniform_(generator=generator))
+            draws[view] = -torch.log(
+                1 - torch.empty(draws[view].shape, dtype=torch.float64).uniform_(generator=generator)
+            )
         return draws
 
     def __call__(self, z1: Tensor, z2: Tensor, index: Tensor, table: Tensor) -> Tensor:
@@ -49,7 +57,9 @@ class SlowEMC2:
                 burnt = int(self.burn_in * len(proposals))
                 total = total - row @ columns[(1 - view) * size + sample]
                 log_mass = torch.tensor([logit[j] for j in proposals]).logsumexp(0)
-                estimates.append(float(log_mass) - logit[(1 - view) * size + sample] - torch.tensor(float(len(proposals))).log())
+                estimates.append(
+                    float(log_mass) - logit[(1 - view) * size + sample] - torch.tensor(float(len(proposals))).log()
+                )
                 for chain in range(self.num_chains):
                     key = (ids[view * size + sample], chain)
                     shared_second = index.ndim == 1 and view == 1

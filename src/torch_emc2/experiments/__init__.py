@@ -1,0 +1,1 @@
+"""Experiments by name; their settings are the YAML files in ``presets``."""

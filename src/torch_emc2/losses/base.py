@@ -55,9 +55,10 @@ class ContrastiveLoss(nn.Module, ABC):
         temperature: 1 / β; similarities of unit vectors are divided by it.
 
     Attributes:
-        last: detached numbers of the last call, for logs. ``global_loss`` is every method's batch estimate of the global
-            contrastive loss, per negative: ``mean_a[-β s_pos + log mean_j exp(β s_j)]``, that is, the loss less the log of the
-            number of negatives. It compares methods and batch sizes, and is 0 when all embeddings are equal.
+        last: detached numbers of the last call, for logs. ``global_loss`` is every method's batch estimate of the
+            global contrastive loss, per negative: ``mean_a[-β s_pos + log mean_j exp(β s_j)]``, that is, the loss less
+            the log of the number of negatives. It compares methods and batch sizes, and is 0 when all embeddings are
+            equal.
     """
 
     _needs_index = False
@@ -82,8 +83,8 @@ class ContrastiveLoss(nn.Module, ABC):
         Raises:
             ValueError, IndexError, TypeError: the input is not usable; no state has changed.
 
-        Under an initialised process group of several ranks the batch is gathered; the mean over ranks of value and gradient
-        is what one process computes on the whole batch.
+        Under an initialised process group of several ranks the batch is gathered; the mean over ranks of value and
+        gradient is what one process computes on the whole batch.
         """
         if index is None and self._needs_index:
             raise ValueError(f"{type(self).__name__} needs index, the ids of the batch's samples: loss(z1, z2, index)")
@@ -99,7 +100,7 @@ class ContrastiveLoss(nn.Module, ABC):
             weights = self._weigh(pairs, logits, log_mass, positive, encode)
             share = pairs.world_size / (2 * pairs.size)  # of a row in the mean over rows, before the mean over ranks
             global_loss = estimate.sum() * share
-            self.last |= {"global_loss": global_loss, "positive_similarity": positive.sum() * (share * self.temperature)}
+            self.last.update(global_loss=global_loss, positive_similarity=positive.sum() * (share * self.temperature))
             value = global_loss if weights.value is None else weights.value.sum() * share
             surrogate = _weighted_sum(pairs, weights) * (share / self.temperature)
             return value + (surrogate - surrogate.detach())
@@ -131,12 +132,14 @@ class StatefulLoss(ContrastiveLoss):
     def __init__(self, num_samples: int | None, temperature: float) -> None:
         super().__init__(temperature)
         if num_samples is not None and num_samples < 2:
-            raise ValueError(f"num_samples must be at least 2, the size of the data set, or None to grow; got {num_samples}")
+            raise ValueError(
+                f"num_samples must be at least 2 (or None to grow), the size of the data; got {num_samples}"
+            )
         self.num_samples = num_samples
 
     @abstractmethod
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the memory; part of ``state_dict()``, where DDP does not broadcast it and ``.half()`` does not touch it."""
+        """Return the memory, for ``state_dict()``; DDP does not broadcast it and ``.half()`` does not touch it."""
 
     @abstractmethod
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -148,7 +151,7 @@ class StatefulLoss(ContrastiveLoss):
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
-    """Row-wise log Σ exp of (rows, n) logits; faster than `torch.logsumexp` on the CPU. A row's maximum must be finite."""
+    """Row-wise log Σ exp of (rows, n) logits with a finite maximum; faster than `torch.logsumexp` on the CPU."""
     peak = logits.amax(1, keepdim=True)
     return (logits - peak).exp_().sum(1).log_() + peak[:, 0]
 
@@ -156,8 +159,9 @@ def log_sum_exp(logits: Tensor) -> Tensor:
 def _weighted_sum(pairs: Pairs, weights: Weights) -> Tensor:
     """Σ over rows of [ -(1 - w_pos) s_pos + Σ_j w_j s_j + carried ], as a scalar whose gradient costs two matmuls.
 
-    Σ_rj W_rj <row_r, column_j> is linear in the rows and in the columns, so its gradients W @ columns and W.T @ rows are
-    formed at once and the (rows, columns) similarities need not be kept for the backward pass. So with carried embeddings.
+    Σ_rj W_rj <row_r, column_j> is linear in the rows and in the columns, so its gradients W @ columns and W.T @ rows
+    are formed at once and the (rows, columns) similarities need not be kept for the backward pass. So with carried
+    embeddings.
     """
     with torch.no_grad():
         matrix = weights.negatives
@@ -167,7 +171,7 @@ def _weighted_sum(pairs: Pairs, weights: Weights) -> Tensor:
         by_columns = matrix.T @ pairs.rows
         if (carried := weights.carried) is not None:
             chains = carried.weight.shape[1]
-            met = carried.embeddings.index_select(0, carried.place.flatten()).unflatten(0, (-1, chains))
+            met = carried.embeddings.index_select(0, carried.place.flatten()).view(-1, chains, pairs.rows.shape[1])
             by_rows.add_((carried.weight[:, :, None] * met).sum(1))
     if pairs.rows is pairs.columns:
         total = (pairs.rows * by_rows.add_(by_columns)).sum()
@@ -181,20 +185,23 @@ def _weighted_sum(pairs: Pairs, weights: Weights) -> Tensor:
 
 
 def _checked(encode: Encode, z: Tensor) -> Encode:
-    """Wrap a caller's ``encode``: under the caller's autocast and gradient modes, to finite unit vectors like the batch's."""
+    """Run a caller's ``encode`` under the caller's autocast and gradient modes, and return finite unit vectors."""
     device, grad = z.device.type, torch.is_grad_enabled()
-    autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+    autocast, autocast_dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     def encode_unit(ids: Tensor) -> Tensor:
         with torch.set_grad_enabled(grad):
-            with torch.autocast(device, **autocast):
+            with torch.autocast(device, dtype=autocast_dtype, enabled=autocast):
                 embeddings = encode(ids)
             if embeddings.shape != (len(ids), z.shape[1]):
-                raise ValueError(f"encode must return ({len(ids)}, {z.shape[1]}) for {len(ids)} ids, got {tuple(embeddings.shape)}")
+                expected = len(ids), z.shape[1]
+                raise ValueError(f"encode must return {expected} for {len(ids)} ids, got {tuple(embeddings.shape)}")
             embeddings = embeddings.to(torch.promote_types(z.dtype, torch.float32))
             finite = embeddings.detach().sum(1).isfinite()
             if not finite.all():
-                raise ValueError(f"encode({int(ids[~finite][0])}) is not finite: no state changed; check the encoder's output")
+                raise ValueError(
+                    f"encode({int(ids[~finite][0])}) is not finite: no state changed; check the encoder's output"
+                )
             return F.normalize(embeddings, dim=1)
 
     return encode_unit

@@ -23,9 +23,10 @@ Carry = Literal["encode", "encode_if_used", "cache", "drop"]
 class EMC2Loss(StatefulLoss):
     """Global contrastive loss by Markov chain Monte Carlo negative sampling (Yau et al., ICML 2024).
 
-    The batch's negatives are proposals to a Metropolis–Hastings chain that each sample keeps between its visits and whose
-    states are draws from the softmax over all negatives of the data set. Weights: the share of its steps after burn-in that
-    the chain spends at each negative; what it spends at the negative it came in with is the carried negative's weight.
+    The batch's negatives are proposals to a Metropolis–Hastings chain that each sample keeps between its visits and
+    whose states are draws from the softmax over all negatives of the data set. Weights: the share of its steps after
+    burn-in that the chain spends at each negative; what it spends at the negative it came in with is the carried
+    negative's weight.
 
     Args:
         num_samples: size of the data set (of its views, with an id a view), or None to grow.
@@ -33,16 +34,19 @@ class EMC2Loss(StatefulLoss):
         burn_in: share of a visit's steps that are not counted, in [0, 1).
         num_chains: chains a sample; they share the proposals, and their mean has less variance.
         carry: who supplies the carried negative's embedding.
-            ``"encode"``: ``encode(ids)`` does, with today's weights and before the walk, so the entry score is fresh too.
-            ``"encode_if_used"``: ``encode(ids)`` does, for chains that stayed at it after burn-in; the entry score is the stored one.
-            ``"cache"``: the loss keeps every sample's last embedding, O(num_samples · d) memory; it gets no gradient itself.
+            ``"encode"``: ``encode(ids)`` does, with today's weights and before the walk, so the entry score is fresh
+            too.
+            ``"encode_if_used"``: ``encode(ids)`` does, for chains that stayed at it after burn-in; the entry score is
+            the stored one.
+            ``"cache"``: the loss keeps every sample's last embedding, O(num_samples · d) memory; it gets no gradient
+            itself.
             ``"drop"``: nobody; its term is left out and the estimate is biased.
         seed: of the chains' noise, which is a function of (seed, number of the call).
 
     Notes:
-        With ``index`` (b,) both views of a sample share its chain: the second view's walk starts where the first one's ended,
-        rescored. That is the paper's form, for views that are drawn anew each time. With ``index`` (b, 2) every view has its own
-        chain, which is less biased where the views are fixed.
+        With ``index`` (b,) both views of a sample share its chain: the second view's walk starts where the first one's
+        ended, rescored. That is the paper's form, for views that are drawn anew each time. With ``index`` (b, 2) every
+        view has its own chain, which is less biased where the views are fixed.
 
     Example::
 
@@ -79,11 +83,11 @@ class EMC2Loss(StatefulLoss):
     def _weigh(
         self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: Encode | None
     ) -> Weights:
-        if self.carry in ("encode", "encode_if_used") and encode is None:
-            raise ValueError(f'carry="{self.carry}" needs encode: loss(z1, z2, index, encode=fn) with fn(ids) -> (k, d)')
-        column_ids = torch.cat([pairs.view_ids(0), pairs.view_ids(1)])
-        mine = column_ids if pairs.world_size == 1 else torch.cat([pairs.mine(pairs.view_ids(view)) for view in range(2)])
-        carried, score = self.chains.read(mine)  # (rows, chains)
+        if encode is None and self.carry in ("encode", "encode_if_used"):
+            raise ValueError(
+                f'carry="{self.carry}" needs encode: loss(z1, z2, index, encode=fn) with fn(ids) -> (k, d)'
+            )
+        carried, score = self.chains.read(pairs.row_ids)  # (rows, chains)
         embedded = None
         if self.carry == "encode":
             embedded = _encode(carried, carried != EMPTY, encode)
@@ -98,23 +102,24 @@ class EMC2Loss(StatefulLoss):
 
         if self.carry == "encode_if_used":
             embedded = _encode(carried, at_carried > 0, encode)
-        self._remember(pairs, column_ids, carried, end, end_score)
+        self._remember(pairs, carried, end, end_score)
         self.last["carried_share"] = at_carried.mean()
         return Weights(in_batch, carried=embedded and Carried(*embedded, at_carried.div_(self.num_chains)))
 
     def _walk(self, pairs: Pairs, logits: Tensor, carried_score: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Walk all chains over the batch: where views share a chain one view after the other, else all at once.
 
-        Returns, with a row's steps after burn-in as the whole, the share of each column (rows, columns), mean over its chains,
-        and the share of the carried negative (rows, chains); and for each chain (local or rows, chains) the column at which it
-        ends, -1 for the carried negative, and its log score.
+        Returns, with a row's steps after burn-in as the whole, the share of each column (rows, columns), mean over its
+        chains, and the share of the carried negative (rows, chains); and for each chain (local or rows, chains) the
+        column at which it ends, -1 for the carried negative, and its log score.
         """
         assert pairs.index is not None
         walks = 2 if pairs.index.ndim == 1 else 1
         burnt = int(self.burn_in * pairs.num_negatives)
         counted = _counted(pairs.start, pairs.local, pairs.size, burnt, logits.device)
         noise = exponential_noise(pairs, (self.num_chains, logits.shape[1]), self.seed, self._steps)
-        done = walk(*(tensor.unflatten(0, (walks, -1)) for tensor in (logits, carried_score, noise.flatten(0, 1), counted)))
+        noise = noise.flatten(0, 1)
+        done = walk(*(rows.view(walks, -1, *rows.shape[1:]) for rows in (logits, carried_score, noise, counted)))
         self.last["acceptance"] = done.accepted.float().mean() / (walks * pairs.num_negatives)
         num_counted = pairs.num_negatives - burnt
         return (
@@ -131,8 +136,9 @@ class EMC2Loss(StatefulLoss):
         embeddings = self._embeddings.read(carried.flatten().clamp(min=0)).to(pairs.rows.dtype)
         return embeddings, torch.arange(carried.numel(), device=carried.device).view_as(carried)
 
-    def _remember(self, pairs: Pairs, column_ids: Tensor, carried: Tensor, end: Tensor, end_score: Tensor) -> None:
+    def _remember(self, pairs: Pairs, carried: Tensor, end: Tensor, end_score: Tensor) -> None:
         """Write back where the chains ended. Last of all, so that a call that fails changes nothing."""
+        column_ids = pairs.column_ids
         end_ids = torch.where(end < 0, carried[: len(end)], column_ids[end.clamp(min=0)])
         chain_ids = column_ids[: len(end) * pairs.size // pairs.local]  # a shared chain goes by its first view
         self.chains.write(chain_ids, pairs.gather_rows(end_ids), pairs.gather_rows(end_score))
@@ -155,11 +161,12 @@ class EMC2Loss(StatefulLoss):
         self.seed, self._steps = state["seed"], state["steps"]
 
 
-def _encode(carried: Tensor, wanted: Tensor, encode: Encode) -> tuple[Tensor, Tensor] | None:
+def _encode(carried: Tensor, wanted: Tensor, encode: Encode | None) -> tuple[Tensor, Tensor] | None:
     """Encode each wanted id of (rows, chains) once: embeddings (k, d) and their places (rows, chains)."""
-    ids, place = carried[wanted].unique(return_inverse=True)
+    ids, place = torch.unique(carried[wanted], return_inverse=True)
     if len(ids) == 0:
         return None
+    assert encode is not None
     return encode(ids), torch.zeros_like(carried).masked_scatter_(wanted, place)
 
 

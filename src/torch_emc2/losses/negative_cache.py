@@ -21,9 +21,9 @@ _NEVER = -1
 class NegativeCacheLoss(StatefulLoss):
     """Cached negatives drawn by the Gumbel-max trick (Lindgren et al. 2021).
 
-    The loss keeps one embedding a sample. Each step the batch's embeddings enter the cache, the oldest entries are encoded
-    anew, and each row draws one negative from the softmax over all cached entries of other samples. Weights: ``1 - w_pos`` at
-    the drawn negative, with ``w_pos`` the positive's softmax against the cache.
+    The loss keeps one embedding a sample. Each step the batch's embeddings enter the cache, the oldest entries are
+    encoded anew, and each row draws one negative from the softmax over all cached entries of other samples. Weights:
+    ``1 - w_pos`` at the drawn negative, with ``w_pos`` the positive's softmax against the cache.
 
     Args:
         num_samples: size of the data set (of its views, with an id a view).
@@ -49,7 +49,7 @@ class NegativeCacheLoss(StatefulLoss):
     ) -> None:
         super().__init__(num_samples, temperature)
         if not 0 <= refresh_fraction <= 1:
-            raise ValueError(f"refresh_fraction must be in [0, 1], the share of the cache encoded anew; got {refresh_fraction}")
+            raise ValueError(f"refresh_fraction must be in [0, 1], a share of the cache; got {refresh_fraction}")
         self.refresh_fraction = refresh_fraction
         self.views_per_sample = views_per_sample
         self.seed = seed
@@ -62,7 +62,7 @@ class NegativeCacheLoss(StatefulLoss):
         self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: Encode | None
     ) -> Weights:
         self._refresh(pairs, encode)
-        ids = torch.cat([pairs.mine(pairs.view_ids(view)) for view in range(2)])
+        ids = pairs.row_ids
         views = self.views_per_sample if pairs.index is not None and pairs.index.ndim == 2 else 1
         entries = torch.arange(len(self._written.data), device=ids.device)
         scores = (pairs.rows @ self._embeddings.data.to(pairs.rows).T).div_(self.temperature)  # (rows, num_samples)
@@ -72,20 +72,22 @@ class NegativeCacheLoss(StatefulLoss):
         noise = exponential_noise(pairs, scores.shape[1:], self.seed, self._steps).view_as(scores)
         drawn = (scores - noise.log_()).argmax(1)  # -log Exp(1) is a Gumbel draw
         if encode is None:
-            embeddings, position = self._embeddings.read(drawn).to(pairs.rows.dtype), torch.arange(len(drawn), device=drawn.device)
+            embeddings = self._embeddings.read(drawn).to(pairs.rows.dtype)
+            place = torch.arange(len(drawn), device=drawn.device)
         else:
-            again, position = drawn.unique(return_inverse=True)
+            again, place = torch.unique(drawn, return_inverse=True)
             embeddings = encode(again)
         self._steps += 1
         self.last["cached_share"] = (self._written.data != _NEVER).float().mean()
-        return Weights(torch.zeros_like(logits), w_pos, carried=Carried(embeddings, position[:, None], (1 - w_pos)[:, None]))
+        carried = Carried(embeddings, place[:, None], (1 - w_pos)[:, None])
+        return Weights(torch.zeros_like(logits), w_pos, carried=carried)
 
     def _refresh(self, pairs: Pairs, encode: Encode | None) -> None:
         """Let the batch's embeddings in, then encode the oldest entries anew."""
         if pairs.index is not None and pairs.index.ndim == 1:
             self._write(pairs.index, pairs.columns[: pairs.size])
         else:
-            self._write(torch.cat([pairs.view_ids(0), pairs.view_ids(1)]), pairs.columns)
+            self._write(pairs.column_ids, pairs.columns)
         count = math.ceil(self.refresh_fraction * len(self._written.data))
         if encode is not None and count:
             oldest = self._written.data.topk(count, largest=False).indices

@@ -18,8 +18,9 @@ __all__ = ["SogCLRLoss"]
 class SogCLRLoss(StatefulLoss):
     """Stochastic optimisation of the global contrastive loss (Yuan et al. 2022, algorithm 1).
 
-    With ``g_a = mean_j exp(β s_j)`` over the batch's negatives, ``u_a <- (1 - γ) u_a + γ g_a`` (``u_a <- g_a`` at the first
-    visit) and ``w_j = exp(β s_j) / (N u_a)``. ``u`` is kept as its logarithm, which no temperature overflows: 4 bytes a view.
+    With ``g_a = mean_j exp(β s_j)`` over the batch's negatives, ``u_a <- (1 - γ) u_a + γ g_a`` (``u_a <- g_a`` at the
+    first visit) and ``w_j = exp(β s_j) / (N u_a)``. ``u`` is kept as its logarithm, which no temperature overflows: 4
+    bytes a view.
 
     Args:
         num_samples: size of the data set, or None to grow.
