@@ -13,15 +13,12 @@ distributed. Everything stays in the log domain, where no temperature overflows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-try:
-    from torch_emc2 import _compiled
-except ImportError:  # numba is optional: without it the CPU takes the scan as well
-    _compiled = None  # type: ignore[assignment]
 
 __all__ = ["MHResult", "Walk", "metropolis_hastings", "walk"]
 
@@ -108,9 +105,19 @@ def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tens
         noise: (walks, rows, chains, N) independent Exp(1) draws.
         counted: (walks, rows, N) bool, the steps that count.
     """
-    if _compiled is not None and log_scores.device.type == "cpu":
-        return Walk(*_compiled.walk(log_scores, carried_score, noise, counted))
+    if log_scores.device.type == "cpu" and (compiled := _compiled_walk()) is not None:
+        return Walk(*compiled(log_scores, carried_score, noise, counted))
     return _walk_by_scan(log_scores, carried_score, noise, counted)
+
+
+@cache
+def _compiled_walk() -> Callable[..., tuple[Tensor, ...]] | None:
+    """Import the compiled walk when it is first needed; None without numba, which is optional."""
+    try:
+        from torch_emc2 import _compiled
+    except ImportError:
+        return None
+    return _compiled.walk
 
 
 def _walk_by_scan(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:

@@ -1,0 +1,62 @@
+"""What a user meets first: the import, the README's code, the examples in docstrings, the files in the wheel."""
+
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import torch_emc2
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_import_needs_torch_alone() -> None:
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"numba", "torchvision", "timm", "lightning", "sklearn", "jsonargparse", "matplotlib", "PIL"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import torch, torch_emc2
+z1, z2 = torch.randn(2, 8, 4).unbind()
+with_scan = torch_emc2.EMC2Loss(8)
+for _ in range(3):
+    with_scan(z1, z2, torch.arange(8))
+assert torch_emc2.metropolis._compiled_walk() is None
+assert (with_scan.chains.ids.data >= 0).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_readme_code_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(block, names)
+    loss_fn = names["loss_fn"]
+    assert isinstance(loss_fn, torch_emc2.EMC2Loss)
+    assert int((loss_fn.chains.ids.data >= 0).sum()) == 1000  # every sample was visited
+
+
+@pytest.mark.parametrize("module", ["metropolis", "losses.infonce", "losses.emc2"])
+def test_docstring_examples(module: str) -> None:
+    result = doctest.testmod(
+        importlib.import_module(f"torch_emc2.{module}"), extraglobs={"torch": importlib.import_module("torch")}
+    )
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_package_carries_its_data() -> None:
+    root = files("torch_emc2")
+    assert root.joinpath("py.typed").is_file()
+    assert len(root.joinpath("data/imagenet100_wnids.txt").read_text().split()) == 100
+    names = {entry.name for entry in root.joinpath("experiments/presets").iterdir()}
+    assert {
+        f"{name}.yaml" for name in ("quickstart", "fashion-mnist", "stl10-b32", "stl10-b256", "imagenet100", "cifar10")
+    } <= names
