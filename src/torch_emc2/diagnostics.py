@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import combinations, islice
 from typing import Literal, NamedTuple
@@ -84,7 +85,7 @@ def clustered_embeddings(
     generator = torch.Generator().manual_seed(seed)
 
     def offset(*shape: int) -> Tensor:
-        return torch.randn(*shape, dim, generator=generator) / dim**0.5
+        return torch.randn(*shape, dim, generator=generator) / math.sqrt(dim)
 
     centres = F.normalize(offset(clusters), dim=1)
     samples = F.normalize(centres[torch.arange(num_samples) % clusters] + spread * offset(num_samples), dim=1)

@@ -175,6 +175,18 @@ torch.save(results, {str(tmp_path / "next.pt")!r})
 
 
 @each_stateful_loss
+def test_evaluation_reads_and_does_not_write(name: str) -> None:
+    loss_fn = MAKERS[name]()
+    for step in range(3):
+        step_of(loss_fn, step)
+    before = copy.deepcopy(loss_fn.state_dict())
+    evaluated = step_of(loss_fn.eval(), 3)
+    assert_same(loss_fn.state_dict(), before)
+    if name != "negative-cache":  # there the batch enters the cache before it is used
+        assert_same(evaluated, step_of(loss_fn.train(), 3))
+
+
+@each_stateful_loss
 def test_saved_state_is_a_copy_after_loading(name: str) -> None:
     first, second = MAKERS[name](), MAKERS[name]()
     step_of(first, 0)

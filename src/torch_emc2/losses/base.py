@@ -125,7 +125,10 @@ class ContrastiveLoss(nn.Module, ABC):
 
 
 class StatefulLoss(ContrastiveLoss):
-    """A loss that remembers something of every sample: needs ``index``, and puts its memory in ``state_dict()``."""
+    """A loss that remembers something of every sample: needs ``index``, and puts its memory in ``state_dict()``.
+
+    In evaluation mode (``loss_fn.eval()``) the memory is read and not written.
+    """
 
     _needs_index = True
 

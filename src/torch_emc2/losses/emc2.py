@@ -76,7 +76,7 @@ class EMC2Loss(StatefulLoss):
         self.carry = carry
         self.seed = seed
         self.chains = ChainTable(num_samples, num_chains)
-        self._steps = 0
+        self._calls = 0
         self._embeddings: SampleTable | None = None  # carry="cache"; made when d is known
 
     @torch.no_grad()
@@ -102,9 +102,11 @@ class EMC2Loss(StatefulLoss):
 
         if self.carry == "encode_if_used":
             embedded = _encode(carried, at_carried > 0, encode)
-        self._remember(pairs, carried, end, end_score)
+        if self.training:
+            self._remember(pairs, carried, end, end_score)
         self.last["carried_share"] = at_carried.mean()
-        return Weights(in_batch, carried=embedded and Carried(*embedded, at_carried.div_(self.num_chains)))
+        weight = at_carried.div_(self.num_chains)
+        return Weights(in_batch, carried=None if embedded is None else Carried(*embedded, weight))
 
     def _walk(self, pairs: Pairs, logits: Tensor, carried_score: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Walk all chains over the batch: where views share a chain one view after the other, else all at once.
@@ -117,7 +119,7 @@ class EMC2Loss(StatefulLoss):
         walks = 2 if pairs.index.ndim == 1 else 1
         burnt = int(self.burn_in * pairs.num_negatives)
         counted = _counted(pairs.start, pairs.local, pairs.size, burnt, logits.device)
-        noise = exponential_noise(pairs, (self.num_chains, logits.shape[1]), self.seed, self._steps)
+        noise = exponential_noise(pairs, (self.num_chains, logits.shape[1]), self.seed, self._calls)
         noise = noise.flatten(0, 1)
         done = walk(*(rows.view(walks, -1, *rows.shape[1:]) for rows in (logits, carried_score, noise, counted)))
         self.last["acceptance"] = done.accepted.float().mean() / (walks * pairs.num_negatives)
@@ -144,12 +146,12 @@ class EMC2Loss(StatefulLoss):
         self.chains.write(chain_ids, pairs.gather_rows(end_ids), pairs.gather_rows(end_score))
         if self._embeddings is not None:
             self._embeddings.write(chain_ids, pairs.columns[: len(chain_ids)])
-        self._steps += 1
+        self._calls += 1
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return chains, cached embeddings and the position in the noise."""
         embeddings = None if self._embeddings is None else self._embeddings.data
-        return {"chains": self.chains.state(), "embeddings": embeddings, "seed": self.seed, "steps": self._steps}
+        return {"chains": self.chains.state(), "embeddings": embeddings, "seed": self.seed, "calls": self._calls}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over a saved state: the next call draws the noise that would have come next."""
@@ -158,7 +160,7 @@ class EMC2Loss(StatefulLoss):
         if state["embeddings"] is not None:
             self._embeddings = SampleTable(self.num_samples, tuple(state["embeddings"].shape[1:]), torch.float32, 0.0)
             self._embeddings.load(state["embeddings"])
-        self.seed, self._steps = state["seed"], state["steps"]
+        self.seed, self._calls = state["seed"], state["calls"]
 
 
 def _encode(carried: Tensor, wanted: Tensor, encode: Encode | None) -> tuple[Tensor, Tensor] | None:

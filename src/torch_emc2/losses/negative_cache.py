@@ -55,13 +55,16 @@ class NegativeCacheLoss(StatefulLoss):
         self.seed = seed
         self._embeddings = SampleTable(num_samples, (dim,), torch.float32, 0.0)
         self._written = SampleTable(num_samples, (), torch.int64, _NEVER)  # the call at which an entry was last encoded
-        self._steps = 0
+        self._calls = 0
 
     @torch.no_grad()
     def _weigh(
         self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: Encode | None
     ) -> Weights:
-        self._refresh(pairs, encode)
+        if self.training:
+            self._refresh(pairs, encode)
+        elif bool((self._written.data == _NEVER).all()):
+            raise ValueError("the cache is empty: train before you evaluate, or load a state")
         ids = pairs.row_ids
         views = self.views_per_sample if pairs.index is not None and pairs.index.ndim == 2 else 1
         entries = torch.arange(len(self._written.data), device=ids.device)
@@ -69,7 +72,7 @@ class NegativeCacheLoss(StatefulLoss):
         scores.masked_fill_((self._written.data == _NEVER) | (entries // views == ids[:, None] // views), -torch.inf)
         w_pos = (positive - torch.logaddexp(positive, log_sum_exp(scores))).exp()
 
-        noise = exponential_noise(pairs, scores.shape[1:], self.seed, self._steps).view_as(scores)
+        noise = exponential_noise(pairs, scores.shape[1:], self.seed, self._calls).view_as(scores)
         drawn = (scores - noise.log_()).argmax(1)  # -log Exp(1) is a Gumbel draw
         if encode is None:
             embeddings = self._embeddings.read(drawn).to(pairs.rows.dtype)
@@ -77,7 +80,7 @@ class NegativeCacheLoss(StatefulLoss):
         else:
             again, place = torch.unique(drawn, return_inverse=True)
             embeddings = encode(again)
-        self._steps += 1
+        self._calls += self.training
         self.last["cached_share"] = (self._written.data != _NEVER).float().mean()
         carried = Carried(embeddings, place[:, None], (1 - w_pos)[:, None])
         return Weights(torch.zeros_like(logits), w_pos, carried=carried)
@@ -95,15 +98,15 @@ class NegativeCacheLoss(StatefulLoss):
 
     def _write(self, ids: Tensor, embeddings: Tensor) -> None:
         self._embeddings.write(ids, embeddings)
-        self._written.write(ids, torch.full_like(ids, self._steps))
+        self._written.write(ids, torch.full_like(ids, self._calls))
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the cache, its ages and the position in the noise."""
         tables = {"embeddings": self._embeddings.data, "written": self._written.data}
-        return {**tables, "seed": self.seed, "steps": self._steps}
+        return {**tables, "seed": self.seed, "calls": self._calls}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over a saved cache: the next call draws what would have been drawn next."""
         self._embeddings.load(state["embeddings"])
         self._written.load(state["written"])
-        self.seed, self._steps = state["seed"], state["steps"]
+        self.seed, self._calls = state["seed"], state["calls"]

@@ -50,7 +50,8 @@ class SogCLRLoss(StatefulLoss):
             if self.gamma < 1:
                 entry[:, slot] = torch.logaddexp(entry[:, slot], math.log1p(-self.gamma) + before)
             log_u.append(entry[:, slot])
-            self._log_u.write(ids, pairs.gather(entry))
+            if self.training:
+                self._log_u.write(ids, pairs.gather(entry))
         return Weights(negatives=logits.sub_(log_n + torch.cat(log_u)[:, None]).exp_())
 
     def get_extra_state(self) -> dict[str, Any]:
