@@ -98,7 +98,9 @@ def test_walks_count_the_steps_of_the_loop(
 
 
 def test_the_compiled_walk_is_the_one_under_test() -> None:
-    assert metropolis._compiled_walk() is not None, "numba is part of the dev extra: without it walk is not tested on the CPU"
+    assert metropolis._compiled_walk() is not None, (
+        "numba is part of the dev extra: without it walk is not tested on the CPU"
+    )
 
 
 def chain_over(log_p: Tensor, steps: int, chains: int, seed: int) -> Tensor:

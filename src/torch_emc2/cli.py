@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch_emc2.runs import Metrics
 
 _USAGE = """\
 usage: emc2 COMMAND …
@@ -56,6 +53,7 @@ def _train(argv: list[str]) -> None:
         return
     from torch_emc2.training import train
 
+    _hush()
     preset, *rest = argv
     resume = "--resume" in rest
     config = read_config(preset, [argument for argument in rest if argument != "--resume"])
@@ -73,8 +71,13 @@ def _quickstart(argv: list[str]) -> None:
     from torch_emc2.runs import compare_with_baselines, draw
     from torch_emc2.training import train
 
+    _hush()
     run = train(config)
-    _print_table(compare_with_baselines(run))
+    results = compare_with_baselines(run)
+    shown = ("probe", "knn1_euclidean", "knn1_cosine")
+    print(f"\n{'accuracy, %':12s}" + "".join(f"{name:>16s}" for name in shown))
+    for name, metrics in results.items():
+        print(f"{name:12s}" + "".join(f"{100 * metrics[metric]:16.1f}" for metric in shown))
     pictures = " and ".join(str(picture) for picture in draw(run))
     print(f"\nPictures: {pictures}. Encoder: {run}/encoder.safetensors. {time.monotonic() - start:.0f} seconds.")
 
@@ -85,8 +88,9 @@ def _evaluate(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from torch_emc2.runs import draw, evaluate_run
 
-    _print_table({args.run.name: evaluate_run(args.run)})
-    print(f"\nWritten: {args.run}/evaluation.json, {', '.join(str(picture) for picture in draw(args.run))}")
+    for name, accuracy in evaluate_run(args.run).items():
+        print(f"{name:18s} {100 * accuracy:6.2f} %")
+    print(f"Written: {args.run}/evaluation.json, {', '.join(str(picture) for picture in draw(args.run))}")
 
 
 def _embed(argv: list[str]) -> None:
@@ -109,13 +113,9 @@ def _presets(argv: list[str]) -> None:
         print(f"{name:16s} {file.read_text().splitlines()[0].removeprefix('# ')}")
 
 
-def _print_table(results: dict[str, Metrics]) -> None:
-    """Print a row a feature and a column a metric, accuracies in per cent."""
-    names = list(next(iter(results.values())))
-    width = max(len(row) for row in results)
-    print(f"\n{'accuracy, %':{width}s}  " + "  ".join(f"{name:>16s}" for name in names))
-    for row, metrics in results.items():
-        print(f"{row:{width}s}  " + "  ".join(f"{100 * metrics[name]:16.1f}" for name in names))
+def _hush() -> None:
+    """Keep Lightning from telling of hardware and of every end of a fit; its import sets the level, so after that."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 def _free(folder: str) -> str:

@@ -116,9 +116,10 @@ class Config:
         devices: how many, or auto.
         accumulate: batches whose gradients are averaged in one step of the optimiser.
         checkpoint_every_epochs: a checkpoint is kept each so many epochs, besides the last.
-        checkpoint_every_steps: renew the last checkpoint each so many steps too, by default at the end of an epoch only.
+        checkpoint_every_steps: renew the last checkpoint each so many steps, by default at the end of an epoch only.
         log_every_steps: rows of metrics.csv.
-        probe: the linear probe that evaluates: logistic (L-BFGS, L2 chosen on held-out training images) or sgd (the paper's).
+        probe: the linear probe that evaluates: logistic (L-BFGS, L2 chosen on held-out training images) or sgd (the
+            paper's).
         out: folder of the run.
     """
 
@@ -187,7 +188,7 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
 
 def to_yaml(config: Config) -> str:
     """Write all fields as YAML, which `read_config` reads back."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+    return str(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +33,8 @@ __all__ = ["compare_with_baselines", "draw", "embed_folder", "evaluate_run"]
 
 Metrics = dict[str, float]
 
+_CPU = torch.device("cpu")
+
 
 def evaluate_run(run: Path) -> Metrics:
     """Probe a run's encoder and classify by nearest neighbours; writes evaluation.json and returns what is in it.
@@ -46,7 +48,8 @@ def evaluate_run(run: Path) -> Metrics:
     train, test = _labelled_parts(config)
     device = _device(config)
     encoder.to(device)
-    metrics = evaluate(*_features(encoder, config, train, device), *_features(encoder, config, test, device), probe=config.probe, seed=config.seed)
+    features = (*_features(encoder, config, train, device), *_features(encoder, config, test, device))
+    metrics = evaluate(*features, probe=config.probe, seed=config.seed)
     with _whole(run / "evaluation.json") as file:
         file.write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
@@ -58,17 +61,17 @@ def compare_with_baselines(run: Path) -> dict[str, Metrics]:
     train, test = _labelled_parts(config)
     torch.manual_seed(config.seed)  # the weights that the run started from
     untrained = build_encoder(config.model, train.channels, config.data.augmentation.size)
-    features = [_features(untrained, config, part, torch.device("cpu")) for part in (train, test)]
-    pixels = [(raw_pixels(part), part.labels) for part in (train, test)]
-    results = {"trained": evaluate_run(run)}
-    for name, ((train_x, train_y), (test_x, test_y)) in {"untrained": features, "raw pixels": pixels}.items():
-        assert train_y is not None and test_y is not None
-        results[name] = evaluate(train_x, train_y, test_x, test_y, probe=config.probe, seed=config.seed)
-    return results
+    (train_x, train_y), (test_x, test_y) = (_features(untrained, config, part, _CPU) for part in (train, test))
+    settings: Any = {"probe": config.probe, "seed": config.seed}
+    return {
+        "trained": evaluate_run(run),
+        "untrained": evaluate(train_x, train_y, test_x, test_y, **settings),
+        "raw pixels": evaluate(raw_pixels(train), train_y, raw_pixels(test), test_y, **settings),
+    }
 
 
 def draw(run: Path, *, queries: int = 8, neighbours: int = 8) -> list[Path]:
-    """Draw the training curves, and random test images with their nearest training images by the cosine of their features."""
+    """Draw the training curves, and random test images with the training images nearest by the cosine of features."""
     config, encoder = _load(run)
     curves, grid = run / "curves.png", run / "neighbours.png"
     plot_curves(run / "metrics.csv", curves)
@@ -89,8 +92,10 @@ def draw(run: Path, *, queries: int = 8, neighbours: int = 8) -> list[Path]:
     return [curves, grid]
 
 
-def embed_folder(run: Path, folder: Path, out: Path, *, on_bad_image: Literal["raise", "skip"] = "raise") -> tuple[int, int]:
-    """Write a Parquet table of every image below a folder: its ``path`` and its ``embedding``, the run's probed feature.
+def embed_folder(
+    run: Path, folder: Path, out: Path, *, on_bad_image: Literal["raise", "skip"] = "raise"
+) -> tuple[int, int]:
+    """Write a Parquet table of the images below a folder: ``path``, and ``embedding``, the run's probed feature.
 
     Returns the numbers of images embedded and left out as unreadable. The file appears once it is whole.
 
@@ -122,13 +127,14 @@ def _load(run: Path) -> tuple[Config, Encoder]:
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{str(run)!r} is not a run's folder: it has no config.yaml")
     if not (run / "head.safetensors").is_file():
-        raise ValueError(f"the run in {str(run)!r} is not finished: go on with emc2 train {run / 'config.yaml'} --resume")
+        raise ValueError(f"the run in {str(run)!r} is not finished: emc2 train {run / 'config.yaml'} --resume goes on")
     return read_config(str(run / "config.yaml")), load_encoder(run)
 
 
 def _labelled_parts(config: Config) -> tuple[ImageDataset, ImageDataset]:
     data = config.data
-    train, test = (open_dataset(data.name, part, Path(data.root), channels=data.channels) for part in ("probe", "test"))  # type: ignore[arg-type]
+    train = open_dataset(data.name, "probe", Path(data.root), channels=data.channels)
+    test = open_dataset(data.name, "test", Path(data.root), channels=data.channels)
     if train.labels is None or test.labels is None:
         raise DataError(f"{data.name} has no labels to evaluate with; emc2 embed writes its embeddings")
     return train, test
@@ -141,11 +147,12 @@ def _features(encoder: Encoder, config: Config, part: ImageDataset, device: torc
 
 def _extract(encoder: Encoder, config: Config, images: ImageDataset, device: torch.device) -> Tensor:
     transform = evaluation_transform(encoder.image_size)
-    return extract_features(encoder.features, images, transform, device=device, num_workers=config.data.num_workers, progress=True)
+    workers = config.data.num_workers
+    return extract_features(encoder.features, images, transform, device=device, num_workers=workers, progress=True)
 
 
 def _device(config: Config) -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu")
+    return torch.device("cuda") if torch.cuda.is_available() and config.accelerator != "cpu" else _CPU
 
 
 def _is_readable(path: str) -> bool:

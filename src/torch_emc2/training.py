@@ -7,18 +7,20 @@ import csv
 import json
 import math
 import platform
+import sys
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -91,15 +93,14 @@ class ContrastiveModule(L.LightningModule):
         def encode(ids: Tensor) -> Tensor:
             place = torch.searchsorted(batch.carried_ids, ids)
             if len(carried) and torch.equal(batch.carried_ids[place.clamp(max=len(carried) - 1)], ids):
-                return carried[place]
+                return cast(Tensor, carried[place])
             views = self.trainer.datamodule.dataset.encode_inputs(batch.epoch, ids)  # type: ignore[attr-defined]
-            embedded: Tensor = self.encoder(views.to(batch.first))
-            return embedded
+            return cast(Tensor, self.encoder(views.to(batch.first)))
 
         loss: Tensor = self.loss(z1, z2, batch.index, encode)
-        shown = {"loss": loss.detach()} | {name: self.loss.last[name] for name in ("acceptance", "carried_share") if name in self.loss.last}
-        self.log_dict(shown, prog_bar=True)
-        self.log_dict({name: value for name, value in self.loss.last.items() if name not in shown})
+        numbers = {"loss": loss.detach(), **self.loss.last}
+        for name, value in numbers.items():
+            self.log(name, value, prog_bar=name in ("loss", "acceptance", "carried_share"))
         self.log("lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
         if batch.skipped:
             self.log("skipped", float(batch.skipped), prog_bar=True, reduce_fx="sum")
@@ -211,8 +212,8 @@ class _ProgressBar(TQDMProgressBar):
 def train(config: Config, *, resume: bool = False) -> Path:
     """Train, and return the run's folder.
 
-    It holds config.yaml, versions.json, metrics.csv, TensorBoard's log, checkpoints/ and, once trained, encoder.safetensors
-    and head.safetensors (see `torch_emc2.models`).
+    It holds config.yaml, versions.json, metrics.csv, TensorBoard's log, checkpoints/ and, once trained,
+    encoder.safetensors and head.safetensors (see `torch_emc2.models`).
 
     Args:
         config: the run.
@@ -221,11 +222,14 @@ def train(config: Config, *, resume: bool = False) -> Path:
     Raises:
         FileExistsError: ``config.out`` holds a run and ``resume`` is not set.
         ValueError: the run there has another config.
+        KeyboardInterrupt: by Ctrl-C; what the last checkpoint has is kept.
     """
     run = Path(config.out)
     _prepare_folder(config, run, resume)
     data = config.data
-    images = open_dataset(data.name, "train", Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed)
+    images = open_dataset(
+        data.name, "train", Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed
+    )
 
     L.seed_everything(config.seed, verbose=False)
     module = ContrastiveModule(config, images.channels, len(images))
@@ -241,30 +245,31 @@ def train(config: Config, *, resume: bool = False) -> Path:
         gradient_clip_val=config.optimizer.clip,
         log_every_n_steps=config.log_every_steps,
         logger=[MetricsFile(run / "metrics.csv"), TensorBoardLogger(run, name="", version="tensorboard")],
-        callbacks=[*_callbacks(config, last.parent), _ProgressBar(refresh_rate=10)],
+        callbacks=[*_checkpoints(config, last.parent), _ProgressBar(refresh_rate=10 if sys.stdout.isatty() else 10**9)],
         use_distributed_sampler=False,  # the sampler knows its rank
         enable_model_summary=False,
         default_root_dir=run,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|dataloader is not resumable).*")
-        trainer.fit(module, datamodule, ckpt_path=last if resume and last.exists() else None, weights_only=True)
-    if trainer.is_global_zero and not trainer.interrupted:
+        try:
+            trainer.fit(module, datamodule, ckpt_path=last if resume and last.exists() else None, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
+    if trainer.is_global_zero:
         save_encoder(module.encoder, run)
     return run
 
 
-def _callbacks(config: Config, folder: Path) -> list[L.Callback]:
-    def last(**every: int) -> ModelCheckpoint:
-        return ModelCheckpoint(folder, "last", enable_version_counter=False, **every)
-
-    callbacks: list[L.Callback] = [last(every_n_epochs=1, save_on_train_epoch_end=True)]
+def _checkpoints(config: Config, folder: Path) -> list[L.Callback]:
+    """Return what renews last.ckpt at the end of each epoch, and the config's own checkpoints."""
+    renew = partial(ModelCheckpoint, folder, "last", enable_version_counter=False)
+    keep = partial(ModelCheckpoint, folder, "epoch-{epoch}", save_top_k=-1, auto_insert_metric_name=False)
+    callbacks: list[L.Callback] = [renew(every_n_epochs=1, save_on_train_epoch_end=True)]
     if config.checkpoint_every_steps is not None:
-        callbacks.append(last(every_n_train_steps=config.checkpoint_every_steps))
-    if (every := config.checkpoint_every_epochs) is not None:
-        callbacks.append(
-            ModelCheckpoint(folder, "epoch-{epoch}", save_top_k=-1, every_n_epochs=every, save_on_train_epoch_end=True, auto_insert_metric_name=False)
-        )
+        callbacks.append(renew(every_n_train_steps=config.checkpoint_every_steps))
+    if config.checkpoint_every_epochs is not None:
+        callbacks.append(keep(every_n_epochs=config.checkpoint_every_epochs, save_on_train_epoch_end=True))
     return callbacks
 
 
@@ -277,7 +282,9 @@ def _prepare_folder(config: Config, run: Path, resume: bool) -> None:
             raise FileExistsError(f"{run} already holds a run: --resume goes on with it, --out FOLDER starts another")
         if file.read_text() != text:
             different = sorted(set(file.read_text().splitlines()) ^ set(text.splitlines()))
-            raise ValueError(f"cannot resume {run}: its config differs ({'; '.join(line.strip() for line in different)})")
+            raise ValueError(
+                f"cannot resume {run}: its config differs ({'; '.join(line.strip() for line in different)})"
+            )
     run.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:

@@ -41,14 +41,14 @@ def extract_features(
         batch_size: images encoded at once; the features do not depend on it.
         device: where `encode` wants its images.
         num_workers: processes that read and transform.
-        progress: show a bar.
+        progress: show a bar, on a terminal.
 
     Returns:
         Features (n, d), float32, on the CPU, row i for image i.
     """
     batches = DataLoader(_Transformed(dataset, transform), batch_size=batch_size, num_workers=num_workers)
     with _evaluating(encode):
-        shown = tqdm(batches, "Embedding", leave=False, disable=not progress)
+        shown = tqdm(batches, "Embedding", leave=False, disable=None if progress else True)
         return torch.cat([encode(images.to(device)).float().cpu() for images in shown])
 
 
