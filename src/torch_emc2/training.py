@@ -74,11 +74,15 @@ def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
 class ContrastiveModule(L.LightningModule):
     """Encoder and loss; the loss's memory of every sample is part of the checkpoint."""
 
+    skipped: Tensor
+
     def __init__(self, config: Config, channels: int, num_samples: int) -> None:
         super().__init__()
         self.config = config
         self.encoder = build_encoder(config.model, channels, config.data.augmentation.size)
         self.loss = build_loss(config, num_samples)
+        self.num_samples = num_samples
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # unreadable images met so far
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make dropout and its like a function of the place in training, so that a resumed run draws the same."""
@@ -95,15 +99,18 @@ class ContrastiveModule(L.LightningModule):
             if len(carried) and torch.equal(batch.carried_ids[place.clamp(max=len(carried) - 1)], ids):
                 return cast(Tensor, carried[place])
             views = self.trainer.datamodule.dataset.encode_inputs(batch.epoch, ids)  # type: ignore[attr-defined]
-            return cast(Tensor, self.encoder(views.to(batch.first)))
+            # Batch norm's statistics of a handful of images are no statistics: such go in the batch's company.
+            company = batch.first if self.config.model.norm == "batch" and len(ids) < size else batch.first[:0]
+            return cast(Tensor, self.encoder(torch.cat([views.to(batch.first), company]))[: len(ids)])
 
         loss: Tensor = self.loss(z1, z2, batch.index, encode)
         numbers = {"loss": loss.detach(), **self.loss.last}
         for name, value in numbers.items():
             self.log(name, value, prog_bar=name in ("loss", "acceptance", "carried_share"))
         self.log("lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
-        if batch.skipped:
-            self.log("skipped", float(batch.skipped), prog_bar=True, reduce_fx="sum")
+        if self.config.data.on_bad_image == "skip":
+            self.skipped += batch.skipped
+            self.log("skipped", self.skipped.float(), prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -113,7 +120,9 @@ class ContrastiveModule(L.LightningModule):
         optimizer = create_optimizer_v2(
             self.encoder, opt=name, lr=own.lr, weight_decay=own.weight_decay, momentum=own.momentum
         )
-        total = int(self.trainer.estimated_stepping_batches)
+        # Lightning's estimate would load the data before the steps of a resumed run are known, and so from the start.
+        batches = self.num_samples // (self.config.batch_size * self.trainer.world_size)
+        total = self.config.epochs * math.ceil(batches / self.config.accumulate)
         warmup = round(total * own.warmup_epochs / self.config.epochs)
 
         def factor(step: int) -> float:
@@ -251,7 +260,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
         default_root_dir=run,
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|dataloader is not resumable).*")
+        warnings.filterwarnings(
+            "ignore", ".*(does not have many workers|LeafSpec|dataloader is not resumable|exists and is not empty).*"
+        )
         try:
             trainer.fit(module, datamodule, ckpt_path=last if resume and last.exists() else None, weights_only=True)
         except SystemExit:  # what Lightning makes of Ctrl-C

@@ -1,0 +1,262 @@
+"""A run: that it goes on where it was stopped, bit for bit, and computes what it says."""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import timm.optim
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from torch_emc2 import training
+from torch_emc2.config import Config, LossName, OptimizerConfig, to_yaml
+from torch_emc2.losses import EMC2Loss
+from torch_emc2.training import ContrastiveData, ContrastiveModule, MetricsFile, train
+
+Weights = dict[str, Tensor]
+
+
+class Stop(Exception):  # noqa: N818
+    """An interruption."""
+
+
+class StopAfter(L.Callback):
+    """Interrupts a run once it has taken some steps: what is done after the last checkpoint is lost."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.steps:
+            raise Stop
+
+
+def interrupt(config: Config, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        original = training._checkpoints
+        patch.setattr(training, "_checkpoints", lambda *args: [*original(*args), StopAfter(steps)])
+        with pytest.raises(Stop):
+            train(config)
+
+
+def outcome(run: Path) -> tuple[Weights, Weights, Any, list[dict[str, str]]]:
+    """Weights, the loss's memory, and the metrics."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return (
+        load_file(run / "encoder.safetensors"),
+        load_file(run / "head.safetensors"),
+        {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("loss.")},
+        rows,
+    )
+
+
+def assert_same(got: Any, want: Any) -> None:
+    torch.testing.assert_close(got[:3], want[:3], rtol=0, atol=0)
+    assert got[3] == want[3]
+
+
+@pytest.mark.parametrize("loss", ["emc2", "infonce", "sogclr", "negative-cache"])
+def test_resumes_bit_for_bit_in_mid_epoch(loss: LossName, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Four batches an epoch: the checkpoint is of step 5, the stop after step 6, both in the second epoch.
+    tiny = replace(tiny, loss=loss, checkpoint_every_steps=5)
+    whole = outcome(train(replace(tiny, out=tiny.out + "-whole")))
+    interrupt(tiny, 6, monkeypatch)
+    assert_same(outcome(train(tiny, resume=True)), whole)
+
+
+@pytest.mark.parametrize(("every", "stop"), [(None, 4), (None, 6), (2, 2), (3, 3), (4, 7)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resumes_from_any_checkpoint(
+    every: int | None, stop: int, accumulate: int, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = replace(tiny, checkpoint_every_steps=every, accumulate=accumulate, epochs=2 * accumulate)
+    whole = outcome(train(replace(tiny, out=tiny.out + "-whole")))
+    interrupt(tiny, stop, monkeypatch)
+    assert_same(outcome(train(tiny, resume=True)), whole)
+
+
+def test_carried_policies_resume_too(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    for carry in ("cache", "encode_if_used"):
+        config = replace(
+            tiny, emc2=replace(tiny.emc2, carry=carry), checkpoint_every_steps=5, out=f"{tiny.out}-{carry}"
+        )
+        whole = outcome(train(replace(config, out=config.out + "-whole")))
+        interrupt(config, 6, monkeypatch)
+        assert_same(outcome(train(config, resume=True)), whole)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_killed_process_resumes_bit_for_bit(num_workers: int, tiny: Config, tmp_path: Path) -> None:
+    tiny = replace(tiny, epochs=4, checkpoint_every_steps=3, data=replace(tiny.data, num_workers=num_workers))
+    whole = outcome(train(replace(tiny, out=tiny.out + "-whole")))
+    config = tmp_path / "config.yaml"
+    config.write_text(to_yaml(tiny))
+    command = [sys.executable, "-m", "torch_emc2", "train", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    last = Path(tiny.out) / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    stopped_at = torch.load(last, weights_only=True)["global_step"]
+    assert stopped_at < 16
+    assert not (Path(tiny.out) / "encoder.safetensors").exists()
+    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+    assert_same(outcome(Path(tiny.out)), whole)
+
+
+def test_results_do_not_depend_on_workers(tiny: Config) -> None:
+    runs = [train(replace(tiny, data=replace(tiny.data, num_workers=n), out=f"{tiny.out}-{n}")) for n in (0, 2)]
+    assert_same(outcome(runs[0]), outcome(runs[1]))
+
+
+def test_resuming_a_finished_run_keeps_it(tiny: Config) -> None:
+    before = outcome(train(tiny))
+    assert_same(outcome(train(tiny, resume=True)), before)
+
+
+def test_two_runs_do_not_share_a_folder(tiny: Config) -> None:
+    run = train(tiny)
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        train(tiny)
+    with pytest.raises(ValueError, match=r"config differs.*temperature: 0\.3"):
+        train(replace(tiny, temperature=0.3), resume=True)
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_step_is_the_loss_of_both_views_and_the_carried(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, Tensor, Weights, Any]] = []
+    step = ContrastiveModule.training_step
+
+    def spy(module: ContrastiveModule, batch: Any, batch_idx: int) -> Tensor:
+        before = {name: value.clone() for name, value in module.encoder.state_dict().items()}
+        memory = module.loss.get_extra_state()
+        memory = {**memory, "chains": {name: table.clone() for name, table in memory["chains"].items()}}
+        loss = step(module, batch, batch_idx)
+        seen.append((batch, loss.detach(), before, memory))
+        return loss
+
+    monkeypatch.setattr(ContrastiveModule, "training_step", spy)
+    train(tiny)
+    batch, loss, weights, memory = seen[-1]
+    assert len(batch.carried) > 0
+    module = ContrastiveModule(tiny, 1, 66)
+    module.encoder.load_state_dict(weights)
+    module.loss.set_extra_state(memory)
+    z = module.encoder(torch.cat([batch.first, batch.second, batch.carried]))
+    size = len(batch.index)
+    carried = dict(zip(batch.carried_ids.tolist(), z[2 * size :], strict=True))
+    assert isinstance(module.loss, EMC2Loss)
+    expected = module.loss(
+        z[:size], z[size : 2 * size], batch.index, lambda ids: torch.stack([carried[i] for i in ids.tolist()])
+    )
+    torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=0)
+    # The images are those that the table named, each in its third view of this epoch.
+    named = memory["chains"]["ids"][batch.index]
+    assert batch.carried_ids.tolist() == sorted(set(named[named >= 0].tolist()))
+
+
+def test_learning_rate_warms_up_and_falls_by_half_a_cosine(tiny: Config) -> None:
+    run = train(replace(tiny, epochs=5, optimizer=OptimizerConfig(lr=0.01, warmup_epochs=1.5)))
+    with (run / "metrics.csv").open(newline="") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    warm = [0.01 * (step + 1) / 6 for step in range(6)]  # four batches an epoch
+    cosine = [0.005 * (1 + math.cos(math.pi * step / 14)) for step in range(14)]
+    assert rates == pytest.approx([*warm, *cosine], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("lars", timm.optim.Lars)],
+)
+def test_optimisers(name: Any, kind: type, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ContrastiveModule(replace(tiny, optimizer=OptimizerConfig(name, 0.1, 0.01, 0.8)), 1, 66)
+    module.trainer = type("Trainer", (), {"world_size": 1})()  # type: ignore[assignment]
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert type(optimizer) is kind
+    decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decayed) == len(list(module.encoder.parameters()))
+    assert all(decayed[id(p)] == (0.01 if p.ndim > 1 else 0) for p in module.encoder.parameters())
+    if name in ("sgd", "lars"):
+        assert all(group["momentum"] == 0.8 and not group["nesterov"] for group in optimizer.param_groups)
+
+
+def test_similarities_are_float32_under_bf16(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    weigh = EMC2Loss._weigh
+
+    def spy(self: EMC2Loss, pairs: Any, logits: Tensor, *args: Any) -> Any:
+        seen.append((pairs.rows.dtype, logits.dtype))
+        return weigh(self, pairs, logits, *args)
+
+    monkeypatch.setattr(EMC2Loss, "_weigh", spy)
+    run = train(replace(tiny, precision="bf16-mixed"))
+    assert set(seen) == {(torch.float32, torch.float32)}
+    assert all(math.isfinite(float(row["loss"])) for row in outcome(run)[3])
+
+
+def test_unreadable_images_are_skipped_and_counted(tiny: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(20):
+        pixels = torch.randint(256, (12, 12, 3), dtype=torch.uint8, generator=generator).numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    (folder / "7.png").write_bytes(b"no image")
+    data = replace(tiny.data, name=f"folder:{folder}", limit=None)
+    with pytest.raises(ValueError, match=r"7\.png"):
+        train(replace(tiny, data=data, batch_size=10))
+    run = train(replace(tiny, data=replace(data, on_bad_image="skip"), batch_size=10, out=tiny.out + "-skip"))
+    rows = outcome(run)[3]
+    assert [float(row["skipped"]) for row in (rows[1], rows[-1])] == [1, 2]  # once an epoch
+
+
+def test_metrics_file_widens_and_cuts(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.csv")
+    file.log_metrics({"loss": 1.0}, 0)
+    file.log_metrics({"loss": 2.0, "skipped": 1.0}, 1)
+    file.log_metrics({"loss": 3.0}, 2)
+    again = MetricsFile(tmp_path / "metrics.csv")
+    again.log_metrics({"loss": 4.0}, 1)
+    again.log_metrics({"loss": 5.0}, 2)
+    with (tmp_path / "metrics.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert rows == [
+        {"step": "0", "loss": "1", "skipped": ""},
+        {"step": "1", "loss": "4", "skipped": ""},
+        {"step": "2", "loss": "5", "skipped": ""},
+    ]
+
+
+def test_data_is_placed_after_the_steps_taken(tiny: Config) -> None:
+    images = training.open_dataset("digits", "train", Path("data"), limit=66)
+    data = ContrastiveData(replace(tiny, accumulate=2), images, None)
+
+    def batches_after(steps: int) -> list[list[int]]:
+        strategy = type("Strategy", (), {"root_device": torch.device("cpu")})()
+        names = {"global_step": steps, "global_rank": 0, "world_size": 1, "strategy": strategy}
+        data.trainer = type("Trainer", (), names)()  # type: ignore[assignment]
+        return [batch.index.tolist() for batch in data.train_dataloader()]
+
+    first, second = batches_after(0), batches_after(2)  # two steps of two batches are an epoch
+    assert len(first) == len(second) == 4
+    assert first != second
+    assert batches_after(1) == first[2:]
+    assert batches_after(3) == second[2:]
