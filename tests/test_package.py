@@ -18,9 +18,10 @@ ROOT = Path(__file__).parent.parent
 def test_import_needs_torch_alone() -> None:
     code = """
 import sys
+REFUSED = {"numba", "torchvision", "timm", "lightning", "sklearn", "jsonargparse", "matplotlib", "PIL"}
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"numba", "torchvision", "timm", "lightning", "sklearn", "jsonargparse", "matplotlib", "PIL"}:
+        if name.split(".")[0] in REFUSED:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 import torch, torch_emc2

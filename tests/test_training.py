@@ -27,7 +27,7 @@ from torch_emc2.training import ContrastiveData, ContrastiveModule, MetricsFile,
 Weights = dict[str, Tensor]
 
 
-class Stop(Exception):  # noqa: N818
+class Stop(Exception):
     """An interruption."""
 
 

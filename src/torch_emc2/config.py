@@ -117,7 +117,7 @@ class Config:
         accumulate: batches whose gradients are averaged in one step of the optimiser.
         checkpoint_every_epochs: a checkpoint is kept each so many epochs, besides the last.
         checkpoint_every_steps: renew the last checkpoint each so many steps, by default at the end of an epoch only.
-        log_every_steps: rows of metrics.csv.
+        log_every_steps: steps from one row of metrics.csv to the next; at least one row an epoch.
         probe: the linear probe that evaluates: logistic (L-BFGS, L2 chosen on held-out training images) or sgd (the
             paper's).
         out: folder of the run.

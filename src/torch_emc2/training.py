@@ -84,6 +84,11 @@ class ContrastiveModule(L.LightningModule):
         self.num_samples = num_samples
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # unreadable images met so far
 
+    def steps_per_epoch(self, world_size: int = 1) -> int:
+        """Count the optimiser's steps in an epoch."""
+        batches = self.num_samples // (self.config.batch_size * world_size)
+        return max(1, math.ceil(batches / self.config.accumulate))
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make dropout and its like a function of the place in training, so that a resumed run draws the same."""
         torch.manual_seed(mix_seed(self.config.seed, self.current_epoch, batch_idx, self.global_rank))
@@ -121,8 +126,7 @@ class ContrastiveModule(L.LightningModule):
             self.encoder, opt=name, lr=own.lr, weight_decay=own.weight_decay, momentum=own.momentum
         )
         # Lightning's estimate would load the data before the steps of a resumed run are known, and so from the start.
-        batches = self.num_samples // (self.config.batch_size * self.trainer.world_size)
-        total = self.config.epochs * math.ceil(batches / self.config.accumulate)
+        total = self.config.epochs * self.steps_per_epoch(self.trainer.world_size)
         warmup = round(total * own.warmup_epochs / self.config.epochs)
 
         def factor(step: int) -> float:
@@ -252,7 +256,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
         precision=config.precision,
         accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.optimizer.clip,
-        log_every_n_steps=config.log_every_steps,
+        log_every_n_steps=min(config.log_every_steps, module.steps_per_epoch()),
         logger=[MetricsFile(run / "metrics.csv"), TensorBoardLogger(run, name="", version="tensorboard")],
         callbacks=[*_checkpoints(config, last.parent), _ProgressBar(refresh_rate=10 if sys.stdout.isatty() else 10**9)],
         use_distributed_sampler=False,  # the sampler knows its rank

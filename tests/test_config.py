@@ -1,0 +1,80 @@
+"""Presets, files and overrides: what is read is what was written, and nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from torch_emc2.config import Config, presets, read_config, to_yaml
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_go_through_yaml(name: str, tmp_path: Path) -> None:
+    config = read_config(name)
+    (tmp_path / "copy.yaml").write_text(to_yaml(config))
+    assert read_config(str(tmp_path / "copy.yaml")) == config
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    assert read_config(str(tmp_path / "empty.yaml")) == Config()
+
+
+def test_overrides_reach_every_depth() -> None:
+    words = "--loss infonce --temperature 0.3 --data.augmentation.size 32 --emc2.num_chains 4 --optimizer.clip 1.5"
+    config = read_config("quickstart", words.split())
+    assert (config.loss, config.temperature, config.emc2.num_chains, config.optimizer.clip) == ("infonce", 0.3, 4, 1.5)
+    assert config.data.augmentation.size == 32
+    assert config.data.augmentation.crop_scale == (0.5, 1.0)  # the preset's
+
+
+def test_the_papers_settings() -> None:
+    stl10, imagenet = read_config("stl10-b32"), read_config("imagenet100")
+    assert read_config("stl10-b256").batch_size == 256
+    assert (stl10.batch_size, stl10.epochs, stl10.optimizer.warmup_epochs) == (32, 100, 10)
+    assert 1 / stl10.temperature == pytest.approx(14.28, abs=0.01)
+    assert (stl10.optimizer.name, stl10.optimizer.lr, stl10.optimizer.weight_decay) == ("adam", 1e-4, 1e-4)
+    model = stl10.model
+    assert (model.backbone, model.norm, model.hidden_dim, model.out_dim) == ("resnet18", "none", 512, 512)
+    assert (model.feature, stl10.probe) == ("hidden", "sgd")
+    assert (stl10.emc2.burn_in, stl10.sogclr.gamma, stl10.negative_cache.refresh_fraction) == (0.5, 0.9, 0.01024)
+    assert stl10.data.augmentation.jitter == (0.8, 0.8, 0.8, 0.2)
+    assert (imagenet.batch_size, imagenet.epochs, imagenet.optimizer.warmup_epochs) == (256, 800, 10)
+    own = imagenet.optimizer
+    assert (own.name, own.lr, own.weight_decay, own.momentum) == ("lars", 1.2, 1e-6, 0.9)
+    model = imagenet.model
+    assert (model.backbone, model.norm, model.hidden_dim, model.hidden_layers) == ("resnet50", "none", 2048, 1)
+    assert (model.out_dim, imagenet.data.augmentation.jitter) == (128, (0.4, 0.4, 0.2, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lss: infonce", "lss"),
+        ("emc2: {burnin: 0.2}", "burnin"),
+        ("loss: simclr", "loss"),
+        ("seed: many", "seed"),
+        ("batch_size: 1", "batch_size must be at least 2, got 1"),
+        ("epochs: 0", "epochs must be positive, got 0"),
+        ("data: {augmentation: {size: 28, flip: 2}}", "flip"),
+        ("data: !!python/object/apply:os.system ['touch hacked']", "python"),
+        ("data: [1, 2", ""),
+    ],
+)
+def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_config("wrong.yaml")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("words", [["--lss", "infonce"], ["--loss", "simclr"], ["--data.limt", "3"], ["--epochs"]])
+def test_wrong_words_are_refused(words: list[str]) -> None:
+    with pytest.raises(ValueError, match=words[0].strip("-")):
+        read_config("quickstart", words)
+
+
+def test_an_unknown_preset_is_named_with_the_known() -> None:
+    with pytest.raises(ValueError, match="'fashion' is neither a preset .*fashion-mnist.* nor a YAML file"):
+        read_config("fashion")

@@ -1,0 +1,107 @@
+"""What a finished run is used for, against the same done by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from torch_emc2.config import Config
+from torch_emc2.data import BadImageError, DataError, decode_image, evaluation_transform, open_dataset
+from torch_emc2.evaluation import knn_accuracy, linear_probe
+from torch_emc2.models import load_encoder
+from torch_emc2.runs import compare_with_baselines, draw, embed_folder, evaluate_run
+from torch_emc2.training import train
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("b.png", "a.jpg", "deep/ü.png"):
+        pixels = torch.randint(256, (20, 14, 3), dtype=torch.uint8, generator=generator).numpy()
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def test_evaluation_is_that_of_the_features(tiny: Config) -> None:
+    run = train(tiny)
+    metrics = evaluate_run(run)
+    assert json.loads((run / "evaluation.json").read_text()) == metrics
+    encoder, transform = load_encoder(run).eval(), evaluation_transform(8)
+    parts = []
+    for split in ("probe", "test"):
+        images = open_dataset("digits", split, Path("data"))  # type: ignore[arg-type]
+        with torch.no_grad():
+            x = encoder.features(torch.stack([transform(images.image(i)) for i in range(len(images))]))
+        assert images.labels is not None
+        parts += [x, images.labels]
+    assert metrics["probe"] == pytest.approx(linear_probe(*parts).accuracy, abs=0.005)
+    for metric in ("euclidean", "cosine"):
+        by_hand = knn_accuracy(*parts, ks=(1, 10), metric=metric)  # type: ignore[arg-type]
+        assert [metrics[f"knn{k}_{metric}"] for k in (1, 10)] == pytest.approx(list(by_hand.values()), abs=0.005)
+
+
+def test_the_untrained_encoder_is_the_one_the_run_started_from(tiny: Config) -> None:
+    frozen = replace(tiny, optimizer=replace(tiny.optimizer, lr=0.0, weight_decay=0.0), epochs=1)
+    frozen = replace(frozen, model=replace(frozen.model, norm="group"))  # batch norm would move its statistics
+    results = compare_with_baselines(train(frozen))
+    assert results["trained"] == results["untrained"]
+    assert results["raw pixels"] != results["untrained"]
+
+
+def test_embeddings_are_the_features_of_the_images(tiny: Config, photos: Path) -> None:
+    run, out = train(tiny), photos.parent / "out.parquet"
+    assert embed_folder(run, photos, out) == (3, 0)
+    table = pq.read_table(out)
+    paths = table["path"].to_pylist()
+    assert paths == sorted(str(photos / name) for name in ("a.jpg", "b.png", "deep/ü.png"))
+    encoder, transform = load_encoder(run).eval(), evaluation_transform(8)
+    for path, embedding in zip(paths, table["embedding"].to_pylist(), strict=True):
+        red, green, blue = decode_image(path).float()
+        grey = (0.299 * red + 0.587 * green + 0.114 * blue).round().to(torch.uint8)[None]
+        with torch.no_grad():
+            expected = encoder.features(transform(grey)[None])[0]
+        torch.testing.assert_close(torch.tensor(embedding), expected, rtol=0.02, atol=0.02)
+
+
+def test_unreadable_images_stop_or_are_counted_and_no_half_file_stays(tiny: Config, photos: Path) -> None:
+    run, out = train(tiny), photos.parent / "out.parquet"
+    (photos / "bad.png").write_bytes(b"")
+    with pytest.raises(BadImageError, match=r"bad\.png"):
+        embed_folder(run, photos, out)
+    assert list(photos.parent.glob("*out.parquet*")) == []
+    assert embed_folder(run, photos, out, on_bad_image="skip") == (3, 1)
+    assert len(pq.read_table(out)) == 3
+
+
+def test_there_must_be_images_a_run_and_labels(tiny: Config, photos: Path) -> None:
+    empty = photos.parent / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match=r"not a run's folder: it has no config\.yaml"):
+        evaluate_run(empty)
+    (empty / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match="is not finished: emc2 train"):
+        evaluate_run(empty)
+    run = train(tiny)
+    (photos.parent / "none").mkdir()
+    with pytest.raises(DataError, match="no images below"):
+        embed_folder(run, photos.parent / "none", photos.parent / "out.parquet")
+    flat = photos / "deep" / "flat"
+    flat.mkdir()
+    for name in "ab":
+        Image.new("RGB", (9, 9)).save(flat / f"{name}.png")
+    unlabelled = replace(tiny, data=replace(tiny.data, name=f"folder:{flat}"), batch_size=2, out=tiny.out + "-flat")
+    with pytest.raises(DataError, match="no labels to evaluate with"):
+        evaluate_run(train(unlabelled))
+
+
+def test_pictures_are_drawn(tiny: Config) -> None:
+    for picture in draw(train(tiny), queries=3, neighbours=2):
+        width, height = Image.open(picture).size
+        assert width > 200
+        assert height > 200
