@@ -12,7 +12,18 @@ import pytest
 from torch_emc2.cli import main
 from torch_emc2.config import Config, presets, to_yaml
 
-TINY = "--data.augmentation.size 8 --data.limit 66 --batch_size 16 --epochs 1 --accelerator cpu".split()
+TINY = [
+    "--data.augmentation.size",
+    "8",
+    "--data.limit",
+    "66",
+    "--batch_size",
+    "16",
+    "--epochs",
+    "1",
+    "--accelerator",
+    "cpu",
+]
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])

@@ -76,5 +76,5 @@ def test_wrong_words_are_refused(words: list[str]) -> None:
 
 
 def test_an_unknown_preset_is_named_with_the_known() -> None:
-    with pytest.raises(ValueError, match="'fashion' is neither a preset .*fashion-mnist.* nor a YAML file"):
+    with pytest.raises(ValueError, match=r"'fashion' is neither a preset .*fashion-mnist.* nor a YAML file"):
         read_config("fashion")
