@@ -49,6 +49,10 @@ def main() -> None:
         "EMC², a chain a sample, encode": (emc2(m, carry="encode"), "sample"),
         "EMC², a chain a sample, cache": (emc2(m, carry="cache"), "sample"),
         "EMC², a chain a sample, drop": (emc2(m, carry="drop"), "sample"),
+        "EMC², isir, a chain a view": (emc2(2 * m, carry="encode", kernel="isir"), "view"),
+        "EMC², isir, a chain a view, cache": (emc2(2 * m, carry="cache", kernel="isir"), "view"),
+        "EMC², isir, a chain a view, both views carried": (emc2(2 * m, carry="encode", kernel="isir"), "both"),
+        "EMC², isir, the same, 4 chains": (emc2(2 * m, carry="encode", kernel="isir", num_chains=4), "both"),
     }
     print(f"torch {torch.__version__}; {args.runs} runs of {args.epochs} epochs after 20 of mixing")
     for batch_size in args.batch_sizes:

@@ -104,14 +104,23 @@ def test_an_interrupt_ends_with_a_line_how_to_go_on(tiny: Config, tmp_path: Path
     tiny.epochs, tiny.checkpoint_every_steps = 500, 1
     (tmp_path / "long.yaml").write_text(to_yaml(tiny))
     command = [sys.executable, "-m", "torch_emc2", "train", str(tmp_path / "long.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (Path(tiny.out) / "checkpoints" / "last.ckpt").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell's children ignore it
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (Path(tiny.out) / "checkpoints" / "last.ckpt").exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            os.kill(process.pid, signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert err.strip().splitlines()[-1].startswith("emc2: interrupted; emc2 train")
     assert "Traceback" not in err

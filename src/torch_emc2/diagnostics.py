@@ -17,6 +17,9 @@ from torch_emc2.losses import ContrastiveLoss
 __all__ = ["GradientError", "clustered_embeddings", "gradient_error"]
 
 
+IdsOf = Literal["sample", "view", "both"]
+
+
 class GradientError(NamedTuple):
     """Errors of an estimator's gradient, relative to the squared norm of the exact one.
 
@@ -37,7 +40,7 @@ def gradient_error(
     z: Tensor,
     batch_size: int,
     *,
-    ids: Literal["sample", "view"] = "view",
+    ids: IdsOf = "view",
     epochs: int = 100,
     mixing_epochs: int = 20,
     runs: int = 4,
@@ -48,7 +51,8 @@ def gradient_error(
         make_loss: a fresh loss for a seed.
         z: (m, 2, d) embeddings.
         batch_size: samples a batch; each epoch is a random order, what does not fill a batch is left out.
-        ids: ``"sample"`` gives the loss an ``index`` (b,), ``"view"`` one of (b, 2): ids 2 · sample + view.
+        ids: ``"sample"`` gives the loss an ``index`` (b,); ``"view"`` one of (b, 2), ids 2 · sample + view; ``"both"`` as
+            well, and ``encode`` returns both views of an id's sample.
         epochs: averaged in each run, after ``mixing_epochs`` that let chains and averages settle.
         runs: independent in their batches and in their loss's seed; at least 2.
     """
@@ -100,7 +104,7 @@ def _exact_gradient(z: Tensor, temperature: float) -> Tensor:
 
 
 def _epoch_gradients(
-    loss_fn: ContrastiveLoss, z: Tensor, batch_size: int, ids: Literal["sample", "view"], epochs: int, seed: int
+    loss_fn: ContrastiveLoss, z: Tensor, batch_size: int, ids: IdsOf, epochs: int, seed: int
 ) -> Iterator[Tensor]:
     """Yield the mean over each epoch's batches of the gradient (m, 2, d)."""
     generator = torch.Generator().manual_seed(seed)
@@ -108,16 +112,18 @@ def _epoch_gradients(
     batches = len(z) // batch_size
 
     def encode(carried: Tensor) -> Tensor:
+        if ids == "both":
+            return z[carried // 2]
+        if ids == "view":
+            return z[carried // 2, carried % 2]
         # A sample's id stands for any of its views: one is drawn, as an augmentation would.
-        if ids == "sample":
-            return z[carried, torch.randint(2, carried.shape, generator=generator)]
-        return z[carried // 2, carried % 2]
+        return z[carried, torch.randint(2, carried.shape, generator=generator)]
 
     for _ in range(epochs):
         order = torch.randperm(len(z), generator=generator)[: batches * batch_size]
         z.grad = None
         for index in torch.split(order, batch_size):
-            given = torch.stack([2 * index, 2 * index + 1], 1) if ids == "view" else index
+            given = index if ids == "sample" else torch.stack([2 * index, 2 * index + 1], 1)
             loss_fn(z[index, 0], z[index, 1], given, encode=encode).backward()
         assert z.grad is not None
         yield z.grad / batches

@@ -70,7 +70,7 @@ def compare_with_baselines(run: Path) -> dict[str, Metrics]:
     }
 
 
-def draw(run: Path, *, queries: int = 8, neighbours: int = 8) -> list[Path]:
+def draw(run: Path, *, queries: int = 5, neighbours: int = 8) -> list[Path]:
     """Draw the training curves, and random test images with the training images nearest by the cosine of features."""
     config, encoder = _load(run)
     curves, grid = run / "curves.png", run / "neighbours.png"

@@ -25,6 +25,8 @@ MAKERS: dict[str, Callable[[], ContrastiveLoss]] = {
     "emc2-encode": lambda: EMC2Loss(M, 0.1, burn_in=0.1, carry="encode", num_chains=2),
     "emc2-if-used": lambda: EMC2Loss(M, 0.1, burn_in=0.1, carry="encode_if_used"),
     "emc2-cache": lambda: EMC2Loss(M, 0.1, burn_in=0.1, carry="cache"),
+    "emc2-isir": lambda: EMC2Loss(M, 0.1, carry="encode", kernel="isir", num_chains=2),
+    "emc2-isir-cache": lambda: EMC2Loss(M, 0.1, kernel="isir"),
     "emc2-drop": lambda: EMC2Loss(M, 0.1, burn_in=0.1, carry="drop"),
 }
 STATEFUL = [name for name in MAKERS if name not in ("infonce", "dcl")]

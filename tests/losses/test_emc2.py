@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_emc2 import EMC2Loss
-from torch_emc2.losses.emc2 import Carry
+from torch_emc2.losses.emc2 import Carry, Kernel
 from torch_emc2.losses.noise import exponential_noise
 from torch_emc2.pairs import make_pairs
 from torch_emc2.seeds import mix_seed
@@ -135,24 +135,69 @@ def test_equals_the_slow_version(carry: str, num_chains: int, own_chains: bool, 
     assert int((ids >= 0).sum()) == len(slow.chains)
 
 
+@pytest.mark.parametrize("own_chains", [False, True])
+@pytest.mark.parametrize("kernel", ["metropolis", "isir"])
 @pytest.mark.parametrize("carry", POLICIES)
-def test_shares_of_a_row_sum_to_one(carry: Carry, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    loss_fn = EMC2Loss(M, 0.1, burn_in=0.3, num_chains=2, carry=carry)
+def test_shares_of_a_row_sum_to_one(
+    carry: Carry, kernel: Kernel, own_chains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss_fn = EMC2Loss(2 * M, 0.1, burn_in=0.3, num_chains=2, carry=carry, kernel=kernel)
     shares = []
-    walk = loss_fn._walk
+    name = "_walk" if kernel == "metropolis" else "_resample"
+    move = getattr(loss_fn, name)
 
     def spy(*args: Any) -> Any:
-        result = walk(*args)
+        result = move(*args)
         shares.append([tensor.clone() for tensor in result[:2]])
         return result
 
-    monkeypatch.setattr(loss_fn, "_walk", spy)
-    for _ in range(10):
-        loss_fn(*torch.randn(2, B, D), torch.randperm(M)[:B], encode=lambda ids: torch.randn(len(ids), D))
+    monkeypatch.setattr(loss_fn, name, spy)
+    for z1, z2, index in batches(10, own_chains, seed=0):
+        loss_fn(z1, z2, index, encode=lambda ids: torch.randn(len(ids), D, dtype=torch.float64))
     for in_batch, at_carried in shares:
-        torch.testing.assert_close(in_batch.sum(1) + at_carried.mean(1), torch.ones(2 * B))
+        torch.testing.assert_close(in_batch.sum(1) + at_carried.sum(2).mean(1), torch.ones(2 * B, dtype=torch.float64))
         assert (in_batch[torch.eye(B).repeat(2, 2).bool()] == 0).all()
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("num_chains", [1, 3])
+def test_isir_weighs_batch_and_carried_by_their_softmax(num_chains: int, views: int) -> None:
+    table = torch.randn(M, 2, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss_fn = EMC2Loss(2 * M, 0.3, num_chains=num_chains, carry="encode", kernel="isir")
+    met = 0
+    for z1, z2, index in batches(12, own_chains=True, seed=2):
+        before = loss_fn.chains.ids.data.clone()
+        a, b, rows = (tensor.clone().requires_grad_() for tensor in (z1, z2, table))
+
+        def encode(ids: Tensor, rows: Tensor = rows) -> Tensor:
+            return rows[ids // 2] if views == 2 else rows[ids // 2, ids % 2]
+
+        got = torch.autograd.grad(loss_fn(a, b, index, encode=encode), (a, b, rows), materialize_grads=True)
+        columns, ids = F.normalize(torch.cat([a, b]), dim=1), index.T.flatten().tolist()
+        total = torch.zeros((), dtype=torch.float64)
+        for row in range(2 * B):
+            negatives = [columns[j] for j in range(2 * B) if j % B != row % B]
+            total = total - columns[row] @ columns[(row + B) % (2 * B)] / 0.3
+            for carried in before[ids[row]].tolist():
+                candidates = list(negatives)
+                if carried >= 0 and carried not in ids:
+                    met += 1
+                    both = [rows[carried // 2, v] for v in range(2)]
+                    candidates += [F.normalize(z, dim=0) for z in (both if views == 2 else [both[carried % 2]])]
+                logits = torch.stack([columns[row] @ z for z in candidates]) / 0.3
+                total = total + logits.detach().softmax(0) @ logits / num_chains
+        want = torch.autograd.grad(total / (2 * B), (a, b, rows), materialize_grads=True)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+    assert met > 20
+
+
+def test_metropolis_carries_one_view() -> None:
+    loss_fn = EMC2Loss(M, carry="encode")
+    z1, z2, index = batches(1, own_chains=False, seed=0)[0]
+    rows = torch.randn(M, 2, D, dtype=torch.float64)
+    loss_fn(z1, z2, index, encode=rows.__getitem__)
+    with pytest.raises(ValueError, match='encode gave 2 views an id: kernel="metropolis" carries one'):
+        loss_fn(z1, z2, index, encode=rows.__getitem__)
 
 
 def test_growing_table_equals_a_fixed_one() -> None:

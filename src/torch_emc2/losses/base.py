@@ -188,7 +188,7 @@ def _weighted_sum(pairs: Pairs, weights: Weights) -> Tensor:
 
 
 def _checked(encode: Encode, z: Tensor) -> Encode:
-    """Run a caller's ``encode`` under the caller's autocast and gradient modes, and return finite unit vectors."""
+    """Run a caller's ``encode`` under the caller's autocast and gradient modes; finite unit vectors (k · views, d)."""
     device, grad = z.device.type, torch.is_grad_enabled()
     autocast, autocast_dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
@@ -196,15 +196,15 @@ def _checked(encode: Encode, z: Tensor) -> Encode:
         with torch.set_grad_enabled(grad):
             with torch.autocast(device, dtype=autocast_dtype, enabled=autocast):
                 embeddings = encode(ids)
-            if embeddings.shape != (len(ids), z.shape[1]):
-                expected = len(ids), z.shape[1]
+            expected = len(ids), z.shape[1]
+            if embeddings.ndim not in (2, 3) or (embeddings.shape[0], embeddings.shape[-1]) != expected:
                 raise ValueError(f"encode must return {expected} for {len(ids)} ids, got {tuple(embeddings.shape)}")
             embeddings = embeddings.to(torch.promote_types(z.dtype, torch.float32))
-            finite = embeddings.detach().sum(1).isfinite()
+            finite = embeddings.detach().flatten(1).sum(1).isfinite()
             if not finite.all():
                 raise ValueError(
                     f"encode({int(ids[~finite][0])}) is not finite: no state changed; check the encoder's output"
                 )
-            return F.normalize(embeddings, dim=1)
+            return F.normalize(embeddings.reshape(-1, z.shape[1]), dim=1)
 
     return encode_unit

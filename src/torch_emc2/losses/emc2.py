@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from torch_emc2.chains import EMPTY, ChainTable
+from torch_emc2.isir import resample
 from torch_emc2.losses.base import Carried, Encode, StatefulLoss, Weights
 from torch_emc2.losses.noise import exponential_noise
 from torch_emc2.metropolis import walk
 from torch_emc2.pairs import Pairs
 from torch_emc2.tables import SampleTable
 
-__all__ = ["Carry", "EMC2Loss"]
+__all__ = ["Carry", "EMC2Loss", "Kernel"]
 
 Carry = Literal["encode", "encode_if_used", "cache", "drop"]
+Kernel = Literal["metropolis", "isir"]
 
 
 class EMC2Loss(StatefulLoss):
@@ -41,6 +43,10 @@ class EMC2Loss(StatefulLoss):
             ``"cache"``: the loss keeps every sample's last embedding, O(num_samples · d) memory; it gets no gradient
             itself.
             ``"drop"``: nobody; its term is left out and the estimate is biased.
+        kernel: how a chain moves. ``"metropolis"`` is the paper's. ``"isir"`` chooses among the batch and the carried
+            negative by their softmax, which are its weights too: no burn-in, less variance, and exact in the long run
+            although batches are drawn without replacement. There ``encode(ids)`` may return (k, views, d), all views of
+            the ids' samples, which are then carried together.
         seed: of the chains' noise, which is a function of (seed, number of the call).
 
     Notes:
@@ -62,6 +68,7 @@ class EMC2Loss(StatefulLoss):
         burn_in: float = 0.5,
         num_chains: int = 1,
         carry: Carry = "cache",
+        kernel: Kernel = "metropolis",
         seed: int = 0,
     ) -> None:
         super().__init__(num_samples, temperature)
@@ -71,9 +78,12 @@ class EMC2Loss(StatefulLoss):
             raise ValueError(f"num_chains must be at least 1, got {num_chains}")
         if carry not in get_args(Carry):
             raise ValueError(f"carry must be one of {', '.join(get_args(Carry))}; got {carry!r}")
+        if kernel not in get_args(Kernel):
+            raise ValueError(f"kernel must be one of {', '.join(get_args(Kernel))}; got {kernel!r}")
         self.burn_in = burn_in
         self.num_chains = num_chains
         self.carry = carry
+        self.kernel = kernel
         self.seed = seed
         self.chains = ChainTable(num_samples, num_chains)
         self._calls = 0
@@ -87,56 +97,91 @@ class EMC2Loss(StatefulLoss):
             raise ValueError(
                 f'carry="{self.carry}" needs encode: loss(z1, z2, index, encode=fn) with fn(ids) -> (k, d)'
             )
-        carried, score = self.chains.read(pairs.row_ids)  # (rows, chains)
+        carried, stored = self.chains.read(pairs.row_ids)  # (rows, chains)
         embedded = None
         if self.carry == "encode":
             embedded = _encode(carried, carried != EMPTY, encode)
         elif self.carry == "cache":
             embedded = self._recall(carried, pairs)
+        score = stored.to(logits.dtype)[:, :, None]  # (rows, chains, carried views)
         if embedded is not None:  # the entry score is fresh
             embeddings, place = embedded
-            fresh = (pairs.rows[:, None] * embeddings[place]).sum(2).div_(self.temperature)
-            score = fresh.masked_fill_(carried == EMPTY, -torch.inf)
+            fresh = (pairs.rows[:, None, None] * embeddings[place]).sum(3).div_(self.temperature)
+            score = fresh.masked_fill_(carried[:, :, None] == EMPTY, -torch.inf)
 
-        in_batch, at_carried, end, end_score = self._walk(pairs, logits, score.to(logits.dtype))
+        move = self._walk if self.kernel == "metropolis" else self._resample
+        in_batch, at_carried, end, end_score = move(pairs, logits, log_mass, carried, score)
 
         if self.carry == "encode_if_used":
-            embedded = _encode(carried, at_carried > 0, encode)
+            embedded = _encode(carried, at_carried.sum(2) > 0, encode)
         if self.training:
             self._remember(pairs, carried, end, end_score)
-        self.last["carried_share"] = at_carried.mean()
-        weight = at_carried.div_(self.num_chains)
-        return Weights(in_batch, carried=None if embedded is None else Carried(*embedded, weight))
+        self.last["carried_share"] = at_carried.sum(2).mean()
+        if embedded is None:
+            return Weights(in_batch)
+        embeddings, place = embedded
+        weight = at_carried.expand_as(place).flatten(1) / self.num_chains
+        return Weights(in_batch, carried=Carried(embeddings, place.flatten(1), weight))
 
-    def _walk(self, pairs: Pairs, logits: Tensor, carried_score: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _walk(
+        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, carried: Tensor, carried_score: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Walk all chains over the batch: where views share a chain one view after the other, else all at once.
 
         Returns, with a row's steps after burn-in as the whole, the share of each column (rows, columns), mean over its
-        chains, and the share of the carried negative (rows, chains); and for each chain (local or rows, chains) the
+        chains, and the share of the carried negative (rows, chains, 1); and for each chain (local or rows, chains) the
         column at which it ends, -1 for the carried negative, and its log score.
         """
+        if carried_score.shape[2] != 1:
+            raise ValueError(f'encode gave {carried_score.shape[2]} views an id: kernel="metropolis" carries one')
         assert pairs.index is not None
         walks = 2 if pairs.index.ndim == 1 else 1
         burnt = int(self.burn_in * pairs.num_negatives)
         counted = _counted(pairs.start, pairs.local, pairs.size, burnt, logits.device)
         noise = exponential_noise(pairs, (self.num_chains, logits.shape[1]), self.seed, self._calls)
         noise = noise.flatten(0, 1)
-        done = walk(*(rows.view(walks, -1, *rows.shape[1:]) for rows in (logits, carried_score, noise, counted)))
+        done = walk(
+            *(rows.view(walks, -1, *rows.shape[1:]) for rows in (logits, carried_score[:, :, 0], noise, counted))
+        )
         self.last["acceptance"] = done.accepted.float().mean() / (walks * pairs.num_negatives)
         num_counted = pairs.num_negatives - burnt
         return (
             done.steps.flatten(0, 1).div_(num_counted * self.num_chains),
-            done.carried_steps.flatten(0, 1).div_(num_counted),
+            done.carried_steps.flatten(0, 1).div_(num_counted)[:, :, None],
             done.state,
             done.score,
         )
 
+    def _resample(
+        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, carried: Tensor, carried_score: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Choose among the batch and the carried negative, one view after the other if they share a chain; as `_walk`."""
+        assert pairs.index is not None
+        walks = 2 if pairs.index.ndim == 1 else 1
+        present = torch.isin(carried, pairs.column_ids)[:, :, None]  # in the batch already: not to be counted twice
+        views = carried_score.masked_fill(present, -torch.inf)
+        score = views.logsumexp(2).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        uniform = exponential_noise(pairs, (self.num_chains,), self.seed, self._calls).neg_().exp_()
+        by_walk = [tensor.view(walks, -1, tensor.shape[-1]) for tensor in (logits, score, uniform)]
+
+        weights, carried_weights = [], []
+        at = torch.full_like(by_walk[1][0], -1, dtype=torch.int64)
+        for x, carried_x, u in zip(*by_walk, strict=True):
+            done = resample(x, carried_x.masked_fill(at >= 0, -torch.inf), u)
+            weights.append(done.weights)
+            carried_weights.append(done.carried_weights)
+            at = torch.where(done.state < 0, at, done.state)
+        end_score = torch.where(at < 0, by_walk[1][-1], by_walk[0][-1].gather(1, at.clamp(min=0)))
+        self.last["acceptance"] = 1 - torch.stack(carried_weights).mean()
+        share_of_view = (views - score[:, :, None]).exp().nan_to_num(nan=0.0)
+        return torch.cat(weights), torch.cat(carried_weights)[:, :, None] * share_of_view, at, end_score
+
     def _recall(self, carried: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Look up the cached embeddings (rows · chains, d) of carried negatives, and their places (rows, chains)."""
+        """Look up the cached embeddings (rows · chains, d) of carried negatives, and their places (rows, chains, 1)."""
         if self._embeddings is None:
             self._embeddings = SampleTable(self.num_samples, (pairs.rows.shape[1],), torch.float32, 0.0)
         embeddings = self._embeddings.read(carried.flatten().clamp(min=0)).to(pairs.rows.dtype)
-        return embeddings, torch.arange(carried.numel(), device=carried.device).view_as(carried)
+        return embeddings, torch.arange(carried.numel(), device=carried.device).view(*carried.shape, 1)
 
     def _remember(self, pairs: Pairs, carried: Tensor, end: Tensor, end_score: Tensor) -> None:
         """Write back where the chains ended. Last of all, so that a call that fails changes nothing."""
@@ -164,12 +209,15 @@ class EMC2Loss(StatefulLoss):
 
 
 def _encode(carried: Tensor, wanted: Tensor, encode: Encode | None) -> tuple[Tensor, Tensor] | None:
-    """Encode each wanted id of (rows, chains) once: embeddings (k, d) and their places (rows, chains)."""
+    """Encode each wanted id of (rows, chains) once: embeddings (k · views, d), their places (rows, chains, views)."""
     ids, place = torch.unique(carried[wanted], return_inverse=True)
     if len(ids) == 0:
         return None
     assert encode is not None
-    return encode(ids), torch.zeros_like(carried).masked_scatter_(wanted, place)
+    embeddings = encode(ids)
+    views = len(embeddings) // len(ids)
+    place = torch.zeros_like(carried).masked_scatter_(wanted, place)
+    return embeddings, place[:, :, None] * views + torch.arange(views, device=place.device)
 
 
 @lru_cache(maxsize=8)
