@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from torch_emc2.data import Augmentation
-from torch_emc2.losses.emc2 import Carry
+from torch_emc2.losses.emc2 import Carry, Kernel
 from torch_emc2.models import ModelConfig
 
 __all__ = ["Config", "DataConfig", "LossName", "config_parser", "presets", "read_config", "to_yaml"]
@@ -51,11 +51,13 @@ class EMC2Config:
         burn_in: share of a visit's steps that are not counted.
         num_chains: chains a sample.
         carry: who supplies the carried negative's embedding.
+        kernel: how a chain moves.
     """
 
     burn_in: float = 0.5
     num_chains: int = 1
     carry: Carry = "encode"
+    kernel: Kernel = "metropolis"
 
 
 @dataclass

@@ -51,8 +51,8 @@ def gradient_error(
         make_loss: a fresh loss for a seed.
         z: (m, 2, d) embeddings.
         batch_size: samples a batch; each epoch is a random order, what does not fill a batch is left out.
-        ids: ``"sample"`` gives the loss an ``index`` (b,); ``"view"`` one of (b, 2), ids 2 · sample + view; ``"both"`` as
-            well, and ``encode`` returns both views of an id's sample.
+        ids: ``"sample"`` gives the loss an ``index`` (b,); ``"view"`` one of (b, 2), ids 2 · sample + view; ``"both"``
+            as well, and ``encode`` returns both views of an id's sample.
         epochs: averaged in each run, after ``mixing_epochs`` that let chains and averages settle.
         runs: independent in their batches and in their loss's seed; at least 2.
     """

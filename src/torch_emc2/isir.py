@@ -1,9 +1,10 @@
 """Iterated sampling importance resampling: a chain that chooses among the batch and what it carries, with no loop.
 
-From the state x, draw a random set of candidates that holds x, and choose the next state in it with probability proportional
-to its target density. The kernel leaves the target invariant also where candidates are drawn without replacement: given the
-set, the choice forgets which member x was (Andrieu, Doucet and Holenstein 2010). The probabilities themselves estimate the
-target's expectations, with less variance than the one state chosen (BR-SNIS, Cardoso et al. 2022).
+From the state x, draw a random set of candidates that holds x, and choose the next state in it with probability
+proportional to its target density. The kernel leaves the target invariant also where candidates are drawn without
+replacement: given the set, the choice forgets which member x was (Andrieu, Doucet and Holenstein 2010). The
+probabilities themselves estimate the target's expectations, with less variance than the one state chosen (BR-SNIS,
+Cardoso et al. 2022).
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def resample(log_scores: Tensor, carried_score: Tensor, uniform: Tensor) -> Resa
 
     Args:
         log_scores: (rows, N) log scores of the proposals; -inf for those that may not be chosen, but not all of a row.
-        carried_score: (rows, chains) log scores of the carried states; -inf where there is none, or where it is among the
-            proposals, which must not count it twice.
+        carried_score: (rows, chains) log scores of the carried states; -inf where there is none, or where it is among
+            the proposals, which must not count it twice.
         uniform: (rows, chains) independent draws in (0, 1].
     """
     peak = log_scores.amax(1, keepdim=True)

@@ -53,6 +53,7 @@ def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
                 burn_in=own.burn_in,
                 num_chains=own.num_chains,
                 carry=own.carry,
+                kernel=own.kernel,
                 seed=config.seed,
             )
         case "infonce":
