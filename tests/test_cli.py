@@ -56,6 +56,7 @@ def test_what_the_user_can_mend_is_one_line(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("emc2: error: ")
     assert message in line
+    assert not (tmp_path / "runs").exists()  # nothing is in the way of another try
 
 
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from timm.layers.norm_act import BatchNormAct2d, GroupNormAct
 from torch import Tensor, nn
 
+from torch_emc2.files import whole_file
+
 Norm = Literal["batch", "group", "none"]
 
 SMALL_IMAGE = 64  # pixels; up to here a stride-2 convolution and a pooling would throw away too much
@@ -214,7 +216,8 @@ def _shrink_stem(backbone: nn.Module) -> None:
 def _save(module: nn.Module, encoder: Encoder, path: str | Path) -> None:
     recipe = {"config": asdict(encoder.config), "channels": encoder.channels, "image_size": encoder.image_size}
     weights = {key: value.contiguous() for key, value in module.state_dict().items()}
-    save_file(weights, path, metadata={"torch_emc2": json.dumps(recipe)})
+    with whole_file(Path(path)) as file:
+        save_file(weights, file, metadata={"torch_emc2": json.dumps(recipe)})
 
 
 def _read_recipe(path: str | Path) -> tuple[ModelConfig, int, int]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +23,7 @@ from torch_emc2.data import (
     open_dataset,
 )
 from torch_emc2.evaluation import evaluate, extract_features, nearest_neighbours, raw_pixels
+from torch_emc2.files import whole_file
 from torch_emc2.models import Encoder, build_encoder, load_encoder
 from torch_emc2.report import plot_curves, plot_neighbours
 
@@ -50,7 +48,7 @@ def evaluate_run(run: Path) -> Metrics:
     encoder.to(device)
     features = (*_features(encoder, config, train, device), *_features(encoder, config, test, device))
     metrics = evaluate(*features, probe=config.probe, seed=config.seed)
-    with _whole(run / "evaluation.json") as file:
+    with whole_file(run / "evaluation.json") as file:
         file.write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 
@@ -118,7 +116,7 @@ def embed_folder(
         "path": good,
         "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embeddings.flatten().numpy()), embeddings.shape[1]),
     })  # fmt: skip
-    with _whole(out) as file:
+    with whole_file(out) as file:
         pq.write_table(table, file)
     return len(good), len(paths) - len(good)
 
@@ -161,15 +159,3 @@ def _is_readable(path: str) -> bool:
     except BadImageError:
         return False
     return True
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Write to a name beside ``path``, and give the file its own name when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

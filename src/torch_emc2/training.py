@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from torch_emc2.config import Config, to_yaml
 from torch_emc2.data import Batch, ContrastiveDataset, EpochSampler, ImageDataset, make_loader, open_dataset
+from torch_emc2.files import whole_file
 from torch_emc2.losses import (
     ContrastiveLoss,
     DCLLoss,
@@ -88,7 +89,7 @@ class ContrastiveModule(L.LightningModule):
     def steps_per_epoch(self, world_size: int = 1) -> int:
         """Count the optimiser's steps in an epoch."""
         batches = self.num_samples // (self.config.batch_size * world_size)
-        return max(1, math.ceil(batches / self.config.accumulate))
+        return math.ceil(batches / self.config.accumulate)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make dropout and its like a function of the place in training, so that a resumed run draws the same."""
@@ -145,6 +146,7 @@ class ContrastiveData(L.LightningDataModule):
     def __init__(self, config: Config, images: ImageDataset, carried_ids: Tensor | None) -> None:
         super().__init__()
         self.config = config
+        EpochSampler(len(images), config.batch_size, config.seed)  # refuses a batch larger than the data
         data = config.data
         self.dataset = ContrastiveDataset(
             images,
@@ -203,16 +205,13 @@ class MetricsFile(Logger):
         self.rows.append(row)
         if again or list(row) != known:
             self.rows = [dict.fromkeys(row, "") | old for old in self.rows]
-            self._write("w", self.rows)
-        else:
-            self._write("a", [row])
-
-    def _write(self, mode: str, rows: list[dict[str, str]]) -> None:
-        with self.path.open(mode, newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if mode == "w":
+            with whole_file(self.path) as path, path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(row))
                 writer.writeheader()
-            writer.writerows(rows)
+                writer.writerows(self.rows)
+        else:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, known).writerow(row)
 
 
 class _ProgressBar(TQDMProgressBar):
@@ -234,21 +233,21 @@ def train(config: Config, *, resume: bool = False) -> Path:
         resume: go on from the last checkpoint in ``config.out``; without one, start.
 
     Raises:
+        DataError: the images are not there.
         FileExistsError: ``config.out`` holds a run and ``resume`` is not set.
         ValueError: the run there has another config.
         KeyboardInterrupt: by Ctrl-C; what the last checkpoint has is kept.
     """
-    run = Path(config.out)
-    _prepare_folder(config, run, resume)
-    data = config.data
+    run, data = Path(config.out), config.data
     images = open_dataset(
         data.name, "train", Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed
     )
-
     L.seed_everything(config.seed, verbose=False)
     module = ContrastiveModule(config, images.channels, len(images))
-    chains = module.loss.chains if isinstance(module.loss, EMC2Loss) and module.loss.carry == "encode" else None
-    datamodule = ContrastiveData(config, images, chains.ids.share_memory() if chains is not None else None)
+    carried_ids = None
+    if isinstance(module.loss, EMC2Loss) and module.loss.carry == "encode":
+        carried_ids = module.loss.chains.ids.share_memory()  # where the loader's workers read them
+    datamodule = ContrastiveData(config, images, carried_ids)
     last = run / "checkpoints" / "last.ckpt"
     trainer = L.Trainer(
         max_epochs=config.epochs,
@@ -264,6 +263,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
         enable_model_summary=False,
         default_root_dir=run,
     )
+    _prepare_folder(config, run, resume)  # after all that can be refused: nothing is in the way of another try
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", ".*(does not have many workers|LeafSpec|dataloader is not resumable|exists and is not empty).*"

@@ -155,7 +155,7 @@ class EMC2Loss(StatefulLoss):
     def _resample(
         self, pairs: Pairs, logits: Tensor, log_mass: Tensor, carried: Tensor, carried_score: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Choose among the batch and the carried negative; where views share a chain one after the other, as `_walk`."""
+        """Choose among the batch and the carried negative; takes and returns what `_walk` does."""
         assert pairs.index is not None
         walks = 2 if pairs.index.ndim == 1 else 1
         present = torch.isin(carried, pairs.column_ids)[:, :, None]  # in the batch already: not to be counted twice
