@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_emc2.exact import global_contrastive_loss
+from torch_emc2.exact import global_backward, global_contrastive_loss
 
 
 def dense(z: Tensor, temperature: float, include_positive: bool) -> Tensor:
@@ -41,6 +41,22 @@ def test_equals_the_dense_computation(
 def test_collapse_costs_the_log_of_the_number_of_negatives() -> None:
     loss = global_contrastive_loss(torch.ones(500, 2, 4), 0.2)
     assert loss.item() == pytest.approx(math.log(998), abs=1e-4)
+
+
+@pytest.mark.parametrize("chunks", [(1, 3), (4, 7), (100, 100)])
+def test_two_passes_give_the_gradient_of_one(chunks: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(9, 2, 5, dtype=torch.float64)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 4)).double()
+    expected = dense(net(images), 0.2, include_positive=False)
+    want = torch.autograd.grad(expected, list(net.parameters()))
+    embed_chunk_size, chunk_size = chunks
+    loss = global_backward(
+        lambda ids: net(images[ids]), 9, 0.2, embed_chunk_size=embed_chunk_size, chunk_size=chunk_size
+    )
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-10)
+    got = [parameter.grad for parameter in net.parameters()]
+    torch.testing.assert_close(got, list(want), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (1, 2, 4), (5, 1, 4)])

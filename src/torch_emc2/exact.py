@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["global_contrastive_loss"]
+__all__ = ["global_backward", "global_contrastive_loss"]
 
 
 def global_contrastive_loss(
@@ -36,6 +37,40 @@ def global_contrastive_loss(
     positive = (flat * siblings).sum(1).mean() / temperature
     log_mass: Tensor = _MeanLogMass.apply(flat, views, 1 / temperature, chunk_size or m * views, include_positive)
     return log_mass - positive
+
+
+def global_backward(
+    embed: Callable[[Tensor], Tensor],
+    num_samples: int,
+    temperature: float,
+    *,
+    embed_chunk_size: int = 256,
+    chunk_size: int = 4096,
+    include_positive: bool = False,
+) -> Tensor:
+    """Add the exact gradient of the global loss to the ``.grad`` of all parameters behind ``embed``, and return the loss.
+
+    In two passes, so that memory does not hold the graph of the whole data set: embed without graph, take the gradient at
+    the embeddings, embed again chunk by chunk and propagate it back.
+
+    Args:
+        embed: ids (k,) -> embeddings (k, views, d); the same for the same ids, whatever chunk they come in (no batch norm
+            in training mode).
+        num_samples: size m of the data set; ids are 0 … m - 1.
+        temperature: 1 / β.
+        embed_chunk_size: samples embedded at a time.
+        chunk_size: as in `global_contrastive_loss`.
+        include_positive: as in `global_contrastive_loss`.
+    """
+    chunks = torch.split(torch.arange(num_samples), embed_chunk_size)
+    with torch.no_grad():
+        z = torch.cat([embed(ids) for ids in chunks])
+    z.requires_grad_()
+    loss = global_contrastive_loss(z, temperature, chunk_size=chunk_size, include_positive=include_positive)
+    (gradient,) = torch.autograd.grad(loss, z)
+    for ids in chunks:
+        torch.autograd.backward(embed(ids), gradient[ids])
+    return loss.detach()
 
 
 class _MeanLogMass(torch.autograd.Function):
