@@ -48,14 +48,15 @@ def global_backward(
     chunk_size: int = 4096,
     include_positive: bool = False,
 ) -> Tensor:
-    """Add the exact gradient of the global loss to the ``.grad`` of all parameters behind ``embed``, and return the loss.
+    """Add the exact gradient of the global loss to the ``.grad`` of all parameters behind ``embed``, and return the
+    loss.
 
-    In two passes, so that memory does not hold the graph of the whole data set: embed without graph, take the gradient at
-    the embeddings, embed again chunk by chunk and propagate it back.
+    In two passes, so that memory does not hold the graph of the whole data set: embed without graph, take the gradient
+    at the embeddings, embed again chunk by chunk and propagate it back.
 
     Args:
-        embed: ids (k,) -> embeddings (k, views, d); the same for the same ids, whatever chunk they come in (no batch norm
-            in training mode).
+        embed: ids (k,) -> embeddings (k, views, d); the same for the same ids, whatever chunk they come in (no batch
+            norm in training mode).
         num_samples: size m of the data set; ids are 0 … m - 1.
         temperature: 1 / β.
         embed_chunk_size: samples embedded at a time.
