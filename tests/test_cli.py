@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from torch_emc2.cli import main
-from torch_emc2.config import Config, presets, to_yaml
+from torch_emc2.config import Config, presets, read_config, to_yaml
 
 TINY = [
     "--data.augmentation.size",
@@ -62,6 +62,13 @@ def test_what_the_user_can_mend_is_one_line(
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(presets())
+
+
+def test_a_preset_is_printed_as_yaml_to_start_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["presets", "stl10-b32"]) == 0
+    (tmp_path / "my.yaml").write_text(capsys.readouterr().out)
+    assert read_config(str(tmp_path / "my.yaml")) == read_config("stl10-b32")
+    assert main(["presets", "nothing"]) == 2
 
 
 def test_help_lists_the_fields(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ usage: emc2 COMMAND …
                                      pre-train an encoder; emc2 train --help lists the fields
   evaluate RUN                       linear probe and k-NN of a run's encoder
   embed RUN FOLDER -o OUT.parquet    embed your own images
-  presets                            list the presets
+  presets [NAME]                     list the presets, or print one as YAML to start from
 """
 
 
@@ -107,8 +107,11 @@ def _embed(argv: list[str]) -> None:
 
 
 def _presets(argv: list[str]) -> None:
-    from torch_emc2.config import presets
+    from torch_emc2.config import presets, read_config, to_yaml
 
+    if argv:
+        print(to_yaml(read_config(argv[0])), end="")
+        return
     for name, file in presets().items():
         print(f"{name:16s} {file.read_text().splitlines()[0].removeprefix('# ')}")
 
