@@ -2,8 +2,8 @@
 
     python benchmarks/gradient_floor.py [--batch-sizes 2 4 16]
 
-64 samples of two fixed views, embeddings on the sphere as the parameters, β = 5, plain SGD with step sizes falling like 1/√t.
-Where an estimator's gradient is biased, the exact gradient stays away from zero however long one descends.
+64 samples of two fixed views, a linear encoder, β = 5, plain SGD with step sizes falling like 1/√t. Where an estimator's
+gradient is biased, the exact gradient stays away from zero however long one descends.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
@@ -48,8 +47,11 @@ def descend(loss_fn: ContrastiveLoss, batch_size: int, steps: int, seed: int) ->
         optimizer.zero_grad()
         z = net(inputs)
         ids = torch.stack([2 * index, 2 * index + 1], 1)
-        both = isinstance(loss_fn, EMC2Loss) and loss_fn.kernel == "isir"
-        encode = (lambda i: z[i // 2]) if both else (lambda i: z[i // 2, i % 2])
+
+        def encode(carried: Tensor, z: Tensor = z) -> Tensor:
+            both = isinstance(loss_fn, EMC2Loss) and loss_fn.kernel == "isir"  # which carries both views of a sample
+            return z[carried // 2] if both else z[carried // 2, carried % 2]
+
         loss_fn(z[index, 0], z[index, 1], ids, encode=encode).backward()
         optimizer.step()
         if step in marks:
