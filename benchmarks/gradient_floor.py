@@ -2,8 +2,8 @@
 
     python benchmarks/gradient_floor.py [--batch-sizes 2 4 16]
 
-64 samples of two fixed views, a linear encoder, β = 5, plain SGD with step sizes falling like 1/√t. Where an estimator's
-gradient is biased, the exact gradient stays away from zero however long one descends.
+64 samples of two fixed views, a linear encoder, β = 5, plain SGD with step sizes falling like 1/√t. Where an
+estimator's gradient is biased, the exact gradient stays away from zero however long one descends.
 """
 
 from __future__ import annotations

@@ -263,7 +263,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
         enable_model_summary=False,
         default_root_dir=run,
     )
-    _prepare_folder(config, run, resume)  # after all that can be refused: nothing is in the way of another try
+    if trainer.is_global_zero:
+        _prepare_folder(config, run, resume)  # after all that can be refused: nothing is in the way of another try
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", ".*(does not have many workers|LeafSpec|dataloader is not resumable|exists and is not empty).*"
