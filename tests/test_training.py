@@ -126,6 +126,21 @@ def test_results_do_not_depend_on_workers(tiny: Config) -> None:
     assert_same(outcome(runs[0]), outcome(runs[1]))
 
 
+def test_two_processes_train_as_one(tiny: Config, tmp_path: Path) -> None:
+    # Group norm: batch norm's statistics are those of a rank's part.
+    tiny = replace(tiny, model=replace(tiny.model, norm="group"))
+    one = outcome(train(replace(tiny, out=tiny.out + "-one")))
+    config = tmp_path / "two.yaml"
+    config.write_text(to_yaml(replace(tiny, batch_size=8, devices=2)))
+    command = [sys.executable, "-m", "torch_emc2", "train", str(config)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    two = outcome(Path(tiny.out))
+    for name in ("loss", "global_loss", "acceptance", "carried_share", "lr"):
+        got, want = ([float(row[name]) for row in rows] for rows in (two[3], one[3]))
+        assert got == pytest.approx(want, abs=1e-4), name
+    torch.testing.assert_close(two[2], one[2], rtol=1e-3, atol=1e-3)  # the chains, on every rank alike
+
+
 def test_resuming_a_finished_run_keeps_it(tiny: Config) -> None:
     before = outcome(train(tiny))
     assert_same(outcome(train(tiny, resume=True)), before)

@@ -112,7 +112,8 @@ class ContrastiveModule(L.LightningModule):
 
         loss: Tensor = self.loss(z1, z2, batch.index, encode)
         numbers = {"loss": loss.detach(), **self.loss.last}
-        for name, value in numbers.items():
+        means = self.trainer.strategy.reduce(torch.stack(list(numbers.values())), reduce_op="mean")  # over ranks
+        for name, value in zip(numbers, cast(Tensor, means), strict=True):
             self.log(name, value, prog_bar=name in ("loss", "acceptance", "carried_share"))
         self.log("lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
         if self.config.data.on_bad_image == "skip":
