@@ -216,7 +216,12 @@ class MetricsFile(Logger):
 
 
 class _ProgressBar(TQDMProgressBar):
-    """Lightning's bar, less the loggers' version."""
+    """Lightning's bar, less the loggers' version, and closed when training is interrupted."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the line to what is printed next."""
+        with contextlib.suppress(TypeError):  # there is no bar yet
+            self.train_progress_bar.close()
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Return what is shown beside the bar."""

@@ -160,7 +160,7 @@ class EMC2Loss(StatefulLoss):
         walks = 2 if pairs.index.ndim == 1 else 1
         present = torch.isin(carried, pairs.column_ids)[:, :, None]  # in the batch already: not to be counted twice
         views = carried_score.masked_fill(present, -torch.inf)
-        score = views.logsumexp(2).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        score = views.logsumexp(2)
         uniform = exponential_noise(pairs, (self.num_chains,), self.seed, self._calls).neg_().exp_()
         by_walk = [tensor.view(walks, -1, tensor.shape[-1]) for tensor in (logits, score, uniform)]
 
@@ -173,7 +173,7 @@ class EMC2Loss(StatefulLoss):
             at = torch.where(done.state < 0, at, done.state)
         end_score = torch.where(at < 0, by_walk[1][-1], by_walk[0][-1].gather(1, at.clamp(min=0)))
         self.last["acceptance"] = 1 - torch.stack(carried_weights).mean()
-        share_of_view = (views - score[:, :, None]).exp().nan_to_num(nan=0.0)
+        share_of_view = (views - score[:, :, None]).exp().nan_to_num(nan=0.0)  # none carried: -inf less -inf
         return torch.cat(weights), torch.cat(carried_weights)[:, :, None] * share_of_view, at, end_score
 
     def _recall(self, carried: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
