@@ -29,12 +29,8 @@ class ChainTable:
         self.ids = SampleTable(num_samples, (num_chains,), torch.int64 if long else torch.int32, EMPTY)
         self.scores = SampleTable(num_samples, (num_chains,), torch.float32, -torch.inf)
 
-    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return carried ids (k, num_chains) int64 and their log scores (k, num_chains) for samples ``ids`` (k,)."""
-        return self.ids.read(ids).long(), self.scores.read(ids)
-
     def write(self, ids: Tensor, carried: Tensor, scores: Tensor) -> None:
-        """Store what `read` returns, for ``ids`` (k,), all different."""
+        """Store carried ids and their log scores (k, num_chains) for samples ``ids`` (k,), all different."""
         self.ids.write(ids, carried)
         self.scores.write(ids, scores)
 

@@ -8,7 +8,7 @@ of another sample is a negative.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -66,14 +66,16 @@ class Pairs:
         assert self.index is not None
         return self.index if self.index.ndim == 1 else self.index[:, view]
 
-    @property
+    @cached_property
     def column_ids(self) -> Tensor:
         """(columns,) ids of the samples, or views, behind the columns."""
         return torch.cat([self.view_ids(0), self.view_ids(1)])
 
-    @property
+    @cached_property
     def row_ids(self) -> Tensor:
         """(rows,) ids of the samples, or views, behind the rows."""
+        if self.world_size == 1:
+            return self.column_ids
         return torch.cat([self.mine(self.view_ids(0)), self.mine(self.view_ids(1))])
 
     def mine(self, whole: Tensor) -> Tensor:

@@ -97,17 +97,19 @@ class EMC2Loss(StatefulLoss):
             raise ValueError(
                 f'carry="{self.carry}" needs encode: loss(z1, z2, index, encode=fn) with fn(ids) -> (k, d)'
             )
-        carried, stored = self.chains.read(pairs.row_ids)  # (rows, chains)
+        carried = self.chains.ids.read(pairs.row_ids).long()  # (rows, chains)
         embedded = None
         if self.carry == "encode":
             embedded = _encode(carried, carried != EMPTY, encode)
         elif self.carry == "cache":
             embedded = self._recall(carried, pairs)
-        score = stored.to(logits.dtype)[:, :, None]  # (rows, chains, carried views)
-        if embedded is not None:  # the entry score is fresh
+        if embedded is None:  # the entry score (rows, chains, carried views) is that of the last visit …
+            score = self.chains.scores.read(pairs.row_ids).to(logits.dtype)[:, :, None]
+        else:  # … or fresh
             embeddings, place = embedded
-            fresh = (pairs.rows[:, None, None] * embeddings[place]).sum(3).div_(self.temperature)
-            score = fresh.masked_fill_(carried[:, :, None] == EMPTY, -torch.inf)
+            met = embeddings.index_select(0, place.flatten()).view(*place.shape, -1)
+            score = (pairs.rows[:, None, None] * met).sum(3).div_(self.temperature)
+            score.masked_fill_(carried[:, :, None] == EMPTY, -torch.inf)
 
         move = self._walk if self.kernel == "metropolis" else self._resample
         in_batch, at_carried, end, end_score = move(pairs, logits, log_mass, carried, score)
@@ -116,7 +118,7 @@ class EMC2Loss(StatefulLoss):
             embedded = _encode(carried, at_carried.sum(2) > 0, encode)
         if self.training:
             self._remember(pairs, carried, end, end_score)
-        self.last["carried_share"] = at_carried.sum(2).mean()
+        self.last["carried_share"] = at_carried.sum() / carried.numel()
         if embedded is None:
             return Weights(in_batch)
         embeddings, place = embedded
@@ -143,7 +145,7 @@ class EMC2Loss(StatefulLoss):
         done = walk(
             *(rows.view(walks, -1, *rows.shape[1:]) for rows in (logits, carried_score[:, :, 0], noise, counted))
         )
-        self.last["acceptance"] = done.accepted.float().mean() / (walks * pairs.num_negatives)
+        self.last["acceptance"] = done.accepted.sum() / (done.accepted.numel() * walks * pairs.num_negatives)
         num_counted = pairs.num_negatives - burnt
         return (
             done.steps.flatten(0, 1).div_(num_counted * self.num_chains),
