@@ -72,7 +72,7 @@ def _walk(
                 if num:
                     state[chain] = accepted_at[lane, num - 1]
                 score[chain] = (at_a, at_b, at_c, at_d)[lane]
-                accepted[chain] += num
+                accepted[0] += num
 
 
 def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> tuple[Tensor, ...]:
@@ -80,7 +80,7 @@ def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tens
     walks, rows, num_chains, _ = noise.shape
     steps, carried_steps = torch.zeros_like(log_scores), torch.zeros_like(carried_score)
     state = torch.full((rows, num_chains), -1)
-    score, accepted = carried_score.new_empty(rows, num_chains), torch.zeros_like(state)
+    score, accepted = carried_score.new_empty(rows, num_chains), torch.zeros(1, dtype=torch.int64)
     _walk(
         log_scores.contiguous().numpy(),
         carried_score.reshape(walks, -1).numpy(),
@@ -90,6 +90,6 @@ def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tens
         carried_steps.view(walks, -1).numpy(),
         state.view(-1).numpy(),
         score.view(-1).numpy(),
-        accepted.view(-1).numpy(),
+        accepted.numpy(),
     )
-    return steps, carried_steps, state, score, accepted
+    return steps, carried_steps, state, score, accepted[0]

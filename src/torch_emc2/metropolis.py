@@ -38,7 +38,7 @@ class Walk(NamedTuple):
         carried_steps: (walks, rows, chains) counted steps spent at the carried state.
         state: (rows, chains) int64 proposal each chain ends at, -1 for the carried state.
         score: (rows, chains) log score each chain ends with.
-        accepted: (rows, chains) int64 number of proposals accepted.
+        accepted: () int64 number of proposals accepted by all chains.
     """
 
     steps: Tensor
@@ -123,13 +123,13 @@ def _compiled_walk() -> Callable[..., tuple[Tensor, ...]] | None:
 def _walk_by_scan(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
     rows, num_chains = carried_score.shape[1:]
     at = torch.full((rows, num_chains), -1, device=log_scores.device)
-    all_steps, carried_steps, accepted = [], [], torch.zeros_like(at)
+    all_steps, carried_steps, accepted = [], [], torch.zeros((), dtype=torch.int64, device=at.device)
     for x, entry, e, counts in zip(log_scores, carried_score, noise, counted, strict=True):
         column = at.clamp(min=0)
         entry = torch.where(at < 0, entry, x.gather(1, column))
         x, counts = (tensor.repeat_interleave(num_chains, 0) for tensor in (x, counts))
         path, score = metropolis_hastings(x, entry.flatten(), e.flatten(0, 1))
-        accepted += (path == torch.arange(path.shape[1], device=path.device)).sum(1).view_as(at)
+        accepted += (path == torch.arange(path.shape[1], device=path.device)).sum()
         path = torch.where(path < 0, at.view(-1, 1), path)
         steps = x.new_zeros(len(path), path.shape[1] + 1).scatter_add_(1, path + 1, counts.to(x.dtype))
         all_steps.append(steps[:, 1:].unflatten(0, (rows, num_chains)).sum(1))

@@ -25,15 +25,23 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class Carried(NamedTuple):
-    """Negatives that are not in the batch: row r meets ``embeddings[place[r, c]]`` with weight ``weight[r, c]``."""
+    """Negatives that are not in the batch, C a row.
 
-    embeddings: Tensor
-    place: Tensor
+    Attributes:
+        met: (rows, C, d) the unit vectors that each row meets, detached.
+        weight: (rows, C) with these weights.
+        encoded: (k, d) the vectors they are copies of, if those have a gradient.
+        place: (rows, C) which of ``encoded`` each one is.
+    """
+
+    met: Tensor
     weight: Tensor
+    encoded: Tensor | None = None
+    place: Tensor | None = None
 
 
 class Weights(NamedTuple):
-    """An estimator's answer for a batch, all detached but ``carried.embeddings``.
+    """An estimator's answer for a batch, all detached but ``carried.encoded``.
 
     Attributes:
         negatives: (rows, columns) w_j, zero at the row's own sample.
@@ -173,17 +181,15 @@ def _weighted_sum(pairs: Pairs, weights: Weights) -> Tensor:
         by_rows = matrix @ pairs.columns
         by_columns = matrix.T @ pairs.rows
         if (carried := weights.carried) is not None:
-            chains = carried.weight.shape[1]
-            met = carried.embeddings.index_select(0, carried.place.flatten()).view(-1, chains, pairs.rows.shape[1])
-            by_rows.add_((carried.weight[:, :, None] * met).sum(1))
+            by_rows.add_(torch.bmm(carried.weight[:, None], carried.met)[:, 0])
     if pairs.rows is pairs.columns:
         total = (pairs.rows * by_rows.add_(by_columns)).sum()
     else:
         total = (pairs.rows * by_rows).sum() + (pairs.columns * by_columns).sum()
-    if carried is not None and carried.embeddings.requires_grad:
+    if carried is not None and carried.encoded is not None and carried.place is not None:
         sent = (carried.weight[:, :, None] * pairs.rows.detach()[:, None]).flatten(0, 1)
-        by_carried = torch.zeros_like(carried.embeddings).index_add_(0, carried.place.flatten(), sent)
-        total = total + (carried.embeddings * by_carried).sum()
+        by_encoded = torch.zeros_like(carried.encoded).index_add_(0, carried.place.flatten(), sent)
+        total = total + (carried.encoded * by_encoded).sum()
     return total
 
 

@@ -20,6 +20,7 @@ __all__ = ["Carry", "EMC2Loss", "Kernel"]
 
 Carry = Literal["encode", "encode_if_used", "cache", "drop"]
 Kernel = Literal["metropolis", "isir"]
+_Encoded = tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]
 
 
 class EMC2Loss(StatefulLoss):
@@ -98,70 +99,66 @@ class EMC2Loss(StatefulLoss):
                 f'carry="{self.carry}" needs encode: loss(z1, z2, index, encode=fn) with fn(ids) -> (k, d)'
             )
         carried = self.chains.ids.read(pairs.row_ids).long()  # (rows, chains)
-        embedded = None
+        met, encoded, place = None, None, None
         if self.carry == "encode":
-            embedded = _encode(carried, carried != EMPTY, encode)
+            met, encoded, place = _encode(carried, carried != EMPTY, encode)
         elif self.carry == "cache":
-            embedded = self._recall(carried, pairs)
-        if embedded is None:  # the entry score (rows, chains, carried views) is that of the last visit …
-            score = self.chains.scores.read(pairs.row_ids).to(logits.dtype)[:, :, None]
+            met = self._recall(carried, pairs)
+        if met is None:  # the entry score (rows, chains · carried views) is that of the last visit …
+            score = self.chains.scores.read(pairs.row_ids).to(logits.dtype)
         else:  # … or fresh
-            embeddings, place = embedded
-            met = embeddings.index_select(0, place.flatten()).view(*place.shape, -1)
-            score = (pairs.rows[:, None, None] * met).sum(3).div_(self.temperature)
-            score.masked_fill_(carried[:, :, None] == EMPTY, -torch.inf)
+            views = met.shape[1] // self.num_chains
+            score = torch.bmm(met, pairs.rows[:, :, None])[:, :, 0].div_(self.temperature)
+            score.masked_fill_((carried == EMPTY).repeat_interleave(views, 1), -torch.inf)
 
         move = self._walk if self.kernel == "metropolis" else self._resample
-        in_batch, at_carried, end, end_score = move(pairs, logits, log_mass, carried, score)
+        in_batch, at_carried, end, end_score = move(pairs, logits, carried, score)
 
         if self.carry == "encode_if_used":
-            embedded = _encode(carried, at_carried.sum(2) > 0, encode)
+            met, encoded, place = _encode(carried, at_carried > 0, encode)
         if self.training:
             self._remember(pairs, carried, end, end_score)
         self.last["carried_share"] = at_carried.sum() / carried.numel()
-        if embedded is None:
+        if met is None:
             return Weights(in_batch)
-        embeddings, place = embedded
-        weight = at_carried.expand_as(place).flatten(1) / self.num_chains
-        return Weights(in_batch, carried=Carried(embeddings, place.flatten(1), weight))
+        return Weights(in_batch, carried=Carried(met, at_carried.div_(self.num_chains), encoded, place))
 
     def _walk(
-        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, carried: Tensor, carried_score: Tensor
+        self, pairs: Pairs, logits: Tensor, carried: Tensor, carried_score: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Walk all chains over the batch: where views share a chain one view after the other, else all at once.
 
         Returns, with a row's steps after burn-in as the whole, the share of each column (rows, columns), mean over its
-        chains, and the share of the carried negative (rows, chains, 1); and for each chain (local or rows, chains) the
+        chains, and the share of the carried negative (rows, chains); and for each chain (local or rows, chains) the
         column at which it ends, -1 for the carried negative, and its log score.
         """
-        if carried_score.shape[2] != 1:
-            raise ValueError(f'encode gave {carried_score.shape[2]} views an id: kernel="metropolis" carries one')
+        if carried_score.shape != carried.shape:
+            views = carried_score.shape[1] // self.num_chains
+            raise ValueError(f'encode gave {views} views an id: kernel="metropolis" carries one')
         assert pairs.index is not None
         walks = 2 if pairs.index.ndim == 1 else 1
         burnt = int(self.burn_in * pairs.num_negatives)
         counted = _counted(pairs.start, pairs.local, pairs.size, burnt, logits.device)
         noise = exponential_noise(pairs, (self.num_chains, logits.shape[1]), self.seed, self._calls)
         noise = noise.flatten(0, 1)
-        done = walk(
-            *(rows.view(walks, -1, *rows.shape[1:]) for rows in (logits, carried_score[:, :, 0], noise, counted))
-        )
-        self.last["acceptance"] = done.accepted.sum() / (done.accepted.numel() * walks * pairs.num_negatives)
+        done = walk(*(rows.view(walks, -1, *rows.shape[1:]) for rows in (logits, carried_score, noise, counted)))
+        self.last["acceptance"] = done.accepted / (carried.numel() * pairs.num_negatives)
         num_counted = pairs.num_negatives - burnt
         return (
             done.steps.flatten(0, 1).div_(num_counted * self.num_chains),
-            done.carried_steps.flatten(0, 1).div_(num_counted)[:, :, None],
+            done.carried_steps.flatten(0, 1).div_(num_counted),
             done.state,
             done.score,
         )
 
     def _resample(
-        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, carried: Tensor, carried_score: Tensor
+        self, pairs: Pairs, logits: Tensor, carried: Tensor, carried_score: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Choose among the batch and the carried negative; takes and returns what `_walk` does."""
         assert pairs.index is not None
         walks = 2 if pairs.index.ndim == 1 else 1
         present = torch.isin(carried, pairs.column_ids)[:, :, None]  # in the batch already: not to be counted twice
-        views = carried_score.masked_fill(present, -torch.inf)
+        views = carried_score.view(len(carried), self.num_chains, -1).masked_fill(present, -torch.inf)
         score = views.logsumexp(2)
         uniform = exponential_noise(pairs, (self.num_chains,), self.seed, self._calls).neg_().exp_()
         by_walk = [tensor.view(walks, -1, tensor.shape[-1]) for tensor in (logits, score, uniform)]
@@ -176,19 +173,21 @@ class EMC2Loss(StatefulLoss):
         end_score = torch.where(at < 0, by_walk[1][-1], by_walk[0][-1].gather(1, at.clamp(min=0)))
         self.last["acceptance"] = 1 - torch.stack(carried_weights).mean()
         share_of_view = (views - score[:, :, None]).exp().nan_to_num(nan=0.0)  # none carried: -inf less -inf
-        return torch.cat(weights), torch.cat(carried_weights)[:, :, None] * share_of_view, at, end_score
+        at_carried = (torch.cat(carried_weights)[:, :, None] * share_of_view).flatten(1)
+        return torch.cat(weights), at_carried, at, end_score
 
-    def _recall(self, carried: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Look up the cached embeddings (rows · chains, d) of carried negatives, and their places (rows, chains, 1)."""
+    def _recall(self, carried: Tensor, pairs: Pairs) -> Tensor:
+        """Look up the cached embeddings (rows, chains, d) of carried negatives."""
+        dim = pairs.rows.shape[1]
         if self._embeddings is None:
-            self._embeddings = SampleTable(self.num_samples, (pairs.rows.shape[1],), torch.float32, 0.0)
-        embeddings = self._embeddings.read(carried.flatten().clamp(min=0)).to(pairs.rows.dtype)
-        return embeddings, torch.arange(carried.numel(), device=carried.device).view(*carried.shape, 1)
+            self._embeddings = SampleTable(self.num_samples, (dim,), torch.float32, 0.0)
+        met = self._embeddings.read(carried.flatten().clamp(min=0)).to(pairs.rows.dtype)
+        return met.view(*carried.shape, dim)
 
     def _remember(self, pairs: Pairs, carried: Tensor, end: Tensor, end_score: Tensor) -> None:
         """Write back where the chains ended. Last of all, so that a call that fails changes nothing."""
         column_ids = pairs.column_ids
-        end_ids = torch.where(end < 0, carried[: len(end)], column_ids[end.clamp(min=0)])
+        end_ids = torch.where(end < 0, carried[: len(end)], column_ids.take(end.clamp(min=0)))
         chain_ids = column_ids[: len(end) * pairs.size // pairs.local]  # a shared chain goes by its first view
         self.chains.write(chain_ids, pairs.gather_rows(end_ids), pairs.gather_rows(end_score))
         if self._embeddings is not None:
@@ -210,16 +209,20 @@ class EMC2Loss(StatefulLoss):
         self.seed, self._calls = state["seed"], state["calls"]
 
 
-def _encode(carried: Tensor, wanted: Tensor, encode: Encode | None) -> tuple[Tensor, Tensor] | None:
-    """Encode each wanted id of (rows, chains) once: embeddings (k · views, d), their places (rows, chains, views)."""
+def _encode(carried: Tensor, wanted: Tensor, encode: Encode | None) -> _Encoded:
+    """Encode each wanted id of (rows, chains) once: what each row meets, the vectors themselves, and the places.
+
+    Shapes (rows, chains · views, d), (k · views, d) and (rows, chains · views), as in `Carried`; None where none is.
+    """
     ids, place = torch.unique(carried[wanted], return_inverse=True)
     if len(ids) == 0:
-        return None
+        return None, None, None
     assert encode is not None
-    embeddings = encode(ids)
-    views = len(embeddings) // len(ids)
-    place = torch.zeros_like(carried).masked_scatter_(wanted, place)
-    return embeddings, place[:, :, None] * views + torch.arange(views, device=place.device)
+    encoded = encode(ids)
+    views = len(encoded) // len(ids)
+    first = torch.zeros_like(carried).masked_scatter_(wanted, place * views)
+    place = (first[:, :, None] + torch.arange(views, device=first.device)).flatten(1)
+    return encoded.index_select(0, place.flatten()).view(*place.shape, -1), encoded, place
 
 
 @lru_cache(maxsize=8)

@@ -74,15 +74,15 @@ class NegativeCacheLoss(StatefulLoss):
 
         noise = exponential_noise(pairs, scores.shape[1:], self.seed, self._calls).view_as(scores)
         drawn = (scores - noise.log_()).argmax(1)  # -log Exp(1) is a Gumbel draw
+        weight = (1 - w_pos)[:, None]
         if encode is None:
-            embeddings = self._embeddings.read(drawn).to(pairs.rows.dtype)
-            place = torch.arange(len(drawn), device=drawn.device)
+            carried = Carried(self._embeddings.read(drawn).to(pairs.rows.dtype)[:, None], weight)
         else:
             again, place = torch.unique(drawn, return_inverse=True)
-            embeddings = encode(again)
+            encoded = encode(again)
+            carried = Carried(encoded[place][:, None], weight, encoded, place[:, None])
         self._calls += self.training
         self.last["cached_share"] = (self._written.data != _NEVER).float().mean()
-        carried = Carried(embeddings, place[:, None], (1 - w_pos)[:, None])
         return Weights(torch.zeros_like(logits), w_pos, carried=carried)
 
     def _refresh(self, pairs: Pairs, encode: Encode | None) -> None:
