@@ -114,10 +114,8 @@ def test_negative_cache_equals_a_dictionary_of_embeddings(own_ids: bool, with_en
             assert sorted(written[i] for i in refreshed) == oldest
             for i in refreshed:
                 cache[i], written[i] = F.normalize(table[i].detach(), dim=0), step
-        noise = torch.empty(2, B, entries, dtype=torch.float64)
-        for view in range(2):
-            noise[view].uniform_(generator=torch.Generator().manual_seed(mix_seed(3, step, view, 0)))
-        noise = -torch.log(1 - noise).view(2 * B, entries)
+        uniform = torch.empty(2 * B, entries, dtype=torch.float64)
+        noise = -torch.log(1 - uniform.uniform_(generator=torch.Generator().manual_seed(mix_seed(3, step, 0))))
         surrogate, values = [], []
         for row, (positive, negatives) in enumerate(rows_of(z1, z2, temperature)):
             own = [i for i in range(entries) if (i // 2 == row_ids[row] // 2 if own_ids else i == row_ids[row])]

@@ -34,13 +34,9 @@ class SlowEMC2:
         self.calls = 0
 
     def noise(self, size: int) -> Tensor:
-        draws = torch.empty(2, size, self.num_chains, 2 * size, dtype=torch.float64)
-        for view in range(2):
-            generator = torch.Generator().manual_seed(mix_seed(self.seed, self.calls, view, 0))
-            draws[view] = -torch.log(
-                1 - torch.empty(draws[view].shape, dtype=torch.float64).uniform_(generator=generator)
-            )
-        return draws
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.calls, 0))
+        uniform = torch.empty(2, size, self.num_chains, 2 * size, dtype=torch.float64).uniform_(generator=generator)
+        return -torch.log(1 - uniform)
 
     def __call__(self, z1: Tensor, z2: Tensor, index: Tensor, table: Tensor) -> Tensor:
         size = len(z1)

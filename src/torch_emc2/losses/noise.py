@@ -22,9 +22,8 @@ def exponential_noise(pairs: Pairs, shape: tuple[int, ...], seed: int, call: int
     last = min(pairs.size, -(-(pairs.start + pairs.local) // _BLOCK) * _BLOCK)
     noise = torch.empty(2, last - first, *shape, dtype=pairs.rows.dtype, device=pairs.rows.device)
     generator = torch.Generator(noise.device)
-    for view in range(2):
-        for place in range(first, last, _BLOCK):
-            block = noise[view, place - first : place - first + _BLOCK]
-            block.uniform_(generator=generator.manual_seed(mix_seed(seed, call, view, place)))
+    for place in range(first, last, _BLOCK):
+        block = noise[:, place - first : place - first + _BLOCK]
+        block.uniform_(generator=generator.manual_seed(mix_seed(seed, call, place)))
     noise.neg_().add_(1).log_().neg_()  # uniform_ draws from [0, 1): 1 - u is never 0, whose logarithm is infinite
     return noise if pairs.local == last - first else noise[:, pairs.start - first :][:, : pairs.local].contiguous()
