@@ -33,13 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         commands[command](rest)
     except (ValueError, OSError) as error:
-        print(f"emc2: error: {error}", file=sys.stderr)
+        # The last line: an error of a loader's worker carries the worker's traceback before its own words.
+        print(f"emc2: error: {(str(error).strip() or repr(error)).splitlines()[-1]}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f'emc2: error: {error}; python -m pip install "torch-emc2[train]" installs it', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("emc2: interrupted; emc2 train … --resume goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["emc2: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return 0
 
@@ -65,9 +66,8 @@ def _quickstart(argv: list[str]) -> None:
     from torch_emc2.config import read_config
 
     start = time.monotonic()
-    config = read_config("quickstart", argv)
-    if not argv:
-        config.out = _free(config.out)
+    config = read_config("quickstart", argv, prog="emc2 quickstart")
+    config.out = _free(config.out)
     from torch_emc2.runs import compare_with_baselines, draw
     from torch_emc2.training import train
 

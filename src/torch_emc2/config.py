@@ -42,6 +42,10 @@ class DataConfig:
     num_workers: int = 0
     on_bad_image: Literal["raise", "skip"] = "raise"
 
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
+
 
 @dataclass
 class EMC2Config:
@@ -101,6 +105,13 @@ class OptimizerConfig:
     momentum: float = 0.9
     warmup_epochs: float = 0
     clip: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "momentum", "warmup_epochs"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive, or null for none, got {self.clip}")
 
 
 @dataclass

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import platform
+import signal
 import sys
 import warnings
 from collections.abc import Mapping
@@ -17,8 +18,10 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import Tensor
@@ -117,7 +120,8 @@ class ContrastiveModule(L.LightningModule):
             self.log(name, value, prog_bar=name in ("loss", "acceptance", "carried_share"))
         self.log("lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
         if self.config.data.on_bad_image == "skip":
-            self.skipped += batch.skipped
+            skipped = torch.tensor(batch.skipped, device=self.device)
+            self.skipped += cast(Tensor, self.trainer.strategy.reduce(skipped, reduce_op="sum"))
             self.log("skipped", self.skipped.float(), prog_bar=True)
         return loss
 
@@ -171,38 +175,40 @@ class ContrastiveData(L.LightningDataModule):
         return make_loader(self.dataset, sampler, config.batch_size, config.data.num_workers, pin_memory=pin)
 
 
-class MetricsFile(Logger):
-    """metrics.csv of a run, a row each ``log_every_steps``; a resumed run goes on in the same file."""
+class MetricsFile(L.Callback):
+    """metrics.csv of a run, a row each so many steps; a resumed run goes on in the same file.
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
+    A callback, since Lightning's loggers are served after the step's checkpoint: a process killed between the two would
+    resume without the row.
+    """
+
+    def __init__(self, path: Path, every: int = 1) -> None:
+        self.path, self.every = path, every
         self.rows: list[dict[str, str]] = []
         if path.exists():
             with path.open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
 
-    @property
-    def name(self) -> str:
-        """Name of the file."""
-        return self.path.name
-
-    @property
-    def version(self) -> str:
-        """Return nothing to tell apart: a run has one such file."""
-        return ""
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: config.yaml has them."""
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Count from the steps that a resumed run has already taken."""
+        self.steps = trainer.global_step
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Write a row if this batch completed a step whose turn it is."""
+        if trainer.global_step > self.steps:
+            self.steps = trainer.global_step
+            if self.steps % self.every == 0:
+                numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
+                self.write(numbers | {"epoch": trainer.current_epoch}, self.steps - 1)
+
+    def write(self, metrics: Mapping[str, float], step: int) -> None:
         """Append a row; a column that is new, or steps that are run again after an interruption, rewrite the file."""
         known = list(self.rows[0]) if self.rows else []
         row = dict.fromkeys(known, "") | {"step": str(step)} | {name: f"{value:.8g}" for name, value in metrics.items()}
-        again = bool(self.rows) and int(self.rows[-1]["step"]) >= int(row["step"])
+        again = bool(self.rows) and int(self.rows[-1]["step"]) >= step
         if again:
-            self.rows = [old for old in self.rows if int(old["step"]) < int(row["step"])]
+            self.rows = [old for old in self.rows if int(old["step"]) < step]
         self.rows.append(row)
         if again or list(row) != known:
             self.rows = [dict.fromkeys(row, "") | old for old in self.rows]
@@ -215,8 +221,27 @@ class MetricsFile(Logger):
                 csv.DictWriter(file, known).writerow(row)
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that take their name when they are whole.
+
+    Lightning writes them to the system's folder for temporary files and moves them from there. To another file system
+    that is a copy: a process killed in the middle of it would leave half a checkpoint in the place of the last good
+    one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint."""
+        with whole_file(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+
 class _ProgressBar(TQDMProgressBar):
     """Lightning's bar, less the loggers' version, and closed when training is interrupted."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Say how many epochs there are."""
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the line to what is printed next."""
@@ -226,6 +251,16 @@ class _ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Return what is shown beside the bar."""
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+
+class _EpochLines(L.Callback):
+    """What stands for the bar in a log or a notebook."""
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print a line an epoch."""
+        loss = float(trainer.callback_metrics["loss"])
+        print(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: loss {loss:.4f}", flush=True)
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -240,9 +275,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
 
     Raises:
         DataError: the images are not there.
-        FileExistsError: ``config.out`` holds a run and ``resume`` is not set.
-        ValueError: the run there has another config.
-        KeyboardInterrupt: by Ctrl-C; what the last checkpoint has is kept.
+        FileExistsError: ``config.out`` is not empty and ``resume`` is not set.
+        ValueError: the run there has another config, or this machine does not have the accelerator.
+        KeyboardInterrupt: by Ctrl-C; what the last checkpoint has is kept. Its message says how to go on.
     """
     run, data = Path(config.out), config.data
     images = open_dataset(
@@ -255,20 +290,32 @@ def train(config: Config, *, resume: bool = False) -> Path:
         carried_ids = module.loss.chains.ids.share_memory()  # where the loader's workers read them
     datamodule = ContrastiveData(config, images, carried_ids)
     last = run / "checkpoints" / "last.ckpt"
-    trainer = L.Trainer(
-        max_epochs=config.epochs,
-        accelerator=config.accelerator,
-        devices=config.devices,
-        precision=config.precision,
-        accumulate_grad_batches=config.accumulate,
-        gradient_clip_val=config.optimizer.clip,
-        log_every_n_steps=min(config.log_every_steps, module.steps_per_epoch()),
-        logger=[MetricsFile(run / "metrics.csv"), TensorBoardLogger(run, name="", version="tensorboard")],
-        callbacks=[*_checkpoints(config, last.parent), _ProgressBar(refresh_rate=10 if sys.stdout.isatty() else 10**9)],
-        use_distributed_sampler=False,  # the sampler knows its rank
-        enable_model_summary=False,
-        default_root_dir=run,
-    )
+    every = min(config.log_every_steps, module.steps_per_epoch())
+    callbacks = [
+        MetricsFile(run / "metrics.csv", every),
+        *_checkpoints(config, last.parent),
+        _ProgressBar(refresh_rate=10) if sys.stdout.isatty() else _EpochLines(),
+    ]
+    try:
+        trainer = L.Trainer(
+            max_epochs=config.epochs,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision=config.precision,
+            accumulate_grad_batches=config.accumulate,
+            gradient_clip_val=config.optimizer.clip,
+            log_every_n_steps=every,
+            logger=TensorBoardLogger(run, name="", version="tensorboard"),
+            callbacks=callbacks,
+            plugins=[WholeCheckpoints()],
+            use_distributed_sampler=False,  # the sampler knows its rank
+            enable_progress_bar=sys.stdout.isatty(),
+            enable_model_summary=False,
+            default_root_dir=run,
+        )
+    except MisconfigurationException as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{reason} (accelerator: {config.accelerator}, devices: {config.devices})") from error
     if trainer.is_global_zero:
         _prepare_folder(config, run, resume)  # after all that can be refused: nothing is in the way of another try
     with warnings.catch_warnings():
@@ -277,8 +324,10 @@ def train(config: Config, *, resume: bool = False) -> Path:
         )
         try:
             trainer.fit(module, datamodule, ckpt_path=last if resume and last.exists() else None, weights_only=True)
-        except SystemExit:  # what Lightning makes of Ctrl-C
-            raise KeyboardInterrupt from None
+        except SystemExit:  # what Lightning makes of Ctrl-C, after which it ignores any other
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            again = f"emc2 train {run / 'config.yaml'} --resume"
+            raise KeyboardInterrupt(f"{again} goes on from the last checkpoint") from None
     if trainer.is_global_zero:
         save_encoder(module.encoder, run)
     return run
@@ -298,20 +347,17 @@ def _checkpoints(config: Config, folder: Path) -> list[L.Callback]:
 
 def _prepare_folder(config: Config, run: Path, resume: bool) -> None:
     """Write down what is run; refuse to mix two runs in one folder."""
+    if not resume and run.exists() and any(run.iterdir()):
+        raise FileExistsError(f"{run} is not empty: --resume goes on with the run there, --out FOLDER starts another")
     text = to_yaml(config)
     file = run / "config.yaml"
-    if file.exists():
-        if not resume:
-            raise FileExistsError(f"{run} already holds a run: --resume goes on with it, --out FOLDER starts another")
-        if file.read_text() != text:
-            different = sorted(set(file.read_text().splitlines()) ^ set(text.splitlines()))
-            raise ValueError(
-                f"cannot resume {run}: its config differs ({'; '.join(line.strip() for line in different)})"
-            )
-    run.mkdir(parents=True, exist_ok=True)
+    if file.exists() and file.read_text() != text:
+        different = sorted(set(file.read_text().splitlines()) ^ set(text.splitlines()))
+        raise ValueError(f"cannot resume {run}: its config differs ({'; '.join(line.strip() for line in different)})")
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    (run / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-    file.write_text(text)
+    for name, content in (("versions.json", json.dumps(versions, indent=2) + "\n"), (file.name, text)):
+        with whole_file(run / name) as path:
+            path.write_text(content)
