@@ -1,16 +1,19 @@
 """The command: what it prints, and how it ends."""
 
-import os
+import json
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from torch_emc2 import runs
 from torch_emc2.cli import main
 from torch_emc2.config import Config, presets, read_config, to_yaml
+from torch_emc2.training import ContrastiveModule
 
 TINY = [
     "--data.augmentation.size",
@@ -43,6 +46,8 @@ def test_usage(argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch:
         (["train", "quickstart", "--data.name", "folder:nowhere"], "'nowhere' is not a folder"),
         (["train", "quickstart", "--model.backbone", "resnet_18"], "resnet18"),
         (["train", "quickstart", "--accelerator", "abacus"], "abacus"),
+        (["train", "quickstart", "--accelerator", "cpu", "--devices", "0"], "devices: 0"),
+        (["train", "quickstart", "--data.num_workers", "-1"], "num_workers must not be negative, got -1"),
         (["train", "quickstart", "--data.limit", "5"], "5 samples do not fill one global batch of 64"),
         (["evaluate", "nowhere"], "not a run's folder"),
         (["embed", "nowhere", "photos", "-o", "out.parquet"], "not a run's folder"),
@@ -83,8 +88,14 @@ def test_quickstart_train_evaluate_embed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["quickstart", *TINY]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == ""
+    first, *_, last = out.splitlines()
+    assert first.startswith("Epoch 1/1: loss ")
+    assert last.startswith("Pictures: runs/quickstart/curves.png and runs/quickstart/neighbours.png.")
+    assert all(len(line) <= 80 for line in out.splitlines()[:-1])
     table = {line[:12].strip(): line[12:].split() for line in out.splitlines() if line[:12].strip()}
+    assert list(table)[1:5] == ["accuracy, %", "trained", "untrained", "raw pixels"]
     assert table["accuracy, %"] == ["probe", "knn1_euclidean", "knn1_cosine"]
     for row in ("trained", "untrained", "raw pixels"):
         assert all(0 <= float(number) <= 100 for number in table[row])
@@ -92,10 +103,14 @@ def test_quickstart_train_evaluate_embed(
         assert (tmp_path / "runs" / "quickstart" / name).is_file()
 
     assert main(["train", "quickstart", "--loss", "infonce", *TINY]) == 2  # the folder is taken
-    assert "--resume goes on with it" in capsys.readouterr().err
+    assert "runs/quickstart is not empty: --resume goes on" in capsys.readouterr().err
     assert main(["train", "quickstart", "--loss", "infonce", *TINY, "--out", "other"]) == 0
+    capsys.readouterr()
     assert main(["evaluate", "other"]) == 0
-    assert capsys.readouterr().out.count("%") >= 5
+    *lines, written = capsys.readouterr().out.splitlines()
+    metrics = json.loads((tmp_path / "other" / "evaluation.json").read_text())
+    assert [line.split() for line in lines] == [[name, f"{100 * value:.2f}", "%"] for name, value in metrics.items()]
+    assert written.startswith("Written: other/evaluation.json, other/curves.png")
     assert main(["embed", "other", str(tmp_path / "runs"), "-o", "out.parquet"]) == 0  # the run's own pictures
     assert "2 images embedded, 0 skipped" in capsys.readouterr().out
 
@@ -103,32 +118,41 @@ def test_quickstart_train_evaluate_embed(
 def test_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "torch_emc2", "presets"], capture_output=True, text=True, check=True)
     assert "stl10-b32" in done.stdout
-    wrong = subprocess.run([sys.executable, "-m", "torch_emc2", "learn"], capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("emc2: error:")
+    assert done.stderr == ""
 
 
-def test_an_interrupt_ends_with_a_line_how_to_go_on(tiny: Config, tmp_path: Path) -> None:
-    tiny.epochs, tiny.checkpoint_every_steps = 500, 1
-    (tmp_path / "long.yaml").write_text(to_yaml(tiny))
-    command = [sys.executable, "-m", "torch_emc2", "train", str(tmp_path / "long.yaml")]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell's children ignore it
-    ) as process:
-        try:
-            deadline = time.monotonic() + 120
-            while not (Path(tiny.out) / "checkpoints" / "last.ckpt").exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            os.kill(process.pid, signal.SIGINT)
-            _, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 130
-    assert err.strip().splitlines()[-1].startswith("emc2: interrupted; emc2 train")
-    assert "Traceback" not in err
+def test_an_interrupt_ends_with_a_line_how_to_go_on(
+    tiny: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(tiny.out).parent.joinpath("tiny.yaml").write_text(to_yaml(tiny))
+
+    def ctrl_c(module: ContrastiveModule, *args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(ContrastiveModule, "on_train_epoch_end", ctrl_c)
+    assert main(["train", str(Path(tiny.out).parent / "tiny.yaml")]) == 130
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == f"emc2: interrupted; emc2 train {tiny.out}/config.yaml --resume goes on from the last checkpoint"
+    assert signal.getsignal(signal.SIGINT) is before  # Lightning leaves it ignored
+
+    def ctrl_c_again(run: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "evaluate_run", ctrl_c_again)
+    assert main(["evaluate", tiny.out]) == 130
+    assert capsys.readouterr().err == "emc2: interrupted\n"
+
+
+def test_an_unreadable_image_is_one_line_from_a_worker_too(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in "abc":
+        (tmp_path / "photos" / f"{name}.png").write_bytes(b"no image")
+    data = replace(tiny.data, name=f"folder:{tmp_path}/photos", limit=None, num_workers=1, channels=1)
+    (tmp_path / "tiny.yaml").write_text(to_yaml(replace(tiny, data=data, batch_size=2)))
+    assert main(["train", str(tmp_path / "tiny.yaml")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("emc2: error: ")
+    assert ".png" in line

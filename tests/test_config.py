@@ -1,10 +1,12 @@
 """Presets, files and overrides: what is read is what was written, and nothing else."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from torch_emc2.config import Config, presets, read_config, to_yaml
+from torch_emc2.data import Augmentation
 
 
 @pytest.mark.parametrize("name", presets())
@@ -29,7 +31,7 @@ def test_overrides_reach_every_depth() -> None:
 
 def test_the_papers_settings() -> None:
     stl10, imagenet = read_config("stl10-b32"), read_config("imagenet100")
-    assert read_config("stl10-b256").batch_size == 256
+    assert replace(stl10, batch_size=256, out="runs/stl10-b256") == read_config("stl10-b256")
     assert (stl10.batch_size, stl10.epochs, stl10.optimizer.warmup_epochs) == (32, 100, 10)
     assert 1 / stl10.temperature == pytest.approx(14.28, abs=0.01)
     assert (stl10.optimizer.name, stl10.optimizer.lr, stl10.optimizer.weight_decay) == ("adam", 1e-4, 1e-4)
@@ -37,13 +39,17 @@ def test_the_papers_settings() -> None:
     assert (model.backbone, model.norm, model.hidden_dim, model.out_dim) == ("resnet18", "none", 512, 512)
     assert (model.feature, stl10.probe) == ("hidden", "sgd")
     assert (stl10.emc2.burn_in, stl10.sogclr.gamma, stl10.negative_cache.refresh_fraction) == (0.5, 0.9, 0.01024)
-    assert stl10.data.augmentation.jitter == (0.8, 0.8, 0.8, 0.2)
+    assert (stl10.emc2.num_chains, stl10.emc2.carry, stl10.emc2.kernel) == (1, "encode", "metropolis")
+    crop, colours, blur = (0.08, 1.0), (0.8, 0.8, 0.8, 0.2), (0.1, 2.0)
+    assert stl10.data.augmentation == Augmentation(96, crop, 0.5, colours, 0.8, 0.2, 1.0, blur)
     assert (imagenet.batch_size, imagenet.epochs, imagenet.optimizer.warmup_epochs) == (256, 800, 10)
     own = imagenet.optimizer
     assert (own.name, own.lr, own.weight_decay, own.momentum) == ("lars", 1.2, 1e-6, 0.9)
     model = imagenet.model
     assert (model.backbone, model.norm, model.hidden_dim, model.hidden_layers) == ("resnet50", "none", 2048, 1)
-    assert (model.out_dim, imagenet.data.augmentation.jitter) == (128, (0.4, 0.4, 0.2, 0.1))
+    assert (model.out_dim, imagenet.emc2.burn_in, imagenet.probe) == (128, 0.5, "sgd")
+    assert imagenet.data.augmentation == Augmentation(224, crop, 0.5, (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 1.0, blur)
+    assert imagenet.temperature == stl10.temperature
 
 
 @pytest.mark.parametrize(
@@ -57,7 +63,12 @@ def test_the_papers_settings() -> None:
         ("epochs: 0", "epochs must be positive, got 0"),
         ("data: {augmentation: {size: 28, flip: 2}}", "flip"),
         ("data: !!python/object/apply:os.system ['touch hacked']", "python"),
-        ("data: [1, 2", ""),
+        ("data: [1, 2", "while parsing"),
+        ("optimizer: {lr: fast}", r"optimizer\.lr"),
+        ("optimizer: {lr: -1.0}", "lr must not be negative, got -1.0"),
+        ("optimizer: {clip: 0.0}", "clip must be positive, or null for none, got 0.0"),
+        ("data: {num_workers: -2}", "num_workers must not be negative, got -2"),
+        ("checkpoint_every_steps: 0", "checkpoint_every_steps must be positive, got 0"),
     ],
 )
 def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +80,10 @@ def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path, monkey
     assert not (tmp_path / "hacked").exists()
 
 
-@pytest.mark.parametrize("words", [["--lss", "infonce"], ["--loss", "simclr"], ["--data.limt", "3"], ["--epochs"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--lss", "infonce"], ["--loss", "simclr"], ["--data.limt", "3"], ["--epochs"], ["--emc2.num_chains", "two"]],
+)
 def test_wrong_words_are_refused(words: list[str]) -> None:
     with pytest.raises(ValueError, match=words[0].strip("-")):
         read_config("quickstart", words)

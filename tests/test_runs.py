@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -69,11 +70,22 @@ def test_embeddings_are_the_features_of_the_images(tiny: Config, photos: Path) -
         torch.testing.assert_close(torch.tensor(embedding), expected, rtol=0.02, atol=0.02)
 
 
-def test_unreadable_images_stop_or_are_counted_and_no_half_file_stays(tiny: Config, photos: Path) -> None:
+def test_unreadable_images_stop_or_are_counted_and_no_half_file_stays(
+    tiny: Config, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, out = train(tiny), photos.parent / "out.parquet"
     (photos / "bad.png").write_bytes(b"")
     with pytest.raises(BadImageError, match=r"bad\.png"):
         embed_folder(run, photos, out)
+    assert list(photos.parent.glob("*out.parquet*")) == []
+
+    def full(table: Any, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):  # noqa: PT012
+        patch.setattr(pq, "write_table", full)
+        embed_folder(run, photos, out, on_bad_image="skip")
     assert list(photos.parent.glob("*out.parquet*")) == []
     assert embed_folder(run, photos, out, on_bad_image="skip") == (3, 1)
     assert len(pq.read_table(out)) == 3
@@ -101,7 +113,10 @@ def test_there_must_be_images_a_run_and_labels(tiny: Config, photos: Path) -> No
 
 
 def test_pictures_are_drawn(tiny: Config) -> None:
-    for picture in draw(train(tiny), queries=3, neighbours=2):
+    pictures = draw(train(tiny), queries=3, neighbours=2)
+    assert [picture.name for picture in pictures] == ["curves.png", "neighbours.png"]
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         width, height = Image.open(picture).size
         assert width > 200
         assert height > 200

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torch_emc2 import training
+from torch_emc2.cli import main
 from torch_emc2.config import Config, LossName, OptimizerConfig, to_yaml
 from torch_emc2.losses import EMC2Loss
-from torch_emc2.training import ContrastiveData, ContrastiveModule, MetricsFile, train
+from torch_emc2.training import ContrastiveData, ContrastiveModule, MetricsFile, WholeCheckpoints, train
 
 Weights = dict[str, Tensor]
+Outcome = tuple[Weights, Weights, Any, list[dict[str, str]]]
 
 
 class Stop(Exception):
@@ -50,7 +53,7 @@ def interrupt(config: Config, steps: int, monkeypatch: pytest.MonkeyPatch) -> No
             train(config)
 
 
-def outcome(run: Path) -> tuple[Weights, Weights, Any, list[dict[str, str]]]:
+def outcome(run: Path) -> Outcome:
     """Weights, the loss's memory, and the metrics."""
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     with (run / "metrics.csv").open(newline="") as file:
@@ -68,74 +71,152 @@ def assert_same(got: Any, want: Any) -> None:
     assert got[3] == want[3]
 
 
-@pytest.mark.parametrize("loss", ["emc2", "infonce", "sogclr", "negative-cache"])
-def test_resumes_bit_for_bit_in_mid_epoch(loss: LossName, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Config], Outcome]:
+    """Give the outcome of the same run in one go; tests that differ in how a run is stopped share it."""
+    known: dict[str, Outcome] = {}
+
+    def look_up(config: Config) -> Outcome:
+        plain = replace(config, checkpoint_every_steps=None, data=replace(config.data, num_workers=0), out="")
+        key = to_yaml(plain)
+        if key not in known:
+            known[key] = outcome(train(replace(plain, out=str(tmp_path_factory.mktemp("whole")))))
+        return known[key]
+
+    return look_up
+
+
+def photos(folder: Path, number: int) -> str:
+    """Write a folder of noise, its seventh image unreadable; returns its name as a data set."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(number):
+        pixels = torch.randint(256, (12, 12, 3), dtype=torch.uint8, generator=generator).numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    (folder / "7.png").write_bytes(b"no image")
+    return f"folder:{folder}"
+
+
+@pytest.mark.parametrize("loss", ["emc2", "infonce", "dcl", "sogclr", "negative-cache"])
+def test_resumes_bit_for_bit_in_mid_epoch(
+    loss: LossName, tiny: Config, uninterrupted: Callable[[Config], Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Four batches an epoch: the checkpoint is of step 5, the stop after step 6, both in the second epoch.
     tiny = replace(tiny, loss=loss, checkpoint_every_steps=5)
-    whole = outcome(train(replace(tiny, out=tiny.out + "-whole")))
     interrupt(tiny, 6, monkeypatch)
-    assert_same(outcome(train(tiny, resume=True)), whole)
+    assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
 
 
-@pytest.mark.parametrize(("every", "stop"), [(None, 4), (None, 6), (2, 2), (3, 3), (4, 7)])
-@pytest.mark.parametrize("accumulate", [1, 2])
+# Four batches an epoch. With accumulate 3 the second step of an epoch is of the one that is left.
+@pytest.mark.parametrize(
+    ("accumulate", "every", "stop"),
+    [(1, None, 2), (1, None, 4), (1, None, 6), (1, 4, 7), (2, 1, 1), (2, 2, 3), (2, 3, 3), (3, 1, 3)],
+)
 def test_resumes_from_any_checkpoint(
-    every: int | None, stop: int, accumulate: int, tiny: Config, monkeypatch: pytest.MonkeyPatch
+    accumulate: int,
+    every: int | None,
+    stop: int,
+    tiny: Config,
+    uninterrupted: Callable[[Config], Outcome],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tiny = replace(tiny, checkpoint_every_steps=every, accumulate=accumulate, epochs=2 * accumulate)
-    whole = outcome(train(replace(tiny, out=tiny.out + "-whole")))
+    tiny = replace(tiny, checkpoint_every_steps=every, accumulate=accumulate, epochs=2 if accumulate == 1 else 3)
     interrupt(tiny, stop, monkeypatch)
-    assert_same(outcome(train(tiny, resume=True)), whole)
+    assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
 
 
-def test_carried_policies_resume_too(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_carried_policies_resume_too(
+    tiny: Config, uninterrupted: Callable[[Config], Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for carry in ("cache", "encode_if_used"):
         config = replace(
             tiny, emc2=replace(tiny.emc2, carry=carry), checkpoint_every_steps=5, out=f"{tiny.out}-{carry}"
         )
-        whole = outcome(train(replace(config, out=config.out + "-whole")))
         interrupt(config, 6, monkeypatch)
-        assert_same(outcome(train(config, resume=True)), whole)
+        assert_same(outcome(train(config, resume=True)), uninterrupted(config))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_killed_process_resumes_bit_for_bit(num_workers: int, tiny: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("end", "num_workers"), [(signal.SIGKILL, 0), (signal.SIGKILL, 2), (signal.SIGINT, 2)])
+def test_a_stopped_process_resumes_bit_for_bit(
+    end: signal.Signals, num_workers: int, tiny: Config, uninterrupted: Callable[[Config], Outcome], tmp_path: Path
+) -> None:
     tiny = replace(tiny, epochs=4, checkpoint_every_steps=3, data=replace(tiny.data, num_workers=num_workers))
-    whole = outcome(train(replace(tiny, out=tiny.out + "-whole")))
     config = tmp_path / "config.yaml"
     config.write_text(to_yaml(tiny))
-    command = [sys.executable, "-m", "torch_emc2", "train", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     last = Path(tiny.out) / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not last.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    stopped_at = torch.load(last, weights_only=True)["global_step"]
-    assert stopped_at < 16
+    with subprocess.Popen(
+        [sys.executable, "-m", "torch_emc2", "train", str(config)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell's children ignore it
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not last.exists():
+                assert process.poll() is None, "the run ended before it could be stopped"
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            os.killpg(process.pid, end)  # as a terminal does: the loader's workers too
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    if end == signal.SIGINT:
+        assert process.returncode == 130
+        (line,) = err.strip().splitlines()
+        assert line.startswith(f"emc2: interrupted; emc2 train {tiny.out}/config.yaml --resume")
+    assert torch.load(last, weights_only=True)["global_step"] < 16
     assert not (Path(tiny.out) / "encoder.safetensors").exists()
-    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
-    assert_same(outcome(Path(tiny.out)), whole)
+    assert main(["train", f"{tiny.out}/config.yaml", "--resume"]) == 0
+    assert_same(outcome(Path(tiny.out)), uninterrupted(tiny))
 
 
-def test_results_do_not_depend_on_workers(tiny: Config) -> None:
-    runs = [train(replace(tiny, data=replace(tiny.data, num_workers=n), out=f"{tiny.out}-{n}")) for n in (0, 2)]
-    assert_same(outcome(runs[0]), outcome(runs[1]))
+def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, path = WholeCheckpoints(), tmp_path / "checkpoints" / "last.ckpt"
+    files.save_checkpoint({"step": 1}, path)
+
+    def killed(checkpoint: Any, file: Path) -> None:
+        file.write_bytes(b"half")
+        assert file.parent == path.parent  # on another file system the last step would be a copy
+        raise Stop
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(Stop):
+        files.save_checkpoint({"step": 2}, path)
+    assert files.load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_row_is_written_before_the_checkpoint_of_its_step(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, seen = WholeCheckpoints.save_checkpoint, []
+
+    def spy(self: WholeCheckpoints, checkpoint: Any, path: Path, **options: Any) -> None:
+        with (Path(tiny.out) / "metrics.csv").open(newline="") as file:
+            seen.append((checkpoint["global_step"], len(list(csv.DictReader(file)))))
+        save(self, checkpoint, path)
+
+    monkeypatch.setattr(WholeCheckpoints, "save_checkpoint", spy)
+    train(replace(tiny, checkpoint_every_steps=1, epochs=1))
+    assert seen == [(1, 1), (2, 2), (3, 3), (4, 4), (4, 4)]
+
+
+def test_results_do_not_depend_on_workers(tiny: Config, uninterrupted: Callable[[Config], Outcome]) -> None:
+    run = train(replace(tiny, data=replace(tiny.data, num_workers=2)))
+    assert_same(outcome(run), uninterrupted(tiny))  # without workers
 
 
 def test_two_processes_train_as_one(tiny: Config, tmp_path: Path) -> None:
     # Group norm: batch norm's statistics are those of a rank's part.
-    tiny = replace(tiny, model=replace(tiny.model, norm="group"))
+    data = replace(tiny.data, name=photos(tmp_path / "photos", 66), limit=None, on_bad_image="skip")
+    tiny = replace(tiny, model=replace(tiny.model, norm="group"), data=data)
     one = outcome(train(replace(tiny, out=tiny.out + "-one")))
     config = tmp_path / "two.yaml"
     config.write_text(to_yaml(replace(tiny, batch_size=8, devices=2)))
     command = [sys.executable, "-m", "torch_emc2", "train", str(config)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     two = outcome(Path(tiny.out))
-    for name in ("loss", "global_loss", "acceptance", "carried_share", "lr"):
+    for name in ("loss", "global_loss", "skipped", "lr"):
         got, want = ([float(row[name]) for row in rows] for rows in (two[3], one[3]))
         assert got == pytest.approx(want, abs=1e-4), name
     torch.testing.assert_close(two[2], one[2], rtol=1e-3, atol=1e-3)  # the chains, on every rank alike
@@ -143,17 +224,26 @@ def test_two_processes_train_as_one(tiny: Config, tmp_path: Path) -> None:
 
 def test_resuming_a_finished_run_keeps_it(tiny: Config) -> None:
     before = outcome(train(tiny))
+    (Path(tiny.out) / "encoder.safetensors").unlink()  # killed after the last step, before the encoder was written
     assert_same(outcome(train(tiny, resume=True)), before)
 
 
 def test_two_runs_do_not_share_a_folder(tiny: Config) -> None:
     run = train(tiny)
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    with pytest.raises(FileExistsError, match="is not empty"):
         train(tiny)
     with pytest.raises(ValueError, match=r"config differs.*temperature: 0\.3"):
         train(replace(tiny, temperature=0.3), resume=True)
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_does_not_go_among_other_files(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        train(tiny)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
 def test_a_step_is_the_loss_of_both_views_and_the_carried(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +258,12 @@ def test_a_step_is_the_loss_of_both_views_and_the_carried(tiny: Config, monkeypa
         seen.append((batch, loss.detach(), before, memory))
         return loss
 
+    def keep(module: ContrastiveModule) -> None:
+        gradients.append({name: value.grad.clone() for name, value in module.encoder.named_parameters()})
+
+    gradients: list[Any] = []
     monkeypatch.setattr(ContrastiveModule, "training_step", spy)
+    monkeypatch.setattr(ContrastiveModule, "on_after_backward", keep)
     train(tiny)
     batch, loss, weights, memory = seen[-1]
     assert len(batch.carried) > 0
@@ -183,6 +278,9 @@ def test_a_step_is_the_loss_of_both_views_and_the_carried(tiny: Config, monkeypa
         z[:size], z[size : 2 * size], batch.index, lambda ids: torch.stack([carried[i] for i in ids.tolist()])
     )
     torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=0)
+    expected.backward()
+    by_hand = {name: value.grad for name, value in module.encoder.named_parameters()}
+    torch.testing.assert_close(gradients[-1], by_hand, rtol=1e-5, atol=1e-7)
     # The images are those that the table named, each in its third view of this epoch.
     named = memory["chains"]["ids"][batch.index]
     assert batch.carried_ids.tolist() == sorted(set(named[named >= 0].tolist()))
@@ -228,14 +326,7 @@ def test_similarities_are_float32_under_bf16(tiny: Config, monkeypatch: pytest.M
 
 
 def test_unreadable_images_are_skipped_and_counted(tiny: Config, tmp_path: Path) -> None:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for i in range(20):
-        pixels = torch.randint(256, (12, 12, 3), dtype=torch.uint8, generator=generator).numpy()
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    (folder / "7.png").write_bytes(b"no image")
-    data = replace(tiny.data, name=f"folder:{folder}", limit=None)
+    data = replace(tiny.data, name=photos(tmp_path / "photos", 20), limit=None)
     with pytest.raises(ValueError, match=r"7\.png"):
         train(replace(tiny, data=data, batch_size=10))
     run = train(replace(tiny, data=replace(data, on_bad_image="skip"), batch_size=10, out=tiny.out + "-skip"))
@@ -245,12 +336,12 @@ def test_unreadable_images_are_skipped_and_counted(tiny: Config, tmp_path: Path)
 
 def test_metrics_file_widens_and_cuts(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.csv")
-    file.log_metrics({"loss": 1.0}, 0)
-    file.log_metrics({"loss": 2.0, "skipped": 1.0}, 1)
-    file.log_metrics({"loss": 3.0}, 2)
+    file.write({"loss": 1.0}, 0)
+    file.write({"loss": 2.0, "skipped": 1.0}, 1)
+    file.write({"loss": 3.0}, 2)
     again = MetricsFile(tmp_path / "metrics.csv")
-    again.log_metrics({"loss": 4.0}, 1)
-    again.log_metrics({"loss": 5.0}, 2)
+    again.write({"loss": 4.0}, 1)
+    again.write({"loss": 5.0}, 2)
     with (tmp_path / "metrics.csv").open(newline="") as table:
         rows = list(csv.DictReader(table))
     assert rows == [
@@ -258,6 +349,13 @@ def test_metrics_file_widens_and_cuts(tmp_path: Path) -> None:
         {"step": "1", "loss": "4", "skipped": ""},
         {"step": "2", "loss": "5", "skipped": ""},
     ]
+
+
+@pytest.mark.parametrize(("accumulate", "every", "steps"), [(1, 3, [2, 5]), (1, 10, [3, 7]), (2, 1, [0, 1, 2, 3])])
+def test_a_row_each_so_many_steps(accumulate: int, every: int, steps: list[int], tiny: Config) -> None:
+    rows = outcome(train(replace(tiny, accumulate=accumulate, log_every_steps=every)))[3]
+    assert [int(row["step"]) for row in rows] == steps
+    assert [int(row["epoch"]) for row in rows] == [step // math.ceil(4 / accumulate) for step in steps]
 
 
 def test_data_is_placed_after_the_steps_taken(tiny: Config) -> None:
