@@ -26,6 +26,8 @@ TINY = [
     "1",
     "--accelerator",
     "cpu",
+    "--probe",
+    "sgd",
 ]
 
 
@@ -129,12 +131,14 @@ def test_an_interrupt_ends_with_a_line_how_to_go_on(
     def ctrl_c(module: ContrastiveModule, *args: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children ignore it
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(ContrastiveModule, "on_train_epoch_end", ctrl_c)
     assert main(["train", str(Path(tiny.out).parent / "tiny.yaml")]) == 130
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line == f"emc2: interrupted; emc2 train {tiny.out}/config.yaml --resume goes on from the last checkpoint"
     assert signal.getsignal(signal.SIGINT) is before  # Lightning leaves it ignored
+    signal.signal(signal.SIGINT, inherited)
 
     def ctrl_c_again(run: Path) -> None:
         raise KeyboardInterrupt
