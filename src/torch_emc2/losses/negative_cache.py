@@ -73,7 +73,7 @@ class NegativeCacheLoss(StatefulLoss):
         w_pos = (positive - torch.logaddexp(positive, log_sum_exp(scores))).exp()
 
         noise = exponential_noise(pairs, scores.shape[1:], self.seed, self._calls).view_as(scores)
-        drawn = (scores - noise.log_()).argmax(1)  # -log Exp(1) is a Gumbel draw
+        drawn = (scores - noise.clamp_(min=2**-25).log_()).argmax(1)  # Gumbel; 0 would draw masked
         weight = (1 - w_pos)[:, None]
         if encode is None:
             carried = Carried(self._embeddings.read(drawn).to(pairs.rows.dtype)[:, None], weight)
