@@ -47,11 +47,6 @@ class Pairs:
         return 2 * self.size - 2
 
     @property
-    def negative(self) -> Tensor:
-        """(rows, columns) bool: the column belongs to another sample than the row."""
-        return _negative(self.start, self.local, self.size, self.rows.device)
-
-    @property
     def own(self) -> Tensor:
         """(rows, columns) bool: the column is a view of the row's own sample."""
         return _own(self.start, self.local, self.size, self.rows.device)
@@ -117,11 +112,6 @@ def make_pairs(z1: Tensor, z2: Tensor, index: Tensor | None, num_samples: int | 
     if pairs.index is not None:
         _validate_ids(pairs.index, num_samples)  # of all ranks, on all ranks: they fail together
     return pairs
-
-
-@lru_cache(maxsize=8)
-def _negative(start: int, local: int, size: int, device: torch.device) -> Tensor:
-    return ~_own(start, local, size, device)
 
 
 @lru_cache(maxsize=8)

@@ -80,6 +80,8 @@ class NegativeCacheLoss(StatefulLoss):
         else:
             again, place = torch.unique(drawn, return_inverse=True)
             encoded = encode(again)
+            if len(encoded) != len(again):
+                raise ValueError(f"encode gave {len(encoded)} embeddings for {len(again)} ids: give one an id")
             carried = Carried(encoded[place][:, None], weight, encoded, place[:, None])
         self._calls += self.training
         self.last["cached_share"] = (self._written.data != _NEVER).float().mean()
