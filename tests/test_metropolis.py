@@ -74,7 +74,9 @@ def test_walks_count_the_steps_of_the_loop(
     carried_score = torch.stack([entry, 2 * entry])[:walks, :, None].repeat(1, 1, num_chains)
     noise = torch.empty(walks, len(x), num_chains, x.shape[1], dtype=x.dtype).exponential_(generator=generator)
 
-    result = (walk if by == "walk" else _walk_by_scan)(log_scores, carried_score, noise, counted)
+    order = torch.randperm(x.shape[1], generator=generator)
+
+    result = (walk if by == "walk" else _walk_by_scan)(log_scores, carried_score, noise, counted, order)
 
     steps, carried_steps, all_accepted = torch.zeros_like(log_scores), torch.zeros_like(carried_score), 0
     for row in range(len(x)):
@@ -82,9 +84,9 @@ def test_walks_count_the_steps_of_the_loop(
             at, accepted = -1, 0
             for w in range(walks):
                 score = carried_score[w, row, chain] if at < 0 else log_scores[w, row, at]
-                for k in range(x.shape[1]):
-                    if log_scores[w, row, k] + noise[w, row, chain, k] > score:
-                        score, at, accepted = log_scores[w, row, k], k, accepted + 1
+                for k, proposal in enumerate(order.tolist()):
+                    if log_scores[w, row, proposal] + noise[w, row, chain, k] > score:
+                        score, at, accepted = log_scores[w, row, proposal], proposal, accepted + 1
                     if at < 0:
                         carried_steps[w, row, chain] += counted[w, row, k]
                     else:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _walk(
-    log_scores: Any, carried_score: Any, noise: Any, counted: Any,
+    log_scores: Any, carried_score: Any, noise: Any, counted: Any, order: Any,
     steps: Any, carried_steps: Any, state: Any, score: Any, accepted: Any,
 ) -> None:  # fmt: skip
     walks, total, num_proposals = noise.shape
@@ -34,22 +34,23 @@ def _walk(
             at_d = log_scores[walk, row_d, state[d]] if state[d] >= 0 else carried_score[walk, d]
             num_a, num_b, num_c, num_d = 0, 0, 0, 0
             for k in range(num_proposals):
+                proposal = order[k]
                 accepted_at[0, num_a] = k
-                accept = log_scores[walk, row_a, k] + noise[walk, a, k] > at_a
+                accept = log_scores[walk, row_a, proposal] + noise[walk, a, k] > at_a
                 num_a += accept
-                at_a = log_scores[walk, row_a, k] if accept else at_a
+                at_a = log_scores[walk, row_a, proposal] if accept else at_a
                 accepted_at[1, num_b] = k
-                accept = log_scores[walk, row_b, k] + noise[walk, b, k] > at_b
+                accept = log_scores[walk, row_b, proposal] + noise[walk, b, k] > at_b
                 num_b += accept
-                at_b = log_scores[walk, row_b, k] if accept else at_b
+                at_b = log_scores[walk, row_b, proposal] if accept else at_b
                 accepted_at[2, num_c] = k
-                accept = log_scores[walk, row_c, k] + noise[walk, c, k] > at_c
+                accept = log_scores[walk, row_c, proposal] + noise[walk, c, k] > at_c
                 num_c += accept
-                at_c = log_scores[walk, row_c, k] if accept else at_c
+                at_c = log_scores[walk, row_c, proposal] if accept else at_c
                 accepted_at[3, num_d] = k
-                accept = log_scores[walk, row_d, k] + noise[walk, d, k] > at_d
+                accept = log_scores[walk, row_d, proposal] + noise[walk, d, k] > at_d
                 num_d += accept
-                at_d = log_scores[walk, row_d, k] if accept else at_d
+                at_d = log_scores[walk, row_d, proposal] if accept else at_d
             for lane in range(min(4, total - first)):
                 chain = first + lane
                 row = chain // num_chains
@@ -66,16 +67,18 @@ def _walk(
                 else:
                     steps[walk, row, state[chain]] += clock[accepted_at[lane, 0]]
                 for i in range(num):
-                    steps[walk, row, accepted_at[lane, i]] += (
+                    steps[walk, row, order[accepted_at[lane, i]]] += (
                         clock[accepted_at[lane, i + 1]] - clock[accepted_at[lane, i]]
                     )
                 if num:
-                    state[chain] = accepted_at[lane, num - 1]
+                    state[chain] = order[accepted_at[lane, num - 1]]
                 score[chain] = (at_a, at_b, at_c, at_d)[lane]
                 accepted[0] += num
 
 
-def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> tuple[Tensor, ...]:
+def walk(
+    log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor, order: Tensor
+) -> tuple[Tensor, ...]:
     """The fields of `torch_emc2.metropolis.Walk`, whose arguments these are, on the CPU."""
     walks, rows, num_chains, _ = noise.shape
     steps, carried_steps = torch.zeros_like(log_scores), torch.zeros_like(carried_score)
@@ -86,6 +89,7 @@ def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tens
         carried_score.reshape(walks, -1).numpy(),
         noise.reshape(walks, -1, noise.shape[3]).numpy(),
         counted.contiguous().numpy(),
+        order.numpy(),
         steps.numpy(),
         carried_steps.view(walks, -1).numpy(),
         state.view(-1).numpy(),

@@ -90,7 +90,7 @@ def metropolis_hastings(
     return MHResult(state.masked_fill_(~moved, -1), torch.where(moved[:, -1], score[:, -1], entry_score))
 
 
-def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
+def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor, order: Tensor) -> Walk:
     """Take several chains a row over the same proposals, one walk after the other, and count where they spend their
     steps.
 
@@ -102,12 +102,13 @@ def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tens
     Args:
         log_scores: (walks, rows, N) log scores of the proposals, -inf for those that may not be accepted.
         carried_score: (walks, rows, chains) log score of the state each chain comes in with.
-        noise: (walks, rows, chains, N) independent Exp(1) draws.
+        noise: (walks, rows, chains, N) independent Exp(1) draws, one a step.
         counted: (walks, rows, N) bool, the steps that count.
+        order: (N,) int64, the proposal of each step: a permutation.
     """
     if log_scores.device.type == "cpu" and (compiled := _compiled_walk()) is not None:
-        return Walk(*compiled(log_scores, carried_score, noise, counted))
-    return _walk_by_scan(log_scores, carried_score, noise, counted)
+        return Walk(*compiled(log_scores, carried_score, noise, counted, order))
+    return _walk_by_scan(log_scores, carried_score, noise, counted, order)
 
 
 @cache
@@ -120,11 +121,11 @@ def _compiled_walk() -> Callable[..., tuple[Tensor, ...]] | None:
     return _compiled.walk
 
 
-def _walk_by_scan(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
+def _walk_by_scan(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor, order: Tensor) -> Walk:
     rows, num_chains = carried_score.shape[1:]
-    at = torch.full((rows, num_chains), -1, device=log_scores.device)
+    at = torch.full((rows, num_chains), -1, device=log_scores.device)  # steps, until the end
     all_steps, carried_steps, accepted = [], [], torch.zeros((), dtype=torch.int64, device=at.device)
-    for x, entry, e, counts in zip(log_scores, carried_score, noise, counted, strict=True):
+    for x, entry, e, counts in zip(log_scores[..., order], carried_score, noise, counted, strict=True):
         column = at.clamp(min=0)
         entry = torch.where(at < 0, entry, x.gather(1, column))
         x, counts = (tensor.repeat_interleave(num_chains, 0) for tensor in (x, counts))
@@ -135,7 +136,9 @@ def _walk_by_scan(log_scores: Tensor, carried_score: Tensor, noise: Tensor, coun
         all_steps.append(steps[:, 1:].unflatten(0, (rows, num_chains)).sum(1))
         carried_steps.append(steps[:, 0].view_as(at))
         at = path[:, -1].view_as(at)
-    return Walk(torch.stack(all_steps), torch.stack(carried_steps), at, score.view_as(at), accepted)
+    by_proposal = torch.empty_like(log_scores).index_copy_(2, order, torch.stack(all_steps))
+    state = torch.where(at < 0, at, order[at])
+    return Walk(by_proposal, torch.stack(carried_steps), state, score.view_as(at), accepted)
 
 
 def _validate(log_scores: Tensor, entry_score: Tensor, noise: Tensor, valid: Tensor | None) -> None:

@@ -38,21 +38,28 @@ class SlowEMC2:
         uniform = torch.empty(2, size, self.num_chains, 2 * size, dtype=torch.float64).uniform_(generator=generator)
         return -torch.log(1 - uniform)
 
+    def order(self, size: int) -> list[int]:
+        """A step's column: of each sample one view in the first half, the other in the second, by a fair coin."""
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.calls, -1))
+        swapped = torch.randint(2, (size,), generator=generator).tolist()
+        first = [j + size if swapped[j] else j for j in range(size)]
+        return first + [(j + size) % (2 * size) for j in first]
+
     def __call__(self, z1: Tensor, z2: Tensor, index: Tensor, table: Tensor) -> Tensor:
         size = len(z1)
         columns = [F.normalize(z, dim=0) for z in (*z1, *z2)]
         ids = [*index.tolist(), *index.tolist()] if index.ndim == 1 else index.T.flatten().tolist()
-        noise, total, estimates = self.noise(size), torch.zeros(()), []
+        noise, order, total, estimates = self.noise(size), self.order(size), torch.zeros(()), []
         cached_before = dict(self.cached)
         for sample in range(size):
             at = {}
             for view in range(2):
                 row = columns[view * size + sample]
                 logit = [self.beta * float(row.detach() @ column.detach()) for column in columns]
-                proposals = [j for j in range(2 * size) if j % size != sample]
+                proposals = [(k, j) for k, j in enumerate(order) if j % size != sample]
                 burnt = int(self.burn_in * len(proposals))
                 total = total - row @ columns[(1 - view) * size + sample]
-                log_mass = torch.tensor([logit[j] for j in proposals]).logsumexp(0)
+                log_mass = torch.tensor([logit[j] for _, j in proposals]).logsumexp(0)
                 estimates.append(
                     float(log_mass) - logit[(1 - view) * size + sample] - torch.tensor(float(len(proposals))).log()
                 )
@@ -73,14 +80,16 @@ class SlowEMC2:
                     state = at.get(chain) if shared_second else None  # None: at the carried negative
                     if state is not None:
                         score = logit[state]
-                    for step, j in enumerate(proposals):
-                        if logit[j] + float(noise[view, sample, chain, j]) > score:
+                    for step, (k, j) in enumerate(proposals):
+                        if logit[j] + float(noise[view, sample, chain, k]) > score:
                             state, score = j, logit[j]
                         if step >= burnt:
                             met = columns[state] if state is not None else embedding
                             if met is not None:
                                 total = total + (row @ met) / (self.num_chains * (len(proposals) - burnt))
                     at[chain] = state
+                    if state is None and embedding is not None and self.carry == "encode_if_used":
+                        score = self.beta * float(row.detach() @ embedding.detach())
                     end = carried if state is None else ids[state]
                     if end is not None:
                         self.chains[key] = (end, score)
@@ -129,6 +138,9 @@ def test_equals_the_slow_version(carry: str, num_chains: int, own_chains: bool, 
     ids = fast.chains.ids.data
     assert {(i, c): int(ids[i, c]) for i, c in slow.chains} == {key: end for key, (end, _) in slow.chains.items()}
     assert int((ids >= 0).sum()) == len(slow.chains)
+    scores = fast.chains.scores.data
+    for (i, c), (_, score) in slow.chains.items():
+        assert float(scores[i, c]) == pytest.approx(score, rel=1e-6)
 
 
 @pytest.mark.parametrize("own_chains", [False, True])
@@ -187,12 +199,159 @@ def test_isir_weighs_batch_and_carried_by_their_softmax(num_chains: int, views: 
     assert met > 20
 
 
+class SlowISIR:
+    """One chain for both views of a sample, in Python numbers; the noise is that of the loss under test."""
+
+    def __init__(self, temperature: float, num_chains: int, carry: str, seed: int) -> None:
+        self.beta, self.num_chains, self.carry, self.seed = 1 / temperature, num_chains, carry, seed
+        self.chains: dict[tuple[int, int], tuple[int, float]] = {}
+        self.calls = 0
+
+    def __call__(self, z1: Tensor, z2: Tensor, index: Tensor, table: Tensor) -> Tensor:
+        size, ids, total = len(z1), index.tolist() * 2, torch.zeros((), dtype=torch.float64)
+        columns = [F.normalize(z, dim=0) for z in (*z1, *z2)]
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.calls, 0))
+        uniform = 1 - torch.empty(2, size, self.num_chains, dtype=torch.float64).uniform_(generator=generator)
+        after = dict(self.chains)
+        for sample in range(size):
+            for chain in range(self.num_chains):
+                key, state = (ids[sample], chain), None
+                carried, stored = self.chains.get(key, (None, float("-inf")))
+                for view in range(2):
+                    row = columns[view * size + sample]
+                    negatives = [j for j in range(2 * size) if j % size != sample]
+                    candidates, logits = (
+                        list(negatives),
+                        [self.beta * float(row.detach() @ columns[j].detach()) for j in negatives],
+                    )
+                    embedding = None
+                    if carried is not None and carried not in ids and state is None:
+                        embedding = F.normalize(table[carried], dim=0) if self.carry != "drop" else None
+                        fresh = self.carry == "encode"
+                        logits.append(self.beta * float(row.detach() @ embedding.detach()) if fresh else stored)
+                        candidates.append(-1)
+                    weights = torch.tensor(logits, dtype=torch.float64).softmax(0)
+                    for j, weight in zip(candidates, weights.tolist(), strict=True):
+                        met = embedding if j < 0 else columns[j]
+                        if met is not None:
+                            total = total + weight * (row @ met) / self.num_chains
+                    total = total - row @ columns[(view * size + sample + size) % (2 * size)] / self.num_chains
+                    # The uniform draw's place on the line: the carried state first, then the columns in their order.
+                    place = float(uniform[view, sample, chain])
+                    stay = float(weights[-1]) if candidates[-1] < 0 else 0.0
+                    if place > stay:
+                        reach = (stay + weights[: len(negatives)].cumsum(0)).tolist()
+                        state = negatives[next((i for i, x in enumerate(reach) if place <= x), len(negatives) - 1)]
+                    if state is not None:
+                        score = self.beta * float(row.detach() @ columns[state].detach())
+                    elif embedding is not None and self.carry != "drop":
+                        score = self.beta * float(row.detach() @ embedding.detach())
+                    else:
+                        score = stored
+                after[key] = (carried, score) if state is None else (ids[state], score)
+        self.chains, self.calls = after, self.calls + 1
+        return self.beta * total / (2 * size)
+
+
+@pytest.mark.parametrize("carry", ["encode", "encode_if_used", "drop"])
+@pytest.mark.parametrize("num_chains", [1, 2])
+def test_isir_with_shared_chains_equals_the_slow_version(num_chains: int, carry: Carry) -> None:
+    table = torch.randn(M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    fast = EMC2Loss(M, 0.3, num_chains=num_chains, carry=carry, kernel="isir", seed=5)
+    slow = SlowISIR(0.3, num_chains, carry, seed=5)
+    for z1, z2, index in batches(15, own_chains=False, seed=2):
+        gradients = []
+        for loss_fn in (fast, slow):
+            a, b, rows = (tensor.clone().requires_grad_() for tensor in (z1, z2, table))
+            loss = fast(a, b, index, encode=rows.__getitem__) if loss_fn is fast else slow(a, b, index, rows)
+            gradients.append(torch.autograd.grad(loss, (a, b, rows), materialize_grads=True))
+        torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+        for (i, c), (end, score) in slow.chains.items():
+            assert int(fast.chains.ids.data[i, c]) == end
+            assert float(fast.chains.scores.data[i, c]) == pytest.approx(score, rel=1e-6)
+
+
+def test_views_carried_as_one_are_not_met_twice() -> None:
+    """Four fixed views a sample: the carried sample is in the batch whichever of its views are."""
+    views = 4
+    table = torch.randn(M, views, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss_fn = EMC2Loss(views * M, 0.3, carry="encode", kernel="isir")
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        samples = torch.randperm(6, generator=generator)[:5]  # of six samples: a carried one is mostly in the batch
+        chosen = torch.stack([torch.randperm(views, generator=generator)[:2] for _ in samples])
+        index = samples[:, None] * views + chosen
+        before = loss_fn.chains.ids.data[index.T.flatten(), 0].clone()
+        loss_fn(
+            table[samples, chosen[:, 0]], table[samples, chosen[:, 1]], index, encode=lambda ids: table[ids // views]
+        )
+        outside = (before >= 0) & ~torch.isin(before // views, samples)
+        assert (loss_fn.last["carried_share"] > 0) == outside.any()
+
+
+def test_a_stale_score_does_not_hold_its_chain() -> None:
+    loss_fn = EMC2Loss(M, 0.1, burn_in=0.0, carry="encode_if_used")
+    index, rows = torch.arange(B), torch.randn(M, D)
+    loss_fn.chains.write(index, torch.full((B, 1), M - 1), torch.full((B, 1), 1e6))  # a score that nothing can reach
+    z = torch.randn(2, B, D)
+    loss_fn(*z, index, encode=rows.__getitem__)
+    fresh = F.normalize(z[1], dim=1) @ F.normalize(rows[-1], dim=0) / 0.1
+    assert (loss_fn.chains.ids.data[:B, 0] == M - 1).all()
+    torch.testing.assert_close(loss_fn.chains.scores.data[:B, 0], fresh)
+
+
+@pytest.mark.parametrize("saved", ["encode", "drop"])
+def test_chains_without_embeddings_are_no_cache(saved: Carry) -> None:
+    first, cache = EMC2Loss(M, carry=saved), EMC2Loss(M, carry="cache")
+    cache.load_state_dict(first.state_dict())  # none yet, and so no chain
+    z1, z2, index = batches(1, own_chains=False, seed=0)[0]
+    first(z1, z2, index, encode=lambda ids: torch.randn(len(ids), D))
+    with pytest.raises(ValueError, match='chains and no embeddings for carry="cache"'):
+        cache.load_state_dict(first.state_dict())
+    assert (cache.chains.ids.data < 0).all()
+
+
+def test_a_batch_of_another_width_changes_nothing() -> None:
+    loss_fn = EMC2Loss(M)
+    loss_fn(*torch.randn(2, B, D), torch.arange(B))
+    before = loss_fn.chains.ids.data.clone()
+    with pytest.raises(ValueError, match=rf"z1 and z2 must be \(b, {D}\) as the cached"):
+        loss_fn(*torch.randn(2, B, D + 1), torch.arange(B))
+    assert torch.equal(loss_fn.chains.ids.data, before)
+
+
+@pytest.mark.parametrize(("kernel", "temperature"), [("metropolis", 0.2), ("isir", 1.0)])
+def test_noise_goes_on_with_the_calls_and_starts_with_the_seed(kernel: Kernel, temperature: float) -> None:
+    z, index, ends = torch.randn(2, B, D, generator=torch.Generator().manual_seed(0)), torch.arange(B), []
+    for seed, calls in ((0, 0), (0, 1), (1, 0)):
+        loss_fn = EMC2Loss(M, temperature, kernel=kernel, num_chains=20)
+        loss_fn.load_state_dict({"_extra_state": loss_fn.get_extra_state() | {"seed": seed, "calls": calls}})
+        loss_fn(*z, index)
+        assert (loss_fn.seed, loss_fn._calls) == (seed, calls + 1)
+        ends.append(loss_fn.chains.ids.data[:B].clone())
+    for one, other in ((0, 1), (0, 2), (1, 2)):  # some agree by chance
+        assert (ends[one] == ends[other]).float().mean() < 0.9
+
+
+def test_acceptance_and_carried_share_are_those_of_the_slow_walk() -> None:
+    """At one temperature so high that a chain accepts all, and one so low that it accepts its best alone."""
+    z1, z2, index = batches(1, own_chains=False, seed=0)[0]
+    loss_fn = EMC2Loss(M, 1e6, burn_in=0.0)
+    loss_fn(z1, z2, index)
+    assert float(loss_fn.last["acceptance"]) > 0.99
+    assert float(loss_fn.last["carried_share"]) == 0
+    stuck = EMC2Loss(M, 1.0, burn_in=0.25, carry="drop", num_chains=2)
+    stuck.chains.write(index, torch.full((B, 2), M - 1), torch.tensor([[1e9, -torch.inf]]).expand(B, 2))
+    stuck(z1, z2, index)
+    assert float(stuck.last["carried_share"]) == pytest.approx(0.5)  # of each row's two chains one never moves
+
+
 def test_metropolis_carries_one_view() -> None:
     loss_fn = EMC2Loss(M, carry="encode")
     z1, z2, index = batches(1, own_chains=False, seed=0)[0]
     rows = torch.randn(M, 2, D, dtype=torch.float64)
     loss_fn(z1, z2, index, encode=rows.__getitem__)
-    with pytest.raises(ValueError, match='encode gave 2 views an id: kernel="metropolis" carries one'):
+    with pytest.raises(ValueError, match=r"encode gave 2 views an id: only .* carries more .* are 'metropolis'"):
         loss_fn(z1, z2, index, encode=rows.__getitem__)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_emc2.chains import EMPTY, ChainTable
 from torch_emc2.isir import resample
 from torch_emc2.losses.base import Carried, Encode, StatefulLoss, Weights
-from torch_emc2.losses.noise import exponential_noise
+from torch_emc2.losses.noise import exponential_noise, proposal_order
 from torch_emc2.metropolis import walk
 from torch_emc2.pairs import Pairs
 from torch_emc2.tables import SampleTable
@@ -40,7 +40,7 @@ class EMC2Loss(StatefulLoss):
             ``"encode"``: ``encode(ids)`` does, with today's weights and before the walk, so the entry score is fresh
             too.
             ``"encode_if_used"``: ``encode(ids)`` does, for chains that stayed at it after burn-in; the entry score is
-            the stored one.
+            the stored one, renewed where the chain stays to the end.
             ``"cache"``: the loss keeps every sample's last embedding, O(num_samples · d) memory; it gets no gradient
             itself.
             ``"drop"``: nobody; its term is left out and the estimate is biased.
@@ -101,21 +101,23 @@ class EMC2Loss(StatefulLoss):
         carried = self.chains.ids.read(pairs.row_ids).long()  # (rows, chains)
         met, encoded, place = None, None, None
         if self.carry == "encode":
-            met, encoded, place = _encode(carried, carried != EMPTY, encode)
+            met, encoded, place = self._encode(carried, carried != EMPTY, encode)
         elif self.carry == "cache":
             met = self._recall(carried, pairs)
         if met is None:  # the entry score (rows, chains · carried views) is that of the last visit …
             score = self.chains.scores.read(pairs.row_ids).to(logits.dtype)
         else:  # … or fresh
-            views = met.shape[1] // self.num_chains
-            score = torch.bmm(met, pairs.rows[:, :, None])[:, :, 0].div_(self.temperature)
-            score.masked_fill_((carried == EMPTY).repeat_interleave(views, 1), -torch.inf)
+            score = self._log_scores(pairs, met)
+            score.masked_fill_((carried == EMPTY).repeat_interleave(score.shape[1] // self.num_chains, 1), -torch.inf)
 
         move = self._walk if self.kernel == "metropolis" else self._resample
         in_batch, at_carried, end, end_score = move(pairs, logits, carried, score)
 
         if self.carry == "encode_if_used":
-            met, encoded, place = _encode(carried, at_carried > 0, encode)
+            met, encoded, place = self._encode(carried, at_carried > 0, encode)
+            if met is not None:  # a score that stayed as it was could hold its chain for ever
+                stayed = (end < 0) & (at_carried[-len(end) :] > 0)
+                end_score = torch.where(stayed, self._log_scores(pairs, met)[-len(end) :], end_score)
         if self.training:
             self._remember(pairs, carried, end, end_score)
         self.last["carried_share"] = at_carried.sum() / carried.numel()
@@ -132,16 +134,15 @@ class EMC2Loss(StatefulLoss):
         chains, and the share of the carried negative (rows, chains); and for each chain (local or rows, chains) the
         column at which it ends, -1 for the carried negative, and its log score.
         """
-        if carried_score.shape != carried.shape:
-            views = carried_score.shape[1] // self.num_chains
-            raise ValueError(f'encode gave {views} views an id: kernel="metropolis" carries one')
         assert pairs.index is not None
         walks = 2 if pairs.index.ndim == 1 else 1
         burnt = int(self.burn_in * pairs.num_negatives)
         counted = _counted(pairs.start, pairs.local, pairs.size, burnt, logits.device)
         noise = exponential_noise(pairs, (self.num_chains, logits.shape[1]), self.seed, self._calls)
-        noise = noise.flatten(0, 1)
-        done = walk(*(rows.view(walks, -1, *rows.shape[1:]) for rows in (logits, carried_score, noise, counted)))
+        x, entry, e, counts = (
+            rows.view(walks, -1, *rows.shape[1:]) for rows in (logits, carried_score, noise.flatten(0, 1), counted)
+        )
+        done = walk(x, entry, e, counts, proposal_order(pairs, self.seed, self._calls))
         self.last["acceptance"] = done.accepted / (carried.numel() * pairs.num_negatives)
         num_counted = pairs.num_negatives - burnt
         return (
@@ -157,8 +158,10 @@ class EMC2Loss(StatefulLoss):
         """Choose among the batch and the carried negative; takes and returns what `_walk` does."""
         assert pairs.index is not None
         walks = 2 if pairs.index.ndim == 1 else 1
-        present = torch.isin(carried, pairs.column_ids)[:, :, None]  # in the batch already: not to be counted twice
-        views = carried_score.view(len(carried), self.num_chains, -1).masked_fill(present, -torch.inf)
+        views = carried_score.view(len(carried), self.num_chains, -1)
+        together = views.shape[2] if pairs.index.ndim == 2 else 1  # ids of views that are carried as one
+        present = torch.isin(carried // together, pairs.column_ids // together)  # in the batch: not to be counted twice
+        views = views.masked_fill(present[:, :, None], -torch.inf)
         score = views.logsumexp(2)
         uniform = exponential_noise(pairs, (self.num_chains,), self.seed, self._calls).neg_().exp_()
         by_walk = [tensor.view(walks, -1, tensor.shape[-1]) for tensor in (logits, score, uniform)]
@@ -176,13 +179,41 @@ class EMC2Loss(StatefulLoss):
         at_carried = (torch.cat(carried_weights)[:, :, None] * share_of_view).flatten(1)
         return torch.cat(weights), at_carried, at, end_score
 
-    def _recall(self, carried: Tensor, pairs: Pairs) -> Tensor:
-        """Look up the cached embeddings (rows, chains, d) of carried negatives."""
-        dim = pairs.rows.shape[1]
+    def _encode(self, carried: Tensor, wanted: Tensor, encode: Encode | None) -> _Encoded:
+        """Encode each wanted id of (rows, chains) once: what each row meets, the vectors themselves, and the places.
+
+        Shapes (rows, chains · views, d), (k · views, d) and (rows, chains · views), as in `Carried`; None without ids.
+        """
+        ids, place = torch.unique(carried[wanted], return_inverse=True)
+        if len(ids) == 0:
+            return None, None, None
+        assert encode is not None
+        encoded = encode(ids)
+        views = len(encoded) // len(ids)
+        if views != 1 and (self.kernel != "isir" or self.carry != "encode"):
+            raise ValueError(
+                f'encode gave {views} views an id: only kernel="isir" with carry="encode" carries more than one; '
+                f"here they are {self.kernel!r} and {self.carry!r}"
+            )
+        first = torch.zeros_like(carried).masked_scatter_(wanted, place * views)
+        place = (first[:, :, None] + torch.arange(views, device=first.device)).flatten(1)
+        return encoded.index_select(0, place.flatten()).view(*place.shape, -1), encoded, place
+
+    def _recall(self, carried: Tensor, pairs: Pairs) -> Tensor | None:
+        """Look up the cached embeddings (rows, chains, d) of carried negatives; None before the first visit."""
         if self._embeddings is None:
-            self._embeddings = SampleTable(self.num_samples, (dim,), torch.float32, 0.0)
+            return None
+        dim = self._embeddings.data.shape[1]
+        if dim != pairs.rows.shape[1]:
+            raise ValueError(
+                f"z1 and z2 must be (b, {dim}) as the cached embeddings are, got d = {pairs.rows.shape[1]}"
+            )
         met = self._embeddings.read(carried.flatten().clamp(min=0)).to(pairs.rows.dtype)
         return met.view(*carried.shape, dim)
+
+    def _log_scores(self, pairs: Pairs, met: Tensor) -> Tensor:
+        """Score what each row meets: (rows, met a row)."""
+        return torch.bmm(met, pairs.rows[:, :, None])[:, :, 0].div_(self.temperature)
 
     def _remember(self, pairs: Pairs, carried: Tensor, end: Tensor, end_score: Tensor) -> None:
         """Write back where the chains ended. Last of all, so that a call that fails changes nothing."""
@@ -190,7 +221,9 @@ class EMC2Loss(StatefulLoss):
         end_ids = torch.where(end < 0, carried[: len(end)], column_ids.take(end.clamp(min=0)))
         chain_ids = column_ids[: len(end) * pairs.size // pairs.local]  # a shared chain goes by its first view
         self.chains.write(chain_ids, pairs.gather_rows(end_ids), pairs.gather_rows(end_score))
-        if self._embeddings is not None:
+        if self.carry == "cache":
+            if self._embeddings is None:
+                self._embeddings = SampleTable(self.num_samples, (pairs.columns.shape[1],), torch.float32, 0.0)
             self._embeddings.write(chain_ids, pairs.columns[: len(chain_ids)])
         self._calls += 1
 
@@ -201,28 +234,20 @@ class EMC2Loss(StatefulLoss):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over a saved state: the next call draws the noise that would have come next."""
+        embeddings = state["embeddings"]
+        if self.carry != "cache":
+            embeddings = None
+        elif embeddings is None and bool((state["chains"]["ids"] != EMPTY).any()):
+            raise ValueError(
+                'the saved state has chains and no embeddings for carry="cache": '
+                "build the loss with the carry it was saved with"
+            )
         self.chains.load(state["chains"])
         self._embeddings = None
-        if state["embeddings"] is not None:
-            self._embeddings = SampleTable(self.num_samples, tuple(state["embeddings"].shape[1:]), torch.float32, 0.0)
-            self._embeddings.load(state["embeddings"])
+        if embeddings is not None:
+            self._embeddings = SampleTable(self.num_samples, tuple(embeddings.shape[1:]), torch.float32, 0.0)
+            self._embeddings.load(embeddings)
         self.seed, self._calls = state["seed"], state["calls"]
-
-
-def _encode(carried: Tensor, wanted: Tensor, encode: Encode | None) -> _Encoded:
-    """Encode each wanted id of (rows, chains) once: what each row meets, the vectors themselves, and the places.
-
-    Shapes (rows, chains · views, d), (k · views, d) and (rows, chains · views), as in `Carried`; None where none is.
-    """
-    ids, place = torch.unique(carried[wanted], return_inverse=True)
-    if len(ids) == 0:
-        return None, None, None
-    assert encode is not None
-    encoded = encode(ids)
-    views = len(encoded) // len(ids)
-    first = torch.zeros_like(carried).masked_scatter_(wanted, place * views)
-    place = (first[:, :, None] + torch.arange(views, device=first.device)).flatten(1)
-    return encoded.index_select(0, place.flatten()).view(*place.shape, -1), encoded, place
 
 
 @lru_cache(maxsize=8)

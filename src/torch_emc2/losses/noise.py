@@ -1,4 +1,4 @@
-"""Noise for a batch's rows that any number of ranks draws alike."""
+"""Random draws for a batch that any number of ranks draws alike."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch import Tensor
 from torch_emc2.pairs import Pairs
 from torch_emc2.seeds import mix_seed
 
-__all__ = ["exponential_noise"]
+__all__ = ["exponential_noise", "proposal_order"]
 
+_ORDER = -1  # the place of no block
 _BLOCK = 256  # samples that share a seed: a rank draws the noise of the blocks that hold its samples, and no more
 
 
@@ -27,3 +28,14 @@ def exponential_noise(pairs: Pairs, shape: tuple[int, ...], seed: int, call: int
         block.uniform_(generator=generator.manual_seed(mix_seed(seed, call, place)))
     noise.neg_().add_(1).log_().neg_()  # uniform_ draws from [0, 1): 1 - u is never 0, whose logarithm is infinite
     return noise if pairs.local == last - first else noise[:, pairs.start - first :][:, : pairs.local].contiguous()
+
+
+def proposal_order(pairs: Pairs, seed: int, call: int) -> Tensor:
+    """The column (columns,) that each step proposes: of each sample one view among the first half, the other among the
+    last, which of them by a fair coin. It is its own inverse.
+
+    In a fixed order a burn-in of one half would count second views only.
+    """
+    generator = torch.Generator(pairs.rows.device).manual_seed(mix_seed(seed, call, _ORDER))
+    swap = torch.randint(2, (pairs.size,), generator=generator, device=pairs.rows.device) * pairs.size
+    return torch.arange(2 * pairs.size, device=swap.device) + torch.cat([swap, -swap])
