@@ -16,6 +16,8 @@ usage: emc2 COMMAND …
                                      pre-train an encoder; emc2 train --help lists the fields
   evaluate RUN                       linear probe and k-NN of a run's encoder
   embed RUN FOLDER -o OUT.parquet    embed your own images
+  experiment NAME [--dataset D] [--scale smoke|small|full] [--seeds 0 1 2]
+                                     run one of the paper's experiments, or ours; emc2 experiment lists them
   presets [NAME]                     list the presets, or print one as YAML to start from
 """
 
@@ -26,7 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
-    commands = {"quickstart": _quickstart, "train": _train, "evaluate": _evaluate, "embed": _embed, "presets": _presets}
+    commands = {
+        "quickstart": _quickstart,
+        "train": _train,
+        "evaluate": _evaluate,
+        "embed": _embed,
+        "experiment": _experiment,
+        "presets": _presets,
+    }
     if command not in commands:
         print(f"emc2: error: no command {command!r}; there are {', '.join(commands)}", file=sys.stderr)
         return 2
@@ -104,6 +113,43 @@ def _embed(argv: list[str]) -> None:
 
     embedded, skipped = embed_folder(args.run, args.folder, args.out, on_bad_image=args.on_bad_image)
     print(f"{embedded} images embedded, {skipped} skipped as unreadable: {args.out}")
+
+
+def _experiment(argv: list[str]) -> None:
+    from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES
+
+    parser = argparse.ArgumentParser(
+        prog="emc2 experiment",
+        description="Run what is not finished of an experiment, and write results.csv, table.md and figure.png.",
+        epilog="Further --FIELD VALUE are those of emc2 train, for every run. Experiments: "
+        + "; ".join(f"{name}: {experiment.title}" for name, experiment in EXPERIMENTS.items()),
+    )
+    parser.add_argument("name", choices=EXPERIMENTS, metavar="NAME")
+    parser.add_argument("--dataset", help="any that emc2 train knows; by default the experiment's own")
+    parser.add_argument("--scale", choices=SCALES, default="full")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--tuned", type=Path, help="best.yaml of the experiment search")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    if not argv:
+        for name, experiment in EXPERIMENTS.items():
+            print(f"{name:16s} {experiment.title}")
+        return
+    args, overrides = parser.parse_known_args(argv)
+    from torch_emc2.experiments.runner import read_tuned, run_experiment
+
+    folder = run_experiment(
+        args.name,
+        dataset=args.dataset,
+        scale=args.scale,
+        seeds=args.seeds,
+        out=args.out,
+        jobs=args.jobs,
+        tuned=None if args.tuned is None else read_tuned(args.tuned),
+        overrides=overrides,
+    )
+    print((folder / "table.md").read_text())
+    print(f"Written: {folder}/results.csv, table.md, figure.png")
 
 
 def _presets(argv: list[str]) -> None:

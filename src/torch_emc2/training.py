@@ -10,7 +10,7 @@ import platform
 import signal
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -263,7 +263,7 @@ class _EpochLines(L.Callback):
         print(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: loss {loss:.4f}", flush=True)
 
 
-def train(config: Config, *, resume: bool = False) -> Path:
+def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callback] = ()) -> Path:
     """Train, and return the run's folder.
 
     It holds config.yaml, versions.json, metrics.csv, TensorBoard's log, checkpoints/ and, once trained,
@@ -272,6 +272,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     Args:
         config: the run.
         resume: go on from the last checkpoint in ``config.out``; without one, start.
+        callbacks: Lightning's, besides the run's own.
 
     Raises:
         DataError: the images are not there.
@@ -291,7 +292,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     datamodule = ContrastiveData(config, images, carried_ids)
     last = run / "checkpoints" / "last.ckpt"
     every = min(config.log_every_steps, module.steps_per_epoch())
-    callbacks = [
+    own_callbacks = [
         MetricsFile(run / "metrics.csv", every),
         *_checkpoints(config, last.parent),
         _ProgressBar(refresh_rate=10) if sys.stdout.isatty() else _EpochLines(),
@@ -306,7 +307,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
             gradient_clip_val=config.optimizer.clip,
             log_every_n_steps=every,
             logger=TensorBoardLogger(run, name="", version="tensorboard"),
-            callbacks=callbacks,
+            callbacks=[*own_callbacks, *callbacks],
             plugins=[WholeCheckpoints()],
             use_distributed_sampler=False,  # the sampler knows its rank
             enable_progress_bar=sys.stdout.isatty(),

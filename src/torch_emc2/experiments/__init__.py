@@ -1,1 +1,4 @@
-"""Experiments by name; their settings are the YAML files in ``presets``."""
+"""Experiments by name: the paper's figures and ours, on any data set of the library.
+
+Settings of data sets are the YAML files in ``presets``.
+"""

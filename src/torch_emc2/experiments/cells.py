@@ -1,0 +1,170 @@
+"""Cells: one run each, measured, in a process of its own; what is finished is kept."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import resource
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from torch_emc2.config import Config, to_yaml
+from torch_emc2.experiments.measure import AccuracyCurve, Curve, GradientCurve, Part
+from torch_emc2.files import whole_file
+from torch_emc2.training import train
+
+__all__ = ["Cell", "Row", "run_cells"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run and what is measured of it.
+
+    Attributes:
+        series: the line of the figure that it belongs to.
+        x: its place on the experiment's axis.
+        config: the run, with its seed; the runner chooses the folder.
+        measured: accuracy, or the exact gradient.
+        points: of the curve.
+        labelled: most labelled images used, None for all.
+        part: that is classified.
+    """
+
+    series: str
+    x: float | str
+    config: Config
+    measured: Literal["accuracy", "gradient"]
+    points: int
+    labelled: int | None
+    part: Part
+
+    @property
+    def key(self) -> str:
+        """A hash of all that its numbers depend on: equal cells of several experiments are run once."""
+        config = to_yaml(replace(self.config, out=""))
+        return hashlib.sha256(
+            f"{config}{self.measured} {self.points} {self.labelled} {self.part}".encode()
+        ).hexdigest()[:12]
+
+
+def run_cells(cells: Sequence[Cell], folder: Path, jobs: int, results: Path) -> list[Row]:
+    """Run the cells that are not finished, and return a row a cell, in order.
+
+    Each has a folder ``folder/KEY`` with its log, its curve.csv and, once it is finished, row.json. One that was
+    interrupted is run again from its start, so that its seconds are those of one piece. ``results`` is written anew
+    after each.
+
+    Raises:
+        RuntimeError: cells failed; the others are finished. It names the log of the first.
+    """
+    rows = {cell.key: row for cell in cells if (row := _finished(folder / cell.key)) is not None}
+    todo = {cell.key: cell for cell in cells if cell.key not in rows}
+    failed = []
+    _write(cells, rows, results)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # A server that has imported the package once and has no threads: its forks start at once and measure alone.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with (
+        ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool,
+        tqdm(total=len(todo), desc="Cells", disable=None) as bar,
+    ):
+        running = {pool.submit(_run, cell, folder / key, threads): cell for key, cell in todo.items()}
+        try:
+            for done in as_completed(running):
+                cell = running[done]
+                bar.set_postfix_str(f"{cell.series}, {cell.x}, seed {cell.config.seed}")
+                bar.update()
+                if (row := done.result()) is None:
+                    failed.append(folder / cell.key / "log.txt")
+                else:
+                    rows[cell.key] = row
+                    _write(cells, rows, results)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failed:
+        reason = failed[0].read_text().strip().splitlines()[-1]
+        raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed, the others are kept; {failed[0]}: {reason}")
+    return _rows(cells, rows)
+
+
+def _run(cell: Cell, folder: Path, threads: int) -> Row | None:
+    """Run a cell from its start; None if it failed, which its log tells of."""
+    torch.set_num_threads(threads)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with _logging_to(folder / "log.txt"):
+        try:
+            config = replace(cell.config, out=str(folder / "run"))
+            curve: Curve
+            if cell.measured == "accuracy":
+                curve = AccuracyCurve(config, cell.points, cell.labelled, cell.part)
+            else:
+                curve = GradientCurve(cell.points)
+            train(config, callbacks=[curve])
+        except Exception:
+            traceback.print_exc()
+            return None
+    curve.write(folder / "curve.csv")
+    shutil.rmtree(folder / "run" / "checkpoints")  # large, and of no use once the run is whole
+    row = {**curve.rows[-1], "peak_memory_mb": _peak_memory_mb()}
+    with whole_file(folder / "row.json") as file:
+        file.write_text(json.dumps(row) + "\n")
+    return row
+
+
+def _finished(folder: Path) -> Row | None:
+    file = folder / "row.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _rows(cells: Sequence[Cell], rows: dict[str, Row]) -> list[Row]:
+    return [
+        {"series": cell.series, "x": cell.x, "seed": cell.config.seed, "cell": cell.key, **rows[cell.key]}
+        for cell in cells
+        if cell.key in rows
+    ]
+
+
+def _write(cells: Sequence[Cell], rows: dict[str, Row], results: Path) -> None:
+    table = _rows(cells, rows)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(results) as path, path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]) if table else ["series", "x", "seed", "cell"])
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def _peak_memory_mb() -> float:
+    """Of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        return round(peak / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+@contextmanager
+def _logging_to(file: Path) -> Iterator[None]:
+    """Send all that this process prints, libraries included, to a file."""
+    sys.stdout.flush(), sys.stderr.flush()
+    with file.open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        yield
+        sys.stdout.flush(), sys.stderr.flush()

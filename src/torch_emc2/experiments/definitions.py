@@ -1,0 +1,211 @@
+"""The experiments by name: which cells each is made of. Every one takes any data set of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass, replace
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+from torch_emc2.config import Config, read_config
+
+__all__ = ["EXPERIMENTS", "SCALES", "Experiment", "Scale", "Tuned", "Variant", "base_config", "override"]
+
+Tuned = Mapping[str, Mapping[str, float]]
+"""For each method the fields that a search chose for it, such as ``{"InfoNCE": {"temperature": 0.1}}``."""
+
+
+class Variant(NamedTuple):
+    """What is run once a seed.
+
+    Attributes:
+        series: the line that it belongs to.
+        x: its place on the experiment's axis.
+        config: the run; seed and folder are set by the runner.
+    """
+
+    series: str
+    x: float | str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A named experiment.
+
+    Attributes:
+        title: what it shows.
+        axis: what `Variant.x` is.
+        variants: from the base config and what a search chose.
+        figure: ``"curves"`` over time and over samples, ``"sweep"`` over the axis, or the ``"gradient"`` study.
+        dataset: the default.
+    """
+
+    title: str
+    axis: str
+    variants: Callable[[Config, Tuned], Iterator[Variant]]
+    figure: Literal["curves", "sweep", "gradient"] = "sweep"
+    dataset: str = "stl10"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large an experiment is.
+
+    Attributes:
+        overrides: of the data set's preset.
+        labelled: at most so many labelled images fit the probe, and at most so many are classified by it.
+        points: of a curve.
+    """
+
+    overrides: tuple[str, ...]
+    labelled: int | None
+    points: int
+
+
+SCALES = {
+    "smoke": Scale(
+        (
+            *("--data.limit", "512", "--epochs", "1", "--optimizer.warmup_epochs", "0", "--data.num_workers", "0"),
+            *("--model.backbone", "test_resnet", "--model.hidden_dim", "32", "--model.out_dim", "16"),
+        ),
+        labelled=300,
+        points=1,
+    ),
+    "small": Scale(
+        (
+            *("--data.limit", "5000", "--epochs", "4", "--optimizer.warmup_epochs", "0.5", "--data.num_workers", "0"),
+            *("--model.backbone", "test_resnet", "--model.hidden_dim", "256", "--model.out_dim", "128"),
+        ),
+        labelled=10_000,
+        points=4,
+    ),
+    "full": Scale((), labelled=None, points=20),
+}
+
+METHODS: dict[str, dict[str, str]] = {
+    "InfoNCE": {"loss": "infonce"},
+    "DCL": {"loss": "dcl"},
+    "SogCLR": {"loss": "sogclr"},
+    "Negative Cache": {"loss": "negative-cache"},
+    "EMC²": {"loss": "emc2", "emc2.kernel": "metropolis"},
+    "EMC², isir": {"loss": "emc2", "emc2.kernel": "isir"},
+}
+_KERNELS = ("EMC²", "EMC², isir")
+
+
+def base_config(dataset: str, scale: str, overrides: list[str]) -> Config:
+    """Return the preset of a data set at a scale, with the user's own overrides last.
+
+    Raises:
+        ValueError: an unknown field, or a value that does not fit.
+    """
+    preset = {"digits": "quickstart", "stl10": "stl10-b32"}.get(dataset, dataset)
+    if dataset.startswith("folder:"):
+        preset = "stl10-b32"
+    overrides = [*SCALES[scale].overrides, "--data.name", dataset, *overrides]
+    return read_config(preset, overrides, prog="emc2 experiment")
+
+
+def override(config: Any, fields: Mapping[str, Any]) -> Any:
+    """Return a copy of nested dataclasses with fields such as ``{"optimizer.lr": 0.1}`` replaced."""
+    for name, value in fields.items():
+        first, _, rest = name.partition(".")
+        inner = getattr(config, first)
+        config = replace(config, **{first: override(inner, {rest: value}) if is_dataclass(inner) and rest else value})
+    return config
+
+
+def _method(base: Config, tuned: Tuned, name: str, **fields: Any) -> Config:
+    own = {key.replace("__", "."): value for key, value in fields.items()}
+    config: Config = override(base, {**METHODS[name], **tuned.get(name, {}), **own})
+    return config
+
+
+def _methods(*batch_sizes: int) -> Callable[[Config, Tuned], Iterator[Variant]]:
+    def variants(base: Config, tuned: Tuned) -> Iterator[Variant]:
+        for size, name in product(batch_sizes, METHODS):
+            yield Variant(name, size, _method(base, tuned, name, batch_size=size))
+
+    return variants
+
+
+def _kernels(field: str, *values: float | str) -> Callable[[Config, Tuned], Iterator[Variant]]:
+    def variants(base: Config, tuned: Tuned) -> Iterator[Variant]:
+        for name, value in product(_KERNELS, values):
+            yield Variant(name, value, _method(base, tuned, name, **{field: value}))
+
+    return variants
+
+
+def _burn_in(base: Config, tuned: Tuned) -> Iterator[Variant]:
+    for share in (0.0, 0.25, 0.5, 0.75, 0.9):
+        yield Variant("EMC²", share, _method(base, tuned, "EMC²", emc2__burn_in=share))
+
+
+def _stale(base: Config, tuned: Tuned) -> Iterator[Variant]:
+    for (label, carry), share in product({"fresh": "encode", "stale": "encode_if_used"}.items(), (0.0, 0.5, 0.9)):
+        yield Variant(f"{label} scores", share, _method(base, tuned, "EMC²", emc2__carry=carry, emc2__burn_in=share))
+
+
+def _pre_augmented(base: Config, tuned: Tuned) -> Iterator[Variant]:
+    for share, name in product((0.125, 0.25, 0.5, 1.0), METHODS):
+        size = int(share * (base.data.limit or 100_000))
+        fields = {"data__limit": size, "data__finite_views": 2, "batch_size": min(256, size)}
+        epochs = round(base.epochs / share)  # the same number of samples, and steps, for each size
+        yield Variant(name, size, _method(base, tuned, name, epochs=epochs, **fields))
+
+
+def _gradient_study(base: Config, tuned: Tuned) -> Iterator[Variant]:
+    """The paper's settings: 500 images, two fixed views each, no norms, SGD at β = 5 and b = 4."""
+    fields = {"data.limit": min(500, base.data.limit or 500), "data.finite_views": 2, "model.norm": "none"}
+    fields |= {"optimizer.name": "sgd", "optimizer.lr": 1e-3, "optimizer.momentum": 0.0, "optimizer.warmup_epochs": 0.0}
+    fields |= {
+        "epochs": min(10, base.epochs),
+        "batch_size": 4,
+        "temperature": 0.2,
+        "negative_cache.refresh_fraction": 0.1,
+    }
+    for name in METHODS:
+        yield Variant(name, 4, override(_method(base, {}, name), fields))
+
+
+def _search(base: Config, tuned: Tuned) -> Iterator[Variant]:
+    """A grid around the preset's learning rate and temperature, the same for every method."""
+    for name, lr, temperature in product(METHODS, (1 / 3, 1.0, 3.0), (0.5, 1.0, 2.0)):
+        lr, temperature = float(f"{lr * base.optimizer.lr:.2g}"), float(f"{temperature * base.temperature:.3g}")
+        config = _method(base, {}, name, optimizer__lr=lr, temperature=temperature)
+        yield Variant(name, f"lr {lr:g}, temperature {temperature:g}", config)
+
+
+EXPERIMENTS = {
+    "search": Experiment(
+        "Every method's learning rate and temperature, by the probe's accuracy on a validation part",
+        "settings",
+        _search,
+    ),
+    "small-batch": Experiment(
+        "Accuracy against wall time and samples, b = 32 (paper, figures 1 and 5)", "batch size", _methods(32), "curves"
+    ),
+    "large-batch": Experiment(
+        "Accuracy against wall time and samples, b = 256 (paper, figure 5)", "batch size", _methods(256), "curves"
+    ),
+    "pre-augmented": Experiment(
+        "Sizes of a data set with two fixed views an image, b = 256 (paper, figure 3)", "images", _pre_augmented
+    ),
+    "burn-in": Experiment("Burn-in P (paper, figure 4)", "burn-in", _burn_in),
+    "gradient-study": Experiment(
+        "Exact loss and gradient along the way, 500 images, b = 4", "batch size", _gradient_study, "gradient"
+    ),
+    "imagenet100": Experiment(
+        "Linear probe and 1-NN at b = 256 (paper, ImageNet-100)", "batch size", _methods(256), "curves", "imagenet100"
+    ),
+    "batch-size": Experiment("Batch size at equal samples", "batch size", _methods(4, 16, 64, 256)),
+    "chains": Experiment("Chains a sample", "chains", _kernels("emc2__num_chains", 1, 2, 4, 8)),
+    "carry": Experiment(
+        "Who supplies the carried negative",
+        "carry",
+        _kernels("emc2__carry", "encode", "encode_if_used", "cache", "drop"),
+    ),
+    "stale": Experiment("Fresh and stored scores of carried negatives", "burn-in", _stale),
+}

@@ -1,0 +1,157 @@
+"""What an experiment measures while a run goes on: accuracies, or the exact objective."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from torch_emc2.config import Config
+from torch_emc2.data import ImageDataset, evaluation_transform, open_dataset
+from torch_emc2.evaluation import evaluate, extract_features
+from torch_emc2.exact import global_backward
+from torch_emc2.files import whole_file
+
+__all__ = ["AccuracyCurve", "Curve", "GradientCurve", "Part", "read_curve"]
+
+Part = Literal["test", "validation"]
+Row = dict[str, float]
+
+
+class Curve(L.Callback):
+    """Rows measured along a run; ``seconds`` are those of training alone."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self._seconds, self._since = 0.0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def add(self, trainer: L.Trainer, module: Any, step: int) -> None:
+        """Measure with the clock stopped."""
+        self._seconds += time.perf_counter() - self._since
+        samples = step * module.config.batch_size * module.config.accumulate
+        self.rows.append({"step": step, "samples": samples, "seconds": self._seconds, **self.measure(trainer, module)})
+        self._since = time.perf_counter()
+
+    def measure(self, trainer: L.Trainer, module: Any) -> Row:
+        """Return the numbers of a row."""
+        raise NotImplementedError
+
+    def write(self, file: Path) -> None:
+        """Write the rows as CSV."""
+        with whole_file(file) as path, path.open("w", newline="") as out:
+            writer = csv.DictWriter(out, list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def read_curve(file: Path) -> list[Row]:
+    """Read what `Curve.write` wrote."""
+    with file.open(newline="") as source:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(source)]
+
+
+class AccuracyCurve(Curve):
+    """Linear probe and k-NN of the encoder as it is at the end of some epochs, the last among them.
+
+    Args:
+        config: the run.
+        points: how many epochs, evenly spaced.
+        labelled: at most so many labelled images fit the probe, and at most so many are classified; None for all.
+        part: ``"validation"`` is a fifth of the labelled training images, which then do not fit the probe.
+    """
+
+    def __init__(self, config: Config, points: int, labelled: int | None, part: Part) -> None:
+        super().__init__()
+        self.epochs = {math.ceil(config.epochs * (i + 1) / points) for i in range(points)}
+        self.config = config
+        data = config.data
+        train, test = (
+            open_dataset(data.name, split, Path(data.root), channels=data.channels) for split in ("probe", "test")
+        )
+        if train.labels is None:
+            raise ValueError(f"{data.name} has no labels to evaluate with")
+        if part == "validation":
+            fit, held = train_test_split(range(len(train)), test_size=0.2, stratify=train.labels, random_state=0)
+            train, test = train.subset(torch.tensor(fit)), train.subset(torch.tensor(held))
+        self.parts = [_at_most(images, labelled) for images in (train, test)]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure if it is this epoch's turn."""
+        if trainer.current_epoch + 1 in self.epochs:
+            self.add(trainer, pl_module, trainer.global_step)
+
+    def measure(self, trainer: L.Trainer, module: Any) -> Row:
+        """Return accuracies in [0, 1]."""
+        transform = evaluation_transform(self.config.data.augmentation.size)
+        workers, labelled = self.config.data.num_workers, []
+        for images in self.parts:
+            assert images.labels is not None
+            features = extract_features(
+                module.encoder.features, images, transform, device=module.device, num_workers=workers
+            )
+            labelled += [features, images.labels]
+        train_x, train_y, test_x, test_y = labelled
+        return evaluate(train_x, train_y, test_x, test_y, ks=(1, 10), probe=self.config.probe, seed=self.config.seed)
+
+
+class GradientCurve(Curve):
+    """Exact loss and gradient of a run on fixed views, and how far the step's own gradient is from it.
+
+    Args:
+        points: how many steps, evenly spaced, besides the first.
+
+    Rows hold ``loss``, the exact global loss; ``gradient``, the squared norm of its gradient at the parameters;
+    ``error``, the squared distance of the step's gradient to it; ``collapsed``, the loss if all embeddings were equal.
+    """
+
+    def __init__(self, points: int) -> None:
+        super().__init__()
+        self.points = points
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Measure if it is this step's turn: the weights are those of the step's gradient."""
+        total = int(trainer.estimated_stepping_batches)
+        if trainer.global_step % max(1, total // self.points) == 0 or trainer.global_step == total - 1:
+            self.add(trainer, pl_module, trainer.global_step)
+
+    def measure(self, trainer: L.Trainer, module: Any) -> Row:
+        """Return the exact numbers; the step's gradient is put back."""
+        parameters = [parameter for parameter in module.encoder.parameters() if parameter.grad is not None]
+        step = [parameter.grad for parameter in parameters]
+        module.encoder.zero_grad()
+        dataset = trainer.datamodule.dataset  # type: ignore[attr-defined]
+
+        def embed(ids: Tensor) -> Tensor:
+            views: Tensor = dataset.views.batch(ids).to(module.device)  # (k, n, c, s, s)
+            return module.encoder(views.flatten(0, 1)).view(len(ids), views.shape[1], -1)  # type: ignore[no-any-return]
+
+        loss = global_backward(embed, len(dataset), module.config.temperature)
+        exact = [parameter.grad for parameter in parameters]
+        squares = [(own - other).square().sum() for own, other in zip(step, exact, strict=True)]
+        for parameter, own in zip(parameters, step, strict=True):
+            parameter.grad = own
+        negatives = module.config.data.finite_views * (len(dataset) - 1)
+        return {
+            "loss": float(loss),
+            "gradient": float(sum(gradient.square().sum() for gradient in exact)),
+            "error": float(sum(squares)),
+            "collapsed": math.log(negatives),
+        }
+
+
+def _at_most(images: ImageDataset, count: int | None) -> ImageDataset:
+    """Return a random part, the same each time."""
+    if count is None or len(images) <= count:
+        return images
+    return images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count])
