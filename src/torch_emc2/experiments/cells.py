@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from torch_emc2.config import Config, to_yaml
@@ -107,6 +108,7 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int, results: Path) -> 
 def _run(cell: Cell, folder: Path, threads: int) -> Row | None:
     """Run a cell from its start; None if it failed, which its log tells of."""
     torch.set_num_threads(threads)
+    threadpool_limits(threads)  # those of numpy and scikit-learn
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with _logging_to(folder / "log.txt"):

@@ -66,7 +66,7 @@ class Scale:
 SCALES = {
     "smoke": Scale(
         (
-            *("--data.limit", "512", "--epochs", "1", "--optimizer.warmup_epochs", "0", "--data.num_workers", "0"),
+            *("--data.limit", "256", "--epochs", "1", "--optimizer.warmup_epochs", "0", "--data.num_workers", "0"),
             *("--model.backbone", "test_resnet", "--model.hidden_dim", "32", "--model.out_dim", "16"),
         ),
         labelled=300,
@@ -77,7 +77,7 @@ SCALES = {
             *("--data.limit", "5000", "--epochs", "4", "--optimizer.warmup_epochs", "0.5", "--data.num_workers", "0"),
             *("--model.backbone", "test_resnet", "--model.hidden_dim", "256", "--model.out_dim", "128"),
         ),
-        labelled=10_000,
+        labelled=5_000,
         points=4,
     ),
     "full": Scale((), labelled=None, points=20),
@@ -171,9 +171,9 @@ def _gradient_study(base: Config, tuned: Tuned) -> Iterator[Variant]:
 
 
 def _search(base: Config, tuned: Tuned) -> Iterator[Variant]:
-    """A grid around the preset's learning rate and temperature, the same for every method."""
-    for name, lr, temperature in product(METHODS, (1 / 3, 1.0, 3.0), (0.5, 1.0, 2.0)):
-        lr, temperature = float(f"{lr * base.optimizer.lr:.2g}"), float(f"{temperature * base.temperature:.3g}")
+    """A cross around the preset's learning rate and temperature, the same for every method."""
+    for name, (rate, heat) in product(METHODS, ((1, 1), (1 / 3, 1), (3, 1), (1, 0.5), (1, 2))):
+        lr, temperature = float(f"{rate * base.optimizer.lr:.2g}"), float(f"{heat * base.temperature:.3g}")
         config = _method(base, {}, name, optimizer__lr=lr, temperature=temperature)
         yield Variant(name, f"lr {lr:g}, temperature {temperature:g}", config)
 
