@@ -149,7 +149,7 @@ def _stale(base: Config, tuned: Tuned) -> Iterator[Variant]:
 
 
 def _pre_augmented(base: Config, tuned: Tuned) -> Iterator[Variant]:
-    for share, name in product((0.125, 0.25, 0.5, 1.0), METHODS):
+    for share, name in product((0.25, 0.5, 1.0), METHODS):
         size = int(share * (base.data.limit or 100_000))
         fields = {"data__limit": size, "data__finite_views": 2, "batch_size": min(256, size)}
         epochs = round(base.epochs / share)  # the same number of samples, and steps, for each size

@@ -1,0 +1,182 @@
+"""Cells: what is finished is kept, what was cut off is done again, and every experiment runs from end to end."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from torch_emc2.config import Config
+from torch_emc2.experiments.cells import Cell, run_cells
+from torch_emc2.experiments.definitions import EXPERIMENTS
+from torch_emc2.experiments.measure import AccuracyCurve, GradientCurve, read_curve
+from torch_emc2.experiments.runner import read_tuned, run_experiment
+from torch_emc2.runs import evaluate_run
+from torch_emc2.training import train
+
+
+def cells_of(tiny: Config, *seeds: int, **changes: Any) -> list[Cell]:
+    own = replace(tiny, **changes)
+    return [Cell("EMC²", 1, replace(own, seed=seed), "accuracy", 1, 200, "test") for seed in seeds]
+
+
+def table(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as source:
+        return list(csv.DictReader(source))
+
+
+def test_finished_cells_are_kept_and_cut_off_ones_done_again(tiny: Config, tmp_path: Path) -> None:
+    cells, folder, results = cells_of(tiny, 0, 1), tmp_path / "cells", tmp_path / "results.csv"
+    first = run_cells(cells, folder, 2, results)
+    row = folder / cells[0].key / "row.json"
+    kept = row.stat().st_mtime_ns
+    (folder / cells[1].key / "row.json").unlink()  # as a kill leaves it: a folder, and no row
+    (folder / cells[1].key / "curve.csv").write_text("half")
+    again = run_cells([*cells, *cells_of(tiny, 2)], folder, 2, results)
+    assert row.stat().st_mtime_ns == kept
+    assert [r["seed"] for r in again] == [0, 1, 2]
+    for one, other in zip(first, again, strict=False):
+        assert one["cell"] == other["cell"]
+        assert one["probe"] == other["probe"]  # the same run, whoever was killed meanwhile
+    assert read_curve(folder / cells[1].key / "curve.csv")[-1]["probe"] == first[1]["probe"]
+    assert [row["cell"] for row in table(results)] == [row["cell"] for row in again]
+    assert all(float(row["seconds"]) > 0 and float(row["peak_memory_mb"]) > 100 for row in table(results))
+
+
+def test_a_key_depends_on_all_that_the_numbers_depend_on(tiny: Config) -> None:
+    (cell,) = cells_of(tiny, 0)
+    assert replace(cell, series="another", config=replace(tiny, out="elsewhere")).key == cell.key
+    others = [
+        replace(cell, config=replace(tiny, temperature=0.2)),
+        replace(cell, part="validation"),
+        replace(cell, labelled=None),
+        replace(cell, points=2),
+    ]
+    assert len({cell.key, *(other.key for other in others)}) == 5
+
+
+def test_a_failed_cell_is_named_and_the_others_are_kept(tiny: Config, tmp_path: Path) -> None:
+    good, bad = cells_of(tiny, 0)[0], cells_of(tiny, 0, batch_size=1000)[0]
+    with pytest.raises(RuntimeError, match=r"1 of 2 cells failed.*log\.txt: .*do not fill one global batch of 1000"):
+        run_cells([bad, good], tmp_path, 1, tmp_path / "results.csv")
+    assert [row["cell"] for row in table(tmp_path / "results.csv")] == [good.key]
+
+
+def test_a_killed_experiment_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch_emc2", "experiment", "burn-in", "--dataset", "digits", "--scale", "smoke"]
+    command += ["--seeds", "0", "--out", str(tmp_path)]
+    cells = tmp_path / "digits-smoke" / "cells"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (done := list(cells.glob("*/row.json"))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert done, "no cell was finished in time"
+    written = {file: file.stat().st_mtime_ns for file in done}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert {file: file.stat().st_mtime_ns for file in done} == written
+    rows = table(tmp_path / "digits-smoke" / "burn-in" / "results.csv")
+    assert [row["x"] for row in rows] == ["0.0", "0.25", "0.5", "0.75", "0.9"]
+    assert len({row["cell"] for row in rows}) == 5
+
+
+def test_a_curve_ends_with_the_runs_evaluation(tiny: Config) -> None:
+    curve = AccuracyCurve(tiny, points=2, labelled=None, part="test")
+    run = train(tiny, callbacks=[curve])
+    assert [row["step"] for row in curve.rows] == [4, 8]
+    assert [row["samples"] for row in curve.rows] == [64, 128]
+    final = evaluate_run(run)
+    shared = ("probe", "knn1_euclidean", "knn10_euclidean", "knn1_cosine", "knn10_cosine")
+    assert {name: curve.rows[-1][name] for name in shared} == {name: final[name] for name in shared}
+
+
+def test_the_validation_part_is_no_part_of_the_test(tiny: Config) -> None:
+    validation, test = (AccuracyCurve(tiny, 1, None, part) for part in ("validation", "test"))  # type: ignore[arg-type]
+    used = {int(row) for part in validation.parts for row in part.rows}
+    assert used == {int(row) for row in test.parts[0].rows}
+    assert used.isdisjoint(int(row) for row in test.parts[1].rows)
+    assert len(validation.parts[1]) == pytest.approx(0.2 * len(used), abs=1)
+
+
+def test_exact_numbers_along_a_run_are_those_of_plain_autograd(tiny: Config) -> None:
+    config = replace(
+        tiny,
+        data=replace(tiny.data, finite_views=2, limit=20),
+        model=replace(tiny.model, norm="none"),
+        batch_size=5,
+        epochs=1,
+    )
+    seen = []
+
+    class Plain(L.Callback):
+        """The same numbers with one graph over everything."""
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+            own = [p.grad.clone() for p in module.encoder.parameters()]
+            views = trainer.datamodule.dataset.views.batch(torch.arange(20))  # type: ignore[attr-defined]
+            with torch.enable_grad():
+                z = F.normalize(module.encoder(views.flatten(0, 1)), dim=1)
+                logits = z @ z.T / config.temperature
+                sample = torch.arange(40) // 2
+                negatives = logits.masked_fill(sample[:, None] == sample, -torch.inf).logsumexp(1)
+                loss = (negatives - logits[torch.arange(40), torch.arange(40) ^ 1]).mean()
+                exact = torch.autograd.grad(loss, list(module.encoder.parameters()))
+            error = sum(float((a - b).square().sum()) for a, b in zip(own, exact, strict=True))
+            seen.append((loss.item(), sum(float(g.square().sum()) for g in exact), error))
+
+    curve = GradientCurve(points=4)
+    train(config, callbacks=[Plain(), curve])
+    got = [(row["loss"], row["gradient"], row["error"]) for row in curve.rows]
+    assert len(got) == 4
+    for mine, plain in zip(got, seen, strict=True):
+        assert mine == pytest.approx(plain, rel=1e-3, abs=1e-6)
+    assert curve.rows[0]["collapsed"] == pytest.approx(math.log(38))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_from_end_to_end(name: str, results: Path) -> None:
+    folder = run_experiment(name, dataset="digits", scale="smoke", seeds=[0], jobs=os.cpu_count() or 1, out=results)
+    rows = table(folder / "results.csv")
+    assert len({(row["series"], row["x"], row["seed"]) for row in rows}) == len(rows) > 0
+    finished = {
+        file.parent.name: json.loads(file.read_text()) for file in results.glob("digits-smoke/cells/*/row.json")
+    }
+    for row in rows:
+        numbers = finished[row["cell"]]
+        assert all(math.isfinite(value) and float(row[key]) == value for key, value in numbers.items())
+    assert (folder / "table.md").read_text().count("\n| ") == len(rows) + 1
+    assert (folder / "figure.png").stat().st_size > 10_000
+    if name == "search":
+        best = read_tuned(folder / "best.yaml")
+        for series, fields in best.items():
+            own = [row for row in rows if row["series"] == series]
+            top = max(own, key=lambda row: float(row["probe"]))
+            assert top["x"] == f"lr {fields['optimizer.lr']:g}, temperature {fields['temperature']:g}"
+
+
+def test_what_is_no_search_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump([1, 2]))
+    with pytest.raises(ValueError, match=r"is not a search's best\.yaml"):
+        read_tuned(tmp_path / "best.yaml")
+    with pytest.raises(ValueError, match="no experiment 'figure-9'; there are search, small-batch"):
+        run_experiment("figure-9")
+    with pytest.raises(ValueError, match="no scale 'huge'; there are smoke, small, full"):
+        run_experiment("search", scale="huge")

@@ -1,0 +1,77 @@
+"""The experiments' settings: those of the paper where it has them, and alike for every method."""
+
+from collections import Counter
+from dataclasses import asdict, replace
+
+import pytest
+
+from torch_emc2.experiments.definitions import EXPERIMENTS, METHODS, SCALES, base_config, override
+
+
+def test_a_field_is_replaced_where_it_is_nested() -> None:
+    base = base_config("digits", "smoke", [])
+    changed = override(base, {"optimizer.lr": 0.5, "emc2.burn_in": 0.9, "temperature": 3.0})
+    expected = replace(
+        base, temperature=3.0, optimizer=replace(base.optimizer, lr=0.5), emc2=replace(base.emc2, burn_in=0.9)
+    )
+    assert changed == expected
+    assert base.temperature == 0.1
+
+
+def test_the_users_overrides_come_last() -> None:
+    config = base_config("digits", "smoke", ["--epochs", "3", "--model.out_dim", "8"])
+    assert (config.epochs, config.model.out_dim, config.data.limit) == (3, 8, 256)
+    with pytest.raises(ValueError, match="nonsense"):
+        base_config("digits", "smoke", ["--nonsense", "3"])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dataset", ["digits", "fashion-mnist", "cifar10", "stl10", "imagenet100", "folder:photos"])
+def test_every_experiment_takes_every_data_set(dataset: str, scale: str) -> None:
+    base = base_config(dataset, scale, [])
+    assert base.data.name == dataset
+    for name, experiment in EXPERIMENTS.items():
+        variants = list(experiment.variants(base, {}))
+        places = Counter((variant.series, variant.x) for variant in variants)
+        assert max(places.values()) == 1, f"{name}: a place of the figure is taken twice"
+        configs = [str(asdict(variant.config)) for variant in variants]
+        assert len(set(configs)) == len(configs), f"{name}: the same run under two names"
+
+
+def test_settings_of_the_paper() -> None:
+    base = base_config("stl10", "full", [])
+    variants = {name: list(experiment.variants(base, {})) for name, experiment in EXPERIMENTS.items()}
+    assert [variant.x for variant in variants["burn-in"]] == [0.0, 0.25, 0.5, 0.75, 0.9]
+    assert {variant.config.batch_size for variant in variants["small-batch"]} == {32}
+    assert {variant.config.batch_size for variant in variants["pre-augmented"]} == {256}
+    for _, _, config in variants["gradient-study"]:
+        assert (config.data.limit, config.data.finite_views, config.model.norm) == (500, 2, "none")
+        assert (config.optimizer.name, config.optimizer.lr, config.batch_size) == ("sgd", 1e-3, 4)
+        assert config.epochs * 500 // config.batch_size == 1250  # steps
+        assert 1 / config.temperature == pytest.approx(5)
+    for _, _, config in variants["small-batch"]:
+        assert (config.optimizer.lr, config.epochs, config.emc2.burn_in) == (1e-4, 100, 0.5)
+        assert 1 / config.temperature == pytest.approx(14.28, abs=0.01)
+
+
+def test_sizes_are_compared_at_equal_samples() -> None:
+    base = base_config("fashion-mnist", "small", [])
+    for variant in EXPERIMENTS["pre-augmented"].variants(base, {}):
+        assert variant.config.epochs * variant.x == base.epochs * 5000
+
+
+def test_every_method_is_searched_alike() -> None:
+    base = base_config("fashion-mnist", "small", [])
+    tried: dict[str, set[tuple[float, float]]] = {name: set() for name in METHODS}
+    for series, _, config in EXPERIMENTS["search"].variants(base, {}):
+        tried[series].add((config.optimizer.lr, config.temperature))
+    assert set.union(*tried.values()) == {(1e-3, 0.1), (3.3e-4, 0.1), (3e-3, 0.1), (1e-3, 0.05), (1e-3, 0.2)}
+    assert all(settings == tried["InfoNCE"] for settings in tried.values())
+
+
+def test_what_a_search_chose_is_used() -> None:
+    base = base_config("digits", "smoke", [])
+    tuned = {"DCL": {"optimizer.lr": 0.7, "temperature": 0.3}}
+    for series, _, config in EXPERIMENTS["batch-size"].variants(base, tuned):
+        expected = (0.7, 0.3) if series == "DCL" else (base.optimizer.lr, base.temperature)
+        assert (config.optimizer.lr, config.temperature) == expected
