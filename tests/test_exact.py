@@ -65,3 +65,18 @@ def test_bad_shapes_are_named(shape: tuple[int, ...]) -> None:
         global_contrastive_loss(torch.randn(shape), 0.1)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         global_contrastive_loss(torch.randn(3, 2, 4), 0.1, chunk_size=0)
+
+
+def test_autocast_does_not_touch_it() -> None:
+    z = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    plain = global_contrastive_loss(z, 0.07)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = global_contrastive_loss(z, 0.07)
+    torch.testing.assert_close(inside, plain, rtol=0, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(inside, z), torch.autograd.grad(plain, z), rtol=0, atol=0)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    z = torch.randn(4, 2, 5).requires_grad_()
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(global_contrastive_loss(z, 0.5), z, create_graph=True)

@@ -63,7 +63,7 @@ def test_scan_equals_loop_at_the_size_of_a_large_batch() -> None:
 
 @pytest.mark.parametrize("by", ["walk", "scan"])
 @settings(max_examples=100, deadline=None)
-@given(problem=problems(), walks=st.integers(1, 2), num_chains=st.integers(1, 3), seed=st.integers(0, 2**31))
+@given(problem=problems(), walks=st.integers(1, 2), num_chains=st.integers(1, 6), seed=st.integers(0, 2**31))
 def test_walks_count_the_steps_of_the_loop(
     by: str, problem: tuple[Tensor, Tensor, Tensor, Tensor], walks: int, num_chains: int, seed: int
 ) -> None:
@@ -104,6 +104,25 @@ def test_the_compiled_walk_is_the_one_under_test() -> None:
     assert metropolis._compiled_walk() is not None, (
         "numba is part of the dev extra: without it walk is not tested on the CPU"
     )
+
+
+def test_walks_take_scores_with_a_gradient() -> None:
+    x = torch.zeros(1, 2, 3, requires_grad=True)
+    carried_score, noise = torch.zeros(1, 2, 1, requires_grad=True), torch.ones(1, 2, 1, 3)
+    result = walk(x, carried_score, noise, torch.ones(1, 2, 3, dtype=torch.bool))
+    assert not result.score.requires_grad
+    assert result.steps.tolist() == [[[1, 1, 1], [1, 1, 1]]]
+
+
+def test_compiles_where_no_folder_may_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    caching = pytest.importorskip("numba.core.caching")
+    from torch_emc2 import _compiled
+
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])  # numba's way to look for a place
+    monkeypatch.setattr(_compiled, "_walk", _compiled._compile(_compiled._walk.py_func))
+    x, noise = torch.tensor([[[0.0, 2.0, 1.0]]]), torch.full((1, 1, 1, 3), 0.1)
+    result = walk(x, torch.ones(1, 1, 1), noise, torch.ones(1, 1, 3, dtype=torch.bool))
+    assert result.state.tolist() == [[1]]
 
 
 def chain_over(log_p: Tensor, steps: int, chains: int, seed: int) -> Tensor:

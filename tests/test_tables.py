@@ -47,4 +47,66 @@ def test_shared_memory_stays_shared_over_writes_and_loads() -> None:
 
 def test_ids_are_narrow_until_they_must_not_be() -> None:
     assert ChainTable(10, 1).ids.data.dtype == torch.int32
+    assert ChainTable(None, 1).ids.data.dtype == torch.int64
     assert ChainTable(10, 1).ids.data.element_size() + ChainTable(10, 1).scores.data.element_size() == 8
+
+
+def test_a_read_leaves_the_table_as_it_is() -> None:
+    table = SampleTable(None, (2,), torch.int32, -1)
+    assert table.read(torch.tensor([7, 10**15])).tolist() == [[-1, -1], [-1, -1]]
+    assert len(table.data) == 0
+    table.write(torch.tensor([1]), torch.tensor([[3, 4]]))
+    assert table.read(torch.tensor([10**15, 1])).tolist() == [[-1, -1], [3, 4]]
+    assert len(table.data) == 2
+
+
+@pytest.mark.parametrize("num_samples", [None, 4])
+def test_what_inference_mode_makes_is_written_in_training(num_samples: int | None) -> None:
+    with torch.inference_mode():
+        table = SampleTable(num_samples, (), torch.float32, 0.0)
+        table.write(torch.tensor([1]), torch.tensor([5.0]))  # grows
+    table.write(torch.tensor([0]), torch.tensor([4.0]))
+    with torch.inference_mode():
+        loaded = SampleTable(num_samples, (), torch.float32, 0.0)
+        loaded.load(table.data)
+    loaded.write(torch.tensor([0]), torch.tensor([3.0]))
+    assert loaded.data[:2].tolist() == [3, 5]
+
+
+@pytest.mark.parametrize("num_samples", [None, 3])
+def test_loading_copies(num_samples: int | None) -> None:
+    table, saved = SampleTable(num_samples, (), torch.int32, -1), torch.tensor([1, 2, 3], dtype=torch.int32)
+    table.load(saved)
+    table.write(torch.tensor([0]), torch.tensor([9]))
+    assert saved.tolist() == [1, 2, 3]
+    saved[1] = 7
+    assert table.data.tolist() == [9, 2, 3]
+
+
+def test_an_id_that_no_memory_holds_is_named() -> None:
+    chains = ChainTable(None, 2)
+    chains.write(torch.tensor([1]), torch.tensor([[3, 4]]), torch.zeros(1, 2))
+    before = {name: data.clone() for name, data in chains.state().items()}
+    with pytest.raises(ValueError, match=f"no memory for index {10**15}: .* number the samples 0, 1, 2"):
+        chains.write(torch.tensor([0, 10**15]), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2))
+    torch.testing.assert_close(chains.state(), before, rtol=0, atol=0)
+
+
+def test_only_a_shared_table_stays_where_it_is() -> None:
+    ids, tables = torch.zeros(1, dtype=torch.int64, device="meta"), [SampleTable(3, (), torch.int32, -1) for _ in "ab"]
+    tables[1].share_memory()
+    for table in tables:
+        table.make_room(ids)
+    assert [table.data.device.type for table in tables] == ["meta", "cpu"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_follows_from_gpu_to_cpu() -> None:
+    table = SampleTable(3, (), torch.int32, -1)
+    for device in ("cuda", "cpu"):
+        table.write(torch.tensor([1], device=device), torch.tensor([2], device=device))
+        assert table.data.device.type == device
+    shared = table.share_memory()
+    table.write(torch.tensor([0], device="cuda"), torch.tensor([7], device="cuda"))
+    assert shared.tolist() == [7, 2, -1]

@@ -7,6 +7,7 @@ and four chains advance together, so that none waits for its own last comparison
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _compile(function: Callable[..., None]) -> Any:
+    """Compile a function, once and for all where numba finds a folder that it may write."""
+    try:
+        return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:
+        return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+@_compile
 def _walk(
     log_scores: Any, carried_score: Any, noise: Any, counted: Any, order: Any,
     steps: Any, carried_steps: Any, state: Any, score: Any, accepted: Any,
@@ -55,7 +64,7 @@ def _walk(
                 chain = first + lane
                 row = chain // num_chains
                 num = (num_a, num_b, num_c, num_d)[lane]
-                if chain % num_chains == 0 or lane == 0:  # the first chain of its row here
+                if chain % num_chains == 0:  # the first chain of its row; the clock is that of all
                     before = 0
                     for k in range(num_proposals):
                         clock[k] = before

@@ -13,7 +13,7 @@ EMPTY = -1
 
 
 class ChainTable:
-    """Carried negative and its log score for every chain: 8 bytes a chain (12 where ids exceed int32).
+    """Carried negative and its log score for every chain: 8 bytes a chain (12 where ids may exceed int32).
 
     Args:
         num_samples: number of ids, or None for a table that grows.
@@ -25,12 +25,14 @@ class ChainTable:
     """
 
     def __init__(self, num_samples: int | None, num_chains: int) -> None:
-        long = num_samples is not None and num_samples > torch.iinfo(torch.int32).max
+        long = num_samples is None or num_samples > torch.iinfo(torch.int32).max
         self.ids = SampleTable(num_samples, (num_chains,), torch.int64 if long else torch.int32, EMPTY)
         self.scores = SampleTable(num_samples, (num_chains,), torch.float32, -torch.inf)
 
     def write(self, ids: Tensor, carried: Tensor, scores: Tensor) -> None:
         """Store carried ids and their log scores (k, num_chains) for samples ``ids`` (k,), all different."""
+        self.ids.make_room(ids)
+        self.scores.make_room(ids)  # before either is written
         self.ids.write(ids, carried)
         self.scores.write(ids, scores)
 

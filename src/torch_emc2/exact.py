@@ -20,6 +20,9 @@ def global_contrastive_loss(
     ``mean_a[ -β s_pos + log Σ_z exp(β s_z) ]``, where a runs over all views, z over all views of the other samples, and
     with more than two views ``s_pos`` is the mean over the sample's other ones.
 
+    It is computed in float32 or more, under autocast too, and differentiable once: `create_graph=True` raises
+    RuntimeError.
+
     Args:
         z: (m, views, d) embeddings, m >= 2, views >= 2; normalised here. float64 stays float64.
         temperature: 1 / β.
@@ -31,12 +34,13 @@ def global_contrastive_loss(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     m, views, _ = z.shape
-    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=2)
-    flat = z.flatten(0, 1)
-    siblings = (z.sum(1, keepdim=True) - z).flatten(0, 1) / (views - 1)
-    positive = (flat * siblings).sum(1).mean() / temperature
-    log_mass: Tensor = _MeanLogMass.apply(flat, views, 1 / temperature, chunk_size or m * views, include_positive)
-    return log_mass - positive
+    with torch.autocast(z.device.type, enabled=False):
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=2)
+        flat = z.flatten(0, 1)
+        siblings = (z.sum(1, keepdim=True) - z).flatten(0, 1) / (views - 1)
+        positive = (flat * siblings).sum(1).mean() / temperature
+        log_mass: Tensor = _MeanLogMass.apply(flat, views, 1 / temperature, chunk_size or m * views, include_positive)
+        return log_mass - positive
 
 
 def global_backward(
@@ -106,5 +110,7 @@ class _MeanLogMass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if torch.is_grad_enabled():  # the gradient is a constant here: its own would be wrong, not missing
+            raise RuntimeError("the exact loss can be differentiated once: take its gradient without create_graph=True")
         (gradient,) = ctx.saved_tensors
         return outer[0] * gradient, None, None, None, None

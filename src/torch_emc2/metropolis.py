@@ -55,6 +55,7 @@ def metropolis_hastings(
 
     Args:
         log_scores: (rows, N) log scores of the proposals, float32 or float64. Unnormalised; -inf is never accepted.
+            Must not be NaN, which is not checked: the states after one mean nothing.
         entry_score: (rows,) log score of the state each chain comes in with; -inf for a chain that has none, whose
             first valid proposal is accepted.
         noise: (rows, N) independent Exp(1) draws, finite.
@@ -106,6 +107,7 @@ def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tens
         counted: (walks, rows, N) bool, the steps that count.
         order: (N,) int64, the proposal of each step: a permutation.
     """
+    log_scores, carried_score, noise = log_scores.detach(), carried_score.detach(), noise.detach()
     if log_scores.device.type == "cpu" and (compiled := _compiled_walk()) is not None:
         return Walk(*compiled(log_scores, carried_score, noise, counted, order))
     return _walk_by_scan(log_scores, carried_score, noise, counted, order)

@@ -7,6 +7,8 @@ of another sample is a negative.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["Pairs", "make_pairs"]
 
@@ -27,19 +30,35 @@ class Pairs:
         rows: (2 · local, d) unit vectors of this rank's samples, with gradient.
         columns: (2 · size, d) unit vectors of all ranks' samples, with gradient.
         index: (size,) or (size, 2) int64 ids of all samples, or None where the loss needs none.
-        start: position of this rank's first sample in the whole batch.
-        local: samples of this rank.
-        size: samples of the whole batch.
-        world_size: number of ranks.
+        sizes: samples of each rank.
+        rank: this rank.
     """
 
     rows: Tensor
     columns: Tensor
     index: Tensor | None
-    start: int
-    local: int
-    size: int
-    world_size: int
+    sizes: tuple[int, ...]
+    rank: int
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.sizes)
+
+    @property
+    def start(self) -> int:
+        """Position of this rank's first sample in the whole batch."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def local(self) -> int:
+        """Samples of this rank."""
+        return self.sizes[self.rank]
+
+    @property
+    def size(self) -> int:
+        """Samples of the whole batch."""
+        return sum(self.sizes)
 
     @property
     def num_negatives(self) -> int:
@@ -77,9 +96,9 @@ class Pairs:
         """Cut this rank's part out of a tensor (size, …) over the whole batch."""
         return whole[self.start : self.start + self.local]
 
-    def gather(self, part: Tensor) -> Tensor:
-        """Put together the (local, …) parts of all ranks: (size, …), without gradient."""
-        return part if self.world_size == 1 else _gather(part, _sizes(self.local, part.device))
+    def gather(self, part: Tensor, sizes: tuple[int, ...] | None = None) -> Tensor:
+        """Put together parts (n, …) of all ranks, without gradient; n is ``sizes[rank]``, by default ``local``."""
+        return part if self.world_size == 1 else _gather(part, sizes or self.sizes)
 
     def gather_rows(self, part: Tensor) -> Tensor:
         """Put together parts (views · local, …) of all ranks, view by view: (views · size, …), without gradient."""
@@ -88,30 +107,96 @@ class Pairs:
         by_sample = part.view(-1, self.local, *part.shape[1:]).transpose(0, 1)
         return self.gather(by_sample).transpose(0, 1).flatten(0, 1)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let a block that one rank alone may fail in, such as a call of ``encode``, fail on all ranks.
 
-def make_pairs(z1: Tensor, z2: Tensor, index: Tensor | None, num_samples: int | None = None) -> Pairs:
-    """Validate two views (b, d), normalise them to unit vectors of at least float32, and gather them across ranks."""
-    _validate_views(z1, z2)
-    if index is not None:
-        index = _validate_index(index, z1)
-    dtype = torch.promote_types(z1.dtype, torch.float32)
-    rows = F.normalize(torch.cat([z1, z2]).to(dtype), dim=1)
-    _validate_finite(rows)
-    local = len(z1)
-    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if world_size == 1:
-        pairs = Pairs(rows, rows, index, 0, local, local, 1)
+        All ranks must enter it, once: at its end they agree, and where one has failed all raise.
+        """
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        if self.world_size > 1:
+            failed = [rank for rank, (ok,) in enumerate(_exchange([int(error is None)], self.rows.device)) if not ok]
+            _raise(error, failed, "failed")
+        elif error is not None:
+            raise error
+
+
+def make_pairs(
+    z1: Tensor,
+    z2: Tensor,
+    index: Tensor | None,
+    num_samples: int | None = None,
+    *,
+    needs_index: bool = False,
+    **alike: int,
+) -> Pairs:
+    """Validate two views (b, d), normalise them to unit vectors of at least float32, and gather them across ranks.
+
+    Where the input of one rank is not usable, all ranks raise.
+
+    Args:
+        z1: (b, d) this rank's first views.
+        z2: (b, d) second views.
+        index: (b,) or (b, 2) ids, or None.
+        num_samples: what ids must be below, or None.
+        needs_index: refuse None for the index.
+        alike: further numbers, by name, that must be the same on all ranks.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        rows, index = _prepare(z1, z2, index, needs_index)
+        pairs = Pairs(rows, rows, index, (len(z1),), 0)
     else:
-        sizes = _sizes(local, rows.device)
-        views: Tensor = _GatherWithGradient.apply(rows.view(2, local, -1).transpose(0, 1), sizes)  # (size, 2, d)
-        columns = views.transpose(0, 1).reshape(-1, rows.shape[1])
-        index = None if index is None else _gather(index, sizes)
-        pairs = Pairs(rows, columns, index, sum(sizes[: dist.get_rank()]), local, sum(sizes), world_size)
+        pairs = _make_gathered_pairs(z1, z2, index, needs_index, alike)
     if pairs.size < 2:
         raise ValueError(f"a batch of {pairs.size} has no negatives: give 2 samples or more (drop_last=True helps)")
     if pairs.index is not None:
         _validate_ids(pairs.index, num_samples)  # of all ranks, on all ranks: they fail together
     return pairs
+
+
+def _prepare(z1: Tensor, z2: Tensor, index: Tensor | None, needs_index: bool) -> tuple[Tensor, Tensor | None]:
+    """Return this rank's rows and ids, valid."""
+    if index is None and needs_index:
+        raise ValueError("this loss needs index, the ids of the batch's samples: loss(z1, z2, index)")
+    _validate_views(z1, z2)
+    if index is not None:
+        index = _validate_index(index, z1)
+    rows = F.normalize(torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32)), dim=1)
+    _validate_finite(rows)
+    return rows, index
+
+
+def _make_gathered_pairs(
+    z1: Tensor, z2: Tensor, index: Tensor | None, needs_index: bool, alike: dict[str, int]
+) -> Pairs:
+    """Gather what all ranks have found valid; a rank that raised before the others knew would leave them waiting."""
+    error, report = None, [0] * (5 + len(alike))
+    try:
+        rows, index = _prepare(z1, z2, index, needs_index)
+        ids = 0 if index is None else index.ndim
+        report = [1, len(z1), rows.shape[1], rows.element_size(), ids, *alike.values()]
+    except Exception as caught:
+        error = caught
+    reports = _exchange(report, z1.device)
+    _raise(error, [rank for rank, (ok, *_) in enumerate(reports) if not ok], "has unusable input")
+    sizes = tuple(size for _, size, *_ in reports)
+    if 0 in sizes:
+        raise ValueError(f"rank {sizes.index(0)} has an empty batch: give each rank a sample (drop_last=True helps)")
+    names = ("dimension d", "bytes a number of float", "dimensions of index", *alike)
+    for name, values in zip(names, list(zip(*reports, strict=True))[2:], strict=True):
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                raise ValueError(
+                    f"ranks must agree in {name}: rank 0 has {values[0]}, rank {rank} {value}; no state has changed"
+                )
+    rank = dist.get_rank()
+    views: Tensor = _GatherWithGradient.apply(rows.view(2, len(z1), -1).transpose(0, 1), sizes, rank)  # (size, 2, d)
+    columns = views.transpose(0, 1).reshape(-1, rows.shape[1])
+    return Pairs(rows, columns, None if index is None else _gather(index, sizes), sizes, rank)
 
 
 @lru_cache(maxsize=8)
@@ -126,14 +211,23 @@ def _positive(start: int, local: int, size: int, device: torch.device) -> Tensor
     return torch.cat([mine + size, mine])
 
 
-def _sizes(local: int, device: torch.device) -> list[int]:
-    mine = torch.tensor([local], device=device)
-    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, mine)
-    return [int(size) for size in sizes]
+def _exchange(numbers: list[int], device: torch.device) -> list[list[int]]:
+    """Tell all ranks some numbers and return theirs."""
+    mine = torch.tensor(numbers, device=device)
+    all_numbers = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_numbers, mine)
+    return [row.tolist() for row in all_numbers]
 
 
-def _gather(part: Tensor, sizes: list[int]) -> Tensor:
+def _raise(error: Exception | None, failed: list[int], what: str) -> None:
+    """Raise this rank's own error, or that another one has."""
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError(f"rank {failed[0]} {what} (its own error says what); no state has changed")
+
+
+def _gather(part: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Concatenate tensors of different lengths, padded to the longest: some back ends gather equal shapes only."""
     padded = part.new_zeros(max(sizes), *part.shape[1:])
     padded[: len(part)] = part
@@ -146,16 +240,17 @@ class _GatherWithGradient(torch.autograd.Function):
     """All ranks' tensors; the gradient of a rank's part is the sum of what all ranks send back."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, sizes: list[int]) -> Tensor:
-        ctx.sizes = sizes
+    def forward(ctx: Any, part: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
+        ctx.sizes, ctx.rank = sizes, rank
         return _gather(part, sizes)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         total = gradients[0].contiguous()
         dist.all_reduce(total)
-        start = sum(ctx.sizes[: dist.get_rank()])
-        return total[start : start + ctx.sizes[dist.get_rank()]], None
+        start = sum(ctx.sizes[: ctx.rank])
+        return total[start : start + ctx.sizes[ctx.rank]], None, None
 
 
 def _validate_views(z1: Tensor, z2: Tensor) -> None:

@@ -1,7 +1,9 @@
 """InfoNCE, DCL, SogCLR and Negative Cache against slow versions: dense formulas, plain loops, dictionaries."""
 
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,6 +133,100 @@ def test_negative_cache_equals_a_dictionary_of_embeddings(own_ids: bool, with_en
         expected = mean - mean.detach() + sum(values) / len(values)
         inputs = (z1, z2, table) if with_encode else (z1, z2)
         check(loss, expected, inputs, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("failing", ["refresh", "draw"])
+def test_negative_cache_is_unchanged_by_an_encode_that_fails(failing: str) -> None:
+    loss_fn = NegativeCacheLoss(M, D, refresh_fraction=0.2)
+    z1, z2 = views(0)
+    loss_fn(z1, z2, torch.arange(B))
+    before = copy.deepcopy(loss_fn.state_dict())
+    asked = []
+
+    def encode(ids: Tensor) -> Tensor:
+        asked.append(ids)
+        if len(asked) == (1 if failing == "refresh" else 2):
+            raise OSError("no such image")
+        return torch.randn(len(ids), D, dtype=torch.float64)
+
+    with pytest.raises(OSError, match="no such image"):
+        loss_fn(z1, z2, torch.arange(5, 10), encode=encode)
+    torch.testing.assert_close(loss_fn.state_dict(), before, rtol=0, atol=0)
+
+
+def test_negative_cache_refreshes_without_gradient_and_draws_with_it() -> None:
+    z1, z2 = views(0)
+    modes = []
+
+    def encode(ids: Tensor) -> Tensor:
+        modes.append((len(ids), torch.is_grad_enabled()))
+        return torch.randn(len(ids), D, dtype=torch.float64)
+
+    NegativeCacheLoss(M, D, refresh_fraction=0.7)(z1, z2, torch.arange(B), encode=encode)
+    assert modes[0] == (14, False)
+    assert modes[1][1]
+
+
+def test_negative_cache_names_another_dimension() -> None:
+    loss_fn = NegativeCacheLoss(M, D + 1)
+    before = copy.deepcopy(loss_fn.state_dict())
+    with pytest.raises(ValueError, match=f"embeddings of dim={D + 1}, the batch has {D}"):
+        loss_fn(*views(0), torch.arange(B))
+    torch.testing.assert_close(loss_fn.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_negative_cache_on_another_device_than_the_batch() -> None:
+    loss_fn, other = NegativeCacheLoss(M, D), NegativeCacheLoss(M, D)
+    for table in (loss_fn._embeddings, loss_fn._written):
+        table.share_memory()
+    for step in range(3):
+        z1, z2 = (z.detach().cuda() for z in views(step))
+        losses = [each(z1, z2, torch.arange(B).cuda()) for each in (loss_fn, other)]
+        torch.testing.assert_close(losses[0], losses[1])
+    loaded = NegativeCacheLoss(M, D).eval()
+    loaded.load_state_dict(loss_fn.state_dict())
+    torch.testing.assert_close(loaded(z1, z2, torch.arange(B).cuda()), loss_fn.eval()(z1, z2, torch.arange(B).cuda()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"views_per_sample": 0}, ValueError, "views_per_sample must be at least 1, got 0"),
+        ({"dim": 0}, ValueError, "dim must be at least 1.*got 0"),
+        ({"dim": 8.0}, TypeError, "dim must be an int, got 8.0"),
+        ({"seed": 0.5}, TypeError, "seed must be an int, got 0.5"),
+        ({"num_samples": 10.0}, TypeError, "num_samples must be an int, got 10.0"),
+        ({"num_samples": None}, TypeError, "num_samples must be an int, got None"),
+    ],
+)
+def test_negative_cache_names_bad_settings(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        NegativeCacheLoss(**({"num_samples": M, "dim": D} | arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [True, "0.1", torch.tensor(0.1), np.array(0.1), None])
+def test_a_temperature_that_is_no_number_is_named(temperature: object) -> None:
+    with pytest.raises(TypeError, match=r"temperature must be a number, such as 0\.07, got"):
+        DCLLoss(temperature)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_will_do() -> None:
+    loss_fn = SogCLRLoss(np.int64(M), np.float32(0.5))
+    assert type(loss_fn.temperature) is float
+    assert loss_fn.temperature == 0.5
+    assert type(loss_fn.num_samples) is int
+
+
+def test_sogclr_names_an_id_that_no_memory_holds() -> None:
+    loss_fn, index = SogCLRLoss(None), torch.arange(2 * B).view(B, 2)
+    loss_fn(*views(0), index)
+    before = copy.deepcopy(loss_fn.state_dict())
+    index[0, 1] = 10**15  # a second view's: the first views' averages stay as well
+    with pytest.raises(ValueError, match=f"no memory for index {10**15}"):
+        loss_fn(*views(1), index)
+    torch.testing.assert_close(loss_fn.state_dict(), before, rtol=0, atol=0)
 
 
 ALL = [InfoNCELoss(0.1), DCLLoss(0.1), SogCLRLoss(M, 0.1), NegativeCacheLoss(M, D, 0.1)]

@@ -1,6 +1,9 @@
 """What every loss promises: one call, checked input, saved state, and the same on many ranks as on one."""
 
 import copy
+import datetime
+import functools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
 from torch_emc2.losses import ContrastiveLoss
+from torch_emc2.pairs import _GatherWithGradient
 
 M, D = 40, 8
 
@@ -188,6 +192,37 @@ def test_evaluation_reads_and_does_not_write(name: str) -> None:
         assert_same(evaluated, step_of(loss_fn.train(), 3))
 
 
+GROWING: dict[str, Callable[[], ContrastiveLoss]] = {
+    "sogclr": lambda: SogCLRLoss(None, 0.1),
+    "emc2-cache": lambda: EMC2Loss(None, 0.1),
+}
+
+
+@pytest.mark.parametrize(
+    "maker", [*map(MAKERS.get, STATEFUL), *GROWING.values()], ids=[*STATEFUL, *map("growing-{}".format, GROWING)]
+)
+def test_inference_mode_does_not_spoil_training(maker: Callable[[], ContrastiveLoss]) -> None:
+    tested, plain = maker(), maker()
+    for step in range(3):
+        if step or not isinstance(tested, NegativeCacheLoss):  # whose cache is empty at first
+            tested.eval()
+            with torch.inference_mode():
+                z1, z2, index = batch(step + 9, 6)
+                tested(z1, z2, index, encode=table().__getitem__)
+            tested.train()
+        assert_same(step_of(tested, step), step_of(plain, step))
+
+
+def test_weights_are_chosen_without_gradient() -> None:
+    class Loss(DCLLoss):
+        def _weigh(self, *args: Any) -> Any:
+            assert not torch.is_grad_enabled()
+            return super()._weigh(*args)
+
+    z1, z2, _ = batch(0, 6)
+    assert Loss(0.1)(z1.requires_grad_(), z2).requires_grad
+
+
 @each_stateful_loss
 def test_saved_state_is_a_copy_after_loading(name: str) -> None:
     first, second = MAKERS[name](), MAKERS[name]()
@@ -212,46 +247,193 @@ def test_state_of_another_size_is_refused(small: ContrastiveLoss, large: Contras
         large.load_state_dict(small.state_dict())
 
 
-SIZES = (4, 2)  # of the two ranks' parts: they may differ
+SIZES = {1: (6,), 2: (4, 2), 4: (3, 1, 2, 2)}  # samples of each rank, by their number: they may differ
+DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}
+STEPS = 4
 
 
-def _rank(rank: int, folder: str) -> None:
-    """Take five steps with every loss on this rank's part of each batch, and write down all that comes out."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(SIZES))
-    results = {}
-    for name, own_ids in CASES:
-        loss_fn, steps = MAKERS[name](), []
-        for step in range(5):
-            whole = batch(step, sum(SIZES), own_ids)
-            z1, z2, index = (part.split(SIZES)[rank] for part in whole)
-            inputs = [z1.clone().requires_grad_(), z2.clone().requires_grad_(), table().requires_grad_()]
-            loss = loss_fn(inputs[0], inputs[1], index, encode=inputs[2].__getitem__)
-            gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
-            steps.append([loss.detach(), *(torch.zeros(M, D) if g is None else g for g in gradients)])
-        results[name, own_ids] = steps, loss_fn.state_dict()
-    torch.save(results, f"{folder}/rank-{rank}.pt")
+def _broken(change: str, part: list[Any], rank: int) -> tuple[list[Any], Callable[[Tensor], Tensor] | None]:
+    """A rank's part and encode, with something wrong on rank 1."""
+    calls = 0
+
+    def encode(ids: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if rank == 1 and (change, calls) in (("first encode", 1), ("second encode", 2)):
+            raise OSError("no such image")
+        return table()[ids]
+
+    z1, z2, index = part
+    if rank == 1:
+        match change:
+            case "nan":
+                z2 = z2.clone().fill_(torch.nan)
+            case "shape":
+                z1 = z1[:, None]
+            case "empty":
+                z1, z2, index = z1[:0], z2[:0], index[:0]
+            case "dimension":
+                z1, z2 = z1[:, 1:], z2[:, 1:]
+            case "dtype":
+                z1, z2 = z1.float(), z2.float()
+            case "no index":
+                index = None
+            case "index form":
+                index = torch.stack([index, index + M // 2], 1)
+            case "index length":
+                index = index[:-1]
+            case "id":
+                index = index - M
+    return [z1, z2, index], None if change == "no encode" and rank == 1 else encode
+
+
+UNUSABLE = "rank 1 has unusable input"
+AGREE = r"ranks must agree in {}: rank 0 has {}, rank 1 {}; no state has changed"
+FAILURES = {  # what is wrong on rank 1: what it raises itself, and what the other ranks raise
+    "nan": (r"ValueError: z2\[0\] is not finite", f"ValueError: {UNUSABLE}"),
+    "shape": (r"ValueError: .* must both be \(b, d\)", f"ValueError: {UNUSABLE}"),
+    "empty": ("ValueError: rank 1 has an empty batch",) * 2,
+    "dimension": ("ValueError: " + AGREE.format("dimension d", D, D - 1),) * 2,
+    "dtype": ("ValueError: " + AGREE.format("bytes a number of float", 8, 4),) * 2,
+    "no index": ("ValueError: this loss needs index", f"ValueError: {UNUSABLE}"),
+    "index form": ("ValueError: " + AGREE.format("dimensions of index", 1, 2),) * 2,
+    "index length": (r"ValueError: index must be \(", f"ValueError: {UNUSABLE}"),
+    "id": ("IndexError: index must be at least 0",) * 2,
+    "no encode": ("ValueError: " + AGREE.format("encode", 1, 0),) * 2,
+    "first encode": ("OSError: no such image", "ValueError: rank 1 failed .* no state has changed"),
+    "second encode": ("OSError: no such image", "ValueError: rank 1 failed .* no state has changed"),
+}
+OF_VIEWS = ("nan", "shape", "empty", "dimension", "dtype")
+OF_CALLS = {"negative-cache": ("first encode", "second encode")}  # of encode in one step, for losses that are sure to
+FAILURE_CASES = [
+    (name, change)
+    for name in MAKERS
+    for change in FAILURES
+    if change in OF_VIEWS
+    or (name in STATEFUL and change not in ("first encode", "second encode"))
+    or change in OF_CALLS.get(name, ())
+]
+
+
+def _train(name: str, own_ids: bool, dtype: torch.dtype, sizes: tuple[int, ...], rank: int) -> tuple[Any, Any]:
+    """Losses and gradients of some steps on a rank's part of each batch, and the state after them."""
+    loss_fn, steps = MAKERS[name](), []
+    for step in range(STEPS):
+        z1, z2, index = (part.split(sizes)[rank] for part in batch(step, sum(sizes), own_ids))
+        inputs = [z.to(dtype, copy=True).requires_grad_() for z in (z1, z2, table())]
+        loss = loss_fn(inputs[0], inputs[1], index, encode=inputs[2].__getitem__)
+        gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)
+        steps.append([loss.detach(), *gradients])
+    return steps, loss_fn.state_dict()
+
+
+def _fail(name: str, change: str, sizes: tuple[int, ...], rank: int) -> str:
+    """What a bad call raises on this rank, having changed nothing."""
+    loss_fn = MAKERS[name]()
+    part = [part.split(sizes)[rank] for part in batch(0, sum(sizes))]
+    loss_fn(*part, encode=table().__getitem__)
+    before = copy.deepcopy(loss_fn.state_dict())
+    bad, encode = _broken(change, part, rank)
+    try:
+        loss_fn(*bad, encode=encode)
+    except Exception as error:
+        assert_same(loss_fn.state_dict(), before)
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def _random_refresh(sizes: tuple[int, ...], rank: int) -> tuple[Any, int]:
+    """The state after refreshes by an encoder that is another on each rank, and how many entries it was asked for."""
+    loss_fn, generator, calls = NegativeCacheLoss(M, D, refresh_fraction=0.3), torch.Generator().manual_seed(rank), []
+
+    def encode(ids: Tensor) -> Tensor:
+        calls.append(len(ids))
+        return torch.randn(len(ids), D, dtype=torch.float64, generator=generator)
+
+    for step in range(3):
+        z1, z2, index = (part.split(sizes)[rank] for part in batch(step, sum(sizes)))
+        loss_fn(z1, z2, index, encode=encode)
+    return loss_fn.state_dict(), sum(calls[::2])
+
+
+def _second_derivative(sizes: tuple[int, ...], rank: int) -> str:
+    """What a second derivative through the gathered batch raises."""
+    part = torch.randn(sizes[rank], D, requires_grad=True)
+    gathered = _GatherWithGradient.apply(part, sizes, rank)
+    (gradient,) = torch.autograd.grad(gathered.square().sum(), part, create_graph=True)
+    try:
+        gradient.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def _rank(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
+    """Write down all that is tested on several ranks. A rank that waits in vain for another raises at the timeout."""
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(sizes), timeout=timeout
+    )
+    steps = {(*case, dtype): _train(*case, dtype, sizes, rank) for case in CASES for dtype in DTYPES}
+    failures = {case: _fail(*case, sizes, rank) for case in FAILURE_CASES if len(sizes) > 1}
+    torch.save(
+        (steps, failures, _random_refresh(sizes, rank), _second_derivative(sizes, rank)), f"{folder}/rank-{rank}.pt"
+    )
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=len(SIZES))  # type: ignore[no-untyped-call]
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(len(SIZES))]
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each rank of a world of ``request.param`` ranks has written down."""
+    folder, sizes = tmp_path_factory.mktemp("ranks"), SIZES[request.param]
+    torch.multiprocessing.spawn(_rank, (str(folder), sizes), nprocs=len(sizes))  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(len(sizes))]
 
 
+on_ranks = pytest.mark.parametrize("ranks", SIZES, indirect=True)
+on_several_ranks = pytest.mark.parametrize("ranks", [size for size in SIZES if size > 1], indirect=True)
+
+
+@functools.cache
+def _whole(name: str, own_ids: bool, dtype: torch.dtype, size: int) -> tuple[Any, Any]:
+    return _train(name, own_ids, dtype, (size,), 0)
+
+
+@on_ranks
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "own_ids"), CASES)
-def test_two_ranks_equal_one_process(name: str, own_ids: bool, two_ranks: list[Any]) -> None:
-    (first, state), (second, other_state) = (rank[name, own_ids] for rank in two_ranks)
-    loss_fn, close = MAKERS[name](), {"rtol": 1e-10, "atol": 1e-10}
-    for step in range(5):
-        loss, by_z1, by_z2, by_table = step_of(loss_fn, step, sum(SIZES), own_ids)
-        a, b = first[step], second[step]
-        assert_same((a[0] + b[0]) / 2, loss, **close)
-        # DDP averages the ranks' gradients of shared parameters; an embedding is on one rank and the other adds
+def test_ranks_equal_one_process(name: str, own_ids: bool, dtype: torch.dtype, ranks: list[Any]) -> None:
+    parts, close = [steps[name, own_ids, dtype] for steps, *_ in ranks], DTYPES[dtype]
+    steps, state = _whole(name, own_ids, dtype, sum(SIZES[len(ranks)]))
+    for whole, *by_rank in zip(steps, *(part[0] for part in parts), strict=True):
+        losses, by_z1, by_z2, by_table = zip(*by_rank, strict=True)
+        # DDP averages the ranks' gradients of shared parameters; an embedding is on one rank and the others add
         # nothing.
-        for i, whole in ((1, by_z1), (2, by_z2)):
-            assert_same(torch.cat([a[i], b[i]]) / 2, whole, **close)
-        assert_same((a[3] + b[3]) / 2, by_table if by_table.ndim == 2 else torch.zeros(M, D), **close)
-    assert_same(state, loss_fn.state_dict(), rtol=1e-6, atol=1e-6)  # the tables are float32
-    assert_same(other_state, state)
+        got = [sum(losses), torch.cat(by_z1), torch.cat(by_z2), sum(by_table)]
+        assert_same([each / len(ranks) for each in got], whole, rtol=close, atol=close)
+    for part in parts:
+        assert_same(part[1], parts[0][1])
+    # The tables are float32; ids are whole numbers, so that at these tolerances chains are identical.
+    assert_same(parts[0][1], state, rtol=max(close, 1e-6), atol=max(close, 1e-6))
+
+
+@on_several_ranks
+@pytest.mark.parametrize(("name", "change"), FAILURE_CASES)
+def test_ranks_fail_together(name: str, change: str, ranks: list[Any]) -> None:
+    for rank, (_, failures, *_) in enumerate(ranks):
+        assert re.match(FAILURES[change][rank != 1], failures[name, change])
+
+
+@on_ranks
+def test_ranks_share_the_refresh(ranks: list[Any]) -> None:
+    refreshed = [refresh for *_, refresh, _ in ranks]
+    assert sum(asked for _, asked in refreshed) == 3 * 12  # each entry by one rank
+    for state, _ in refreshed:
+        assert_same(state, refreshed[0][0])
+
+
+@on_ranks
+def test_ranks_refuse_a_second_derivative(ranks: list[Any]) -> None:
+    for *_, raised in ranks:
+        assert "once_differentiable" in raised

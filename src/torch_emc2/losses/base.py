@@ -8,9 +8,10 @@ An estimator is a way to choose the weights (`ContrastiveLoss._weigh`); all else
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,26 @@ from torch import Tensor, nn
 
 from torch_emc2.pairs import Pairs, make_pairs
 
-__all__ = ["Carried", "ContrastiveLoss", "Encode", "StatefulLoss", "Weights", "log_sum_exp"]
+__all__ = [
+    "Carried",
+    "CheckedEncode",
+    "ContrastiveLoss",
+    "Encode",
+    "StatefulLoss",
+    "Weights",
+    "log_sum_exp",
+    "require_int",
+]
 
 Encode = Callable[[Tensor], Tensor]
 """``encode(ids)``: embeddings (k, d) of the samples (or views) ``ids`` (k,) with today's weights, with gradient."""
+
+
+class CheckedEncode(Protocol):
+    """The caller's ``encode`` as estimators get it: under the caller's autocast, giving finite unit vectors."""
+
+    def __call__(self, ids: Tensor, *, gradient: bool = True) -> Tensor:
+        """Embed ``ids`` (k,): (k · views, d), with gradient where the caller's mode and ``gradient`` allow it."""
 
 
 class Carried(NamedTuple):
@@ -44,7 +61,7 @@ class Weights(NamedTuple):
     """An estimator's answer for a batch, all detached but ``carried.encoded``.
 
     Attributes:
-        negatives: (rows, columns) w_j, zero at the row's own sample.
+        negatives: (rows, columns) w_j, zero at the row's own sample. The sum writes over it.
         positive: (rows,) w_pos, or None for zero.
         value: (rows,) the textbook value of the loss, or None where there is none but the estimate of the global loss.
         carried: negatives from outside the batch, or None.
@@ -73,9 +90,12 @@ class ContrastiveLoss(nn.Module, ABC):
 
     def __init__(self, temperature: float = 0.07) -> None:
         super().__init__()
-        if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
-            raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-        self.temperature = float(temperature)
+        setting: Any = temperature
+        if isinstance(setting, bool) or not isinstance(setting, numbers.Real):
+            raise TypeError(f"temperature must be a number, such as 0.07, got {setting!r}")
+        if not 0 < float(setting) < math.inf:
+            raise ValueError(f"temperature must be a positive number, got {setting!r}")
+        self.temperature = float(setting)
         self.num_samples: int | None = None
         self.last: dict[str, Tensor] = {}
 
@@ -92,20 +112,26 @@ class ContrastiveLoss(nn.Module, ABC):
             ValueError, IndexError, TypeError: the input is not usable; no state has changed.
 
         Under an initialised process group of several ranks the batch is gathered; the mean over ranks of value and
-        gradient is what one process computes on the whole batch.
+        gradient is what one process computes on the whole batch. Where one rank's input is not usable, all raise.
         """
-        if index is None and self._needs_index:
-            raise ValueError(f"{type(self).__name__} needs index, the ids of the batch's samples: loss(z1, z2, index)")
-        encode = None if encode is None else _checked(encode, z1)
+        checked = None if encode is None else _checked(encode, z1)
         with torch.autocast(z1.device.type, enabled=False):
-            pairs = make_pairs(z1, z2, index if self._needs_index else None, self.num_samples)
+            pairs = make_pairs(
+                z1,
+                z2,
+                index if self._needs_index else None,
+                self.num_samples,
+                needs_index=self._needs_index,
+                encode=encode is not None,
+                training=self.training,
+            )
             with torch.no_grad():
                 logits = (pairs.rows @ pairs.columns.T).div_(self.temperature)
                 positive = logits.gather(1, pairs.positive[:, None])[:, 0]
                 logits.masked_fill_(pairs.own, -torch.inf)
                 log_mass = log_sum_exp(logits)
                 estimate = log_mass - positive - math.log(pairs.num_negatives)
-            weights = self._weigh(pairs, logits, log_mass, positive, encode)
+                weights = self._weigh(pairs, logits, log_mass, positive, checked)
             share = pairs.world_size / (2 * pairs.size)  # of a row in the mean over rows, before the mean over ranks
             global_loss = estimate.sum() * share
             self.last.update(global_loss=global_loss, positive_similarity=positive.sum() * (share * self.temperature))
@@ -115,16 +141,16 @@ class ContrastiveLoss(nn.Module, ABC):
 
     @abstractmethod
     def _weigh(
-        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: Encode | None
+        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
     ) -> Weights:
-        """Choose the weights.
+        """Choose the weights; called without gradient.
 
         Args:
             pairs: the batch.
             logits: (rows, columns) β s_j, -inf at the row's own sample; detached.
             log_mass: (rows,) log Σ_j exp(β s_j) over the row's negatives.
             positive: (rows,) β s_pos.
-            encode: as given by the caller.
+            encode: as given by the caller, checked.
         """
 
     def extra_repr(self) -> str:
@@ -142,10 +168,12 @@ class StatefulLoss(ContrastiveLoss):
 
     def __init__(self, num_samples: int | None, temperature: float) -> None:
         super().__init__(temperature)
-        if num_samples is not None and num_samples < 2:
-            raise ValueError(
-                f"num_samples must be at least 2 (or None to grow), the size of the data; got {num_samples}"
-            )
+        if num_samples is not None:
+            num_samples = require_int("num_samples", num_samples)
+            if num_samples < 2:
+                raise ValueError(
+                    f"num_samples must be at least 2 (or None to grow), the size of the data; got {num_samples}"
+                )
         self.num_samples = num_samples
 
     @abstractmethod
@@ -159,6 +187,13 @@ class StatefulLoss(ContrastiveLoss):
     def extra_repr(self) -> str:
         """Show size and temperature."""
         return f"num_samples={self.num_samples}, {super().extra_repr()}"
+
+
+def require_int(name: str, value: Any) -> int:
+    """Return a setting that must be a whole number, of Python's or NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return int(value)
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
@@ -193,13 +228,13 @@ def _weighted_sum(pairs: Pairs, weights: Weights) -> Tensor:
     return total
 
 
-def _checked(encode: Encode, z: Tensor) -> Encode:
+def _checked(encode: Encode, z: Tensor) -> CheckedEncode:
     """Run a caller's ``encode`` under the caller's autocast and gradient modes; finite unit vectors (k · views, d)."""
     device, grad = z.device.type, torch.is_grad_enabled()
     autocast, autocast_dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    def encode_unit(ids: Tensor) -> Tensor:
-        with torch.set_grad_enabled(grad):
+    def encode_unit(ids: Tensor, *, gradient: bool = True) -> Tensor:
+        with torch.set_grad_enabled(grad and gradient):
             with torch.autocast(device, dtype=autocast_dtype, enabled=autocast):
                 embeddings = encode(ids)
             expected = len(ids), z.shape[1]

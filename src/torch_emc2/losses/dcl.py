@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torch_emc2.losses.base import ContrastiveLoss, Encode, Weights
+from torch_emc2.losses.base import CheckedEncode, ContrastiveLoss, Weights
 from torch_emc2.pairs import Pairs
 
 __all__ = ["DCLLoss"]
@@ -20,6 +20,6 @@ class DCLLoss(ContrastiveLoss):
     """
 
     def _weigh(
-        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: Encode | None
+        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
     ) -> Weights:
         return Weights(negatives=logits.sub_(log_mass[:, None]).exp_(), value=log_mass - positive)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_emc2.losses.base import ContrastiveLoss, Encode, Weights
+from torch_emc2.losses.base import CheckedEncode, ContrastiveLoss, Weights
 from torch_emc2.pairs import Pairs
 
 __all__ = ["InfoNCELoss"]
@@ -26,7 +26,7 @@ class InfoNCELoss(ContrastiveLoss):
     """
 
     def _weigh(
-        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: Encode | None
+        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
     ) -> Weights:
         log_total = torch.logaddexp(log_mass, positive)
         return Weights(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_emc2.losses.base import Carried, Encode, StatefulLoss, Weights, log_sum_exp
+from torch_emc2.losses.base import Carried, CheckedEncode, StatefulLoss, Weights, log_sum_exp, require_int
 from torch_emc2.losses.noise import exponential_noise
 from torch_emc2.pairs import Pairs
 from torch_emc2.tables import SampleTable
@@ -47,60 +47,84 @@ class NegativeCacheLoss(StatefulLoss):
         views_per_sample: int = 2,
         seed: int = 0,
     ) -> None:
-        super().__init__(num_samples, temperature)
+        super().__init__(require_int("num_samples", num_samples), temperature)
         if not 0 <= refresh_fraction <= 1:
             raise ValueError(f"refresh_fraction must be in [0, 1], a share of the cache; got {refresh_fraction}")
+        if require_int("dim", dim) < 1:
+            raise ValueError(f"dim must be at least 1, the dimension of the embeddings; got {dim}")
+        if require_int("views_per_sample", views_per_sample) < 1:
+            raise ValueError(f"views_per_sample must be at least 1, got {views_per_sample}")
         self.refresh_fraction = refresh_fraction
         self.views_per_sample = views_per_sample
-        self.seed = seed
+        self.seed = require_int("seed", seed)
         self._embeddings = SampleTable(num_samples, (dim,), torch.float32, 0.0)
         self._written = SampleTable(num_samples, (), torch.int64, _NEVER)  # the call at which an entry was last encoded
         self._calls = 0
 
-    @torch.no_grad()
     def _weigh(
-        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: Encode | None
+        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
     ) -> Weights:
-        if self.training:
-            self._refresh(pairs, encode)
-        elif bool((self._written.data == _NEVER).all()):
+        dim = self._embeddings.data.shape[1]
+        if pairs.rows.shape[1] != dim:
+            raise ValueError(
+                f"the cache holds embeddings of dim={dim}, the batch has {pairs.rows.shape[1]}: no state has changed; "
+                "build the loss with the dim of the encoder's output"
+            )
+        fresh, written = self._fresh(pairs, encode)
+        if bool((written == _NEVER).all()):
             raise ValueError("the cache is empty: train before you evaluate, or load a state")
-        ids = pairs.row_ids
+        scores = pairs.rows @ self._embeddings.data.to(pairs.rows).T  # (rows, num_samples)
+        for ids, embeddings in fresh:
+            scores.index_copy_(1, ids, pairs.rows @ embeddings.to(pairs.rows).T)
+        scores.div_(self.temperature)
+        row_ids = pairs.row_ids[:, None]
         views = self.views_per_sample if pairs.index is not None and pairs.index.ndim == 2 else 1
-        entries = torch.arange(len(self._written.data), device=ids.device)
-        scores = (pairs.rows @ self._embeddings.data.to(pairs.rows).T).div_(self.temperature)  # (rows, num_samples)
-        scores.masked_fill_((self._written.data == _NEVER) | (entries // views == ids[:, None] // views), -torch.inf)
+        entries = torch.arange(len(written), device=written.device)
+        scores.masked_fill_((written == _NEVER) | (entries // views == row_ids // views), -torch.inf)
         w_pos = (positive - torch.logaddexp(positive, log_sum_exp(scores))).exp()
 
         noise = exponential_noise(pairs, scores.shape[1:], self.seed, self._calls).view_as(scores)
         drawn = (scores - noise.clamp_(min=2**-25).log_()).argmax(1)  # Gumbel; 0 would draw masked
         weight = (1 - w_pos)[:, None]
+        if encode is not None:
+            again, place = torch.unique(drawn, return_inverse=True)
+            with pairs.together():
+                encoded = _encode_one_each(encode, again)
+            carried = Carried(encoded[place][:, None], weight, encoded, place[:, None])
+        for ids, embeddings in fresh:  # last of all, so that a call that fails changes nothing
+            self._embeddings.write(ids, embeddings)
+            self._written.write(ids, torch.full_like(ids, self._calls))
         if encode is None:
             carried = Carried(self._embeddings.read(drawn).to(pairs.rows.dtype)[:, None], weight)
-        else:
-            again, place = torch.unique(drawn, return_inverse=True)
-            encoded = encode(again)
-            if len(encoded) != len(again):
-                raise ValueError(f"encode gave {len(encoded)} embeddings for {len(again)} ids: give one an id")
-            carried = Carried(encoded[place][:, None], weight, encoded, place[:, None])
         self._calls += self.training
-        self.last["cached_share"] = (self._written.data != _NEVER).float().mean()
+        self.last["cached_share"] = (written != _NEVER).float().mean()
         return Weights(torch.zeros_like(logits), w_pos, carried=carried)
 
-    def _refresh(self, pairs: Pairs, encode: Encode | None) -> None:
-        """Let the batch's embeddings in, then encode the oldest entries anew."""
-        if pairs.index is not None and pairs.index.ndim == 1:
-            self._write(pairs.index, pairs.columns[: pairs.size])
-        else:
-            self._write(pairs.column_ids, pairs.columns)
-        count = math.ceil(self.refresh_fraction * len(self._written.data))
-        if encode is not None and count:
-            oldest = self._written.data.topk(count, largest=False).indices
-            self._write(oldest, encode(oldest))
+    def _fresh(self, pairs: Pairs, encode: CheckedEncode | None) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Choose what to write: the batch's embeddings, then the oldest entries' encoded anew, in this order.
 
-    def _write(self, ids: Tensor, embeddings: Tensor) -> None:
-        self._embeddings.write(ids, embeddings)
-        self._written.write(ids, torch.full_like(ids, self._calls))
+        Returns ids and embeddings of each, and the call (num_samples,) at which each entry will have been written.
+        """
+        written = self._written.data.to(pairs.rows.device, copy=True)
+        if not self.training:
+            return [], written
+        dtype = self._embeddings.data.dtype
+        ids = pairs.index if pairs.index is not None and pairs.index.ndim == 1 else pairs.column_ids
+        fresh = [(ids, pairs.columns[: len(ids)].to(dtype))]
+        written[ids] = self._calls
+        count = math.ceil(self.refresh_fraction * len(written))
+        if encode is not None and count:
+            by_age = written * len(written) + torch.arange(len(written), device=written.device)  # no ties: ranks agree
+            oldest = by_age.topk(count, largest=False).indices
+            parts = oldest.tensor_split(pairs.world_size)  # each is encoded once: there may be dropout
+            with pairs.together():
+                mine = parts[pairs.rank]
+                embeddings = pairs.rows.new_empty(0, pairs.rows.shape[1])
+                if len(mine):
+                    embeddings = _encode_one_each(encode, mine, gradient=False)
+            fresh.append((oldest, pairs.gather(embeddings.to(dtype), tuple(len(part) for part in parts))))
+            written[oldest] = self._calls
+        return fresh, written
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the cache, its ages and the position in the noise."""
@@ -112,3 +136,10 @@ class NegativeCacheLoss(StatefulLoss):
         self._embeddings.load(state["embeddings"])
         self._written.load(state["written"])
         self.seed, self._calls = state["seed"], state["calls"]
+
+
+def _encode_one_each(encode: CheckedEncode, ids: Tensor, *, gradient: bool = True) -> Tensor:
+    encoded = encode(ids, gradient=gradient)
+    if len(encoded) != len(ids):
+        raise ValueError(f"encode gave {len(encoded)} embeddings for {len(ids)} ids: give one an id")
+    return encoded

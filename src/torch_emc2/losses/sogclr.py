@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_emc2.losses.base import Encode, StatefulLoss, Weights
+from torch_emc2.losses.base import CheckedEncode, StatefulLoss, Weights
 from torch_emc2.pairs import Pairs
 from torch_emc2.tables import SampleTable
 
@@ -35,12 +35,13 @@ class SogCLRLoss(StatefulLoss):
         self.gamma = gamma
         self._log_u = SampleTable(num_samples, (2,), torch.float32, -torch.inf)  # a slot a view; -inf: not visited
 
-    @torch.no_grad()
     def _weigh(
-        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: Encode | None
+        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
     ) -> Weights:
         log_n = math.log(pairs.num_negatives)
         log_u = []
+        if self.training:
+            self._log_u.make_room(pairs.column_ids)  # both views', before either is written
         for view, log_g in enumerate((log_mass - log_n).view(2, -1)):
             ids = pairs.view_ids(view)
             slot = view if pairs.index is not None and pairs.index.ndim == 1 else 0
