@@ -121,7 +121,7 @@ def test_compiles_where_no_folder_may_be_written(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])  # numba's way to look for a place
     monkeypatch.setattr(_compiled, "_walk", _compiled._compile(_compiled._walk.py_func))
     x, noise = torch.tensor([[[0.0, 2.0, 1.0]]]), torch.full((1, 1, 1, 3), 0.1)
-    result = walk(x, torch.ones(1, 1, 1), noise, torch.ones(1, 1, 3, dtype=torch.bool))
+    result = walk(x, torch.ones(1, 1, 1), noise, torch.ones(1, 1, 3, dtype=torch.bool), torch.arange(3))
     assert result.state.tolist() == [[1]]
 
 

@@ -304,7 +304,11 @@ FAILURES = {  # what is wrong on rank 1: what it raises itself, and what the oth
     "second encode": ("OSError: no such image", "ValueError: rank 1 failed .* no state has changed"),
 }
 OF_VIEWS = ("nan", "shape", "empty", "dimension", "dtype")
-OF_CALLS = {"negative-cache": ("first encode", "second encode")}  # of encode in one step, for losses that are sure to
+OF_CALLS = {  # of encode in one step, for losses that are sure to call it
+    "negative-cache": ("first encode", "second encode"),
+    "emc2-encode": ("first encode",),
+    "emc2-isir": ("first encode",),
+}
 FAILURE_CASES = [
     (name, change)
     for name in MAKERS

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_emc2.chains import EMPTY, ChainTable
 from torch_emc2.isir import resample
-from torch_emc2.losses.base import Carried, Encode, StatefulLoss, Weights
+from torch_emc2.losses.base import Carried, CheckedEncode, StatefulLoss, Weights, require_int
 from torch_emc2.losses.noise import exponential_noise, proposal_order
 from torch_emc2.metropolis import walk
 from torch_emc2.pairs import Pairs
@@ -75,7 +75,7 @@ class EMC2Loss(StatefulLoss):
         super().__init__(num_samples, temperature)
         if not 0 <= burn_in < 1:
             raise ValueError(f"burn_in must be in [0, 1), the share of steps left out; got {burn_in}")
-        if num_chains < 1:
+        if require_int("num_chains", num_chains) < 1:
             raise ValueError(f"num_chains must be at least 1, got {num_chains}")
         if carry not in get_args(Carry):
             raise ValueError(f"carry must be one of {', '.join(get_args(Carry))}; got {carry!r}")
@@ -85,14 +85,13 @@ class EMC2Loss(StatefulLoss):
         self.num_chains = num_chains
         self.carry = carry
         self.kernel = kernel
-        self.seed = seed
+        self.seed = require_int("seed", seed)
         self.chains = ChainTable(num_samples, num_chains)
         self._calls = 0
         self._embeddings: SampleTable | None = None  # carry="cache"; made when d is known
 
-    @torch.no_grad()
     def _weigh(
-        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: Encode | None
+        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
     ) -> Weights:
         if encode is None and self.carry in ("encode", "encode_if_used"):
             raise ValueError(
@@ -101,7 +100,7 @@ class EMC2Loss(StatefulLoss):
         carried = self.chains.ids.read(pairs.row_ids).long()  # (rows, chains)
         met, encoded, place = None, None, None
         if self.carry == "encode":
-            met, encoded, place = self._encode(carried, carried != EMPTY, encode)
+            met, encoded, place = self._encode(pairs, carried, carried != EMPTY, encode)
         elif self.carry == "cache":
             met = self._recall(carried, pairs)
         if met is None:  # the entry score (rows, chains · carried views) is that of the last visit …
@@ -114,7 +113,7 @@ class EMC2Loss(StatefulLoss):
         in_batch, at_carried, end, end_score = move(pairs, logits, carried, score)
 
         if self.carry == "encode_if_used":
-            met, encoded, place = self._encode(carried, at_carried > 0, encode)
+            met, encoded, place = self._encode(pairs, carried, at_carried > 0, encode)
             if met is not None:  # a score that stayed as it was could hold its chain for ever
                 stayed = (end < 0) & (at_carried[-len(end) :] > 0)
                 end_score = torch.where(stayed, self._log_scores(pairs, met)[-len(end) :], end_score)
@@ -179,22 +178,23 @@ class EMC2Loss(StatefulLoss):
         at_carried = (torch.cat(carried_weights)[:, :, None] * share_of_view).flatten(1)
         return torch.cat(weights), at_carried, at, end_score
 
-    def _encode(self, carried: Tensor, wanted: Tensor, encode: Encode | None) -> _Encoded:
+    def _encode(self, pairs: Pairs, carried: Tensor, wanted: Tensor, encode: CheckedEncode | None) -> _Encoded:
         """Encode each wanted id of (rows, chains) once: what each row meets, the vectors themselves, and the places.
 
         Shapes (rows, chains · views, d), (k · views, d) and (rows, chains · views), as in `Carried`; None without ids.
         """
         ids, place = torch.unique(carried[wanted], return_inverse=True)
-        if len(ids) == 0:
-            return None, None, None
-        assert encode is not None
-        encoded = encode(ids)
-        views = len(encoded) // len(ids)
-        if views != 1 and (self.kernel != "isir" or self.carry != "encode"):
-            raise ValueError(
-                f'encode gave {views} views an id: only kernel="isir" with carry="encode" carries more than one; '
-                f"here they are {self.kernel!r} and {self.carry!r}"
-            )
+        with pairs.together():
+            if len(ids) == 0:
+                return None, None, None
+            assert encode is not None
+            encoded = encode(ids)
+            views = len(encoded) // len(ids)
+            if views != 1 and (self.kernel != "isir" or self.carry != "encode"):
+                raise ValueError(
+                    f'encode gave {views} views an id: only kernel="isir" with carry="encode" carries more than one; '
+                    f"here they are {self.kernel!r} and {self.carry!r}"
+                )
         first = torch.zeros_like(carried).masked_scatter_(wanted, place * views)
         place = (first[:, :, None] + torch.arange(views, device=first.device)).flatten(1)
         return encoded.index_select(0, place.flatten()).view(*place.shape, -1), encoded, place
@@ -220,10 +220,12 @@ class EMC2Loss(StatefulLoss):
         column_ids = pairs.column_ids
         end_ids = torch.where(end < 0, carried[: len(end)], column_ids.take(end.clamp(min=0)))
         chain_ids = column_ids[: len(end) * pairs.size // pairs.local]  # a shared chain goes by its first view
-        self.chains.write(chain_ids, pairs.gather_rows(end_ids), pairs.gather_rows(end_score))
         if self.carry == "cache":
             if self._embeddings is None:
                 self._embeddings = SampleTable(self.num_samples, (pairs.columns.shape[1],), torch.float32, 0.0)
+            self._embeddings.make_room(chain_ids)
+        self.chains.write(chain_ids, pairs.gather_rows(end_ids), pairs.gather_rows(end_score))
+        if self._embeddings is not None:
             self._embeddings.write(chain_ids, pairs.columns[: len(chain_ids)])
         self._calls += 1
 
