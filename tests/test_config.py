@@ -68,6 +68,7 @@ def test_the_papers_settings() -> None:
         ("optimizer: {lr: -1.0}", "lr must not be negative, got -1.0"),
         ("optimizer: {clip: 0.0}", "clip must be positive, or null for none, got 0.0"),
         ("data: {num_workers: -2}", "num_workers must not be negative, got -2"),
+        ("data: {finite_views: 1}", "finite_views must be at least 2, or null for none, got 1"),
         ("checkpoint_every_steps: 0", "checkpoint_every_steps must be positive, got 0"),
     ],
 )

@@ -125,6 +125,44 @@ def test_resumes_from_any_checkpoint(
     assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
 
 
+@pytest.mark.parametrize("finite_views", [2, 4])
+def test_finite_views_have_a_chain_each(finite_views: int, tiny: Config, tmp_path: Path) -> None:
+    data = replace(tiny.data, root=str(tmp_path), finite_views=finite_views)
+    run = train(replace(tiny, data=data, epochs=6))
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    ids = state["loss._extra_state"]["chains"]["ids"][:, 0]
+    assert len(ids) == 66 * finite_views
+    visited = (ids >= 0).nonzero()[:, 0]
+    assert len(visited) > 66  # more than a view a sample
+    assert ids.max() < 66 * finite_views
+    assert (ids[visited] // finite_views != visited // finite_views).all()  # never at a view of the own sample
+
+
+@pytest.mark.parametrize(("loss", "num_workers"), [("emc2", 0), ("emc2", 2), ("negative-cache", 0), ("sogclr", 0)])
+def test_finite_views_resume_bit_for_bit(
+    loss: LossName,
+    num_workers: int,
+    tiny: Config,
+    uninterrupted: Callable[[Config], Outcome],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = tmp_path_factory.getbasetemp() / "finite"  # one for all, as the runs that are compared must have
+    data = replace(tiny.data, root=str(root), finite_views=4, num_workers=num_workers)
+    tiny = replace(tiny, loss=loss, data=data, checkpoint_every_steps=5)
+    interrupt(tiny, 6, monkeypatch)
+    assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
+
+
+def test_finite_views_of_unreadable_images_are_skipped_and_counted(tiny: Config, tmp_path: Path) -> None:
+    data = replace(tiny.data, name=photos(tmp_path / "photos", 20), limit=None, root=str(tmp_path), finite_views=4)
+    with pytest.raises(ValueError, match=r"7\.png"):
+        train(replace(tiny, data=data, batch_size=10))
+    run = train(replace(tiny, data=replace(data, on_bad_image="skip"), batch_size=10))  # nothing is in its way
+    rows = outcome(run)[3]
+    assert [float(row["skipped"]) for row in (rows[1], rows[-1])] == [1, 2]  # once an epoch
+
+
 def test_carried_policies_resume_too(
     tiny: Config, uninterrupted: Callable[[Config], Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,7 +284,11 @@ def test_a_run_does_not_go_among_other_files(tiny: Config, tmp_path: Path) -> No
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
-def test_a_step_is_the_loss_of_both_views_and_the_carried(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("finite_views", [None, 2])
+def test_a_step_is_the_loss_of_both_views_and_the_carried(
+    finite_views: int | None, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = replace(tiny, data=replace(tiny.data, root=str(tmp_path), finite_views=finite_views))
     seen: list[tuple[Any, Tensor, Weights, Any]] = []
     step = ContrastiveModule.training_step
 
@@ -281,7 +323,7 @@ def test_a_step_is_the_loss_of_both_views_and_the_carried(tiny: Config, monkeypa
     expected.backward()
     by_hand = {name: value.grad for name, value in module.encoder.named_parameters()}
     torch.testing.assert_close(gradients[-1], by_hand, rtol=1e-5, atol=1e-7)
-    # The images are those that the table named, each in its third view of this epoch.
+    # The images are those that the table named.
     named = memory["chains"]["ids"][batch.index]
     assert batch.carried_ids.tolist() == sorted(set(named[named >= 0].tolist()))
 

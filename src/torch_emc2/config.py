@@ -30,6 +30,7 @@ class DataConfig:
         channels: 1 or 3; by default what the data set has.
         limit: pre-train on a random subset of at most this many images.
         augmentation: how the random views are drawn; its size is the encoder's input.
+        finite_views: views precomputed for every image, stored below root; by default two are drawn anew each time.
         num_workers: processes that read images; results do not depend on it.
         on_bad_image: raise stops at an unreadable image and names it, skip leaves it out and counts it.
     """
@@ -39,12 +40,15 @@ class DataConfig:
     channels: int | None = None
     limit: int | None = None
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(size=28))
+    finite_views: int | None = None
     num_workers: int = 0
     on_bad_image: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
+        if self.finite_views is not None and self.finite_views < 2:
+            raise ValueError(f"finite_views must be at least 2, or null for none, got {self.finite_views}")
 
 
 @dataclass

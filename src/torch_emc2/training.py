@@ -28,7 +28,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from torch_emc2.config import Config, to_yaml
-from torch_emc2.data import Batch, ContrastiveDataset, EpochSampler, ImageDataset, make_loader, open_dataset
+from torch_emc2.data import (
+    Batch,
+    ContrastiveDataset,
+    EpochSampler,
+    FiniteDataset,
+    ImageDataset,
+    finite_views,
+    make_loader,
+    open_dataset,
+)
 from torch_emc2.files import whole_file
 from torch_emc2.losses import (
     ContrastiveLoss,
@@ -47,7 +56,9 @@ _PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-
 
 
 def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
-    """Build the loss that a config names, for a data set of ``num_samples``."""
+    """Build the loss that a config names, for a data set of ``num_samples``; finite views have an entry each."""
+    num_views = config.data.finite_views or 1
+    num_samples *= num_views
     match config.loss:
         case "emc2":
             own = config.emc2
@@ -72,6 +83,7 @@ def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
                 config.model.out_dim,
                 config.temperature,
                 refresh_fraction=config.negative_cache.refresh_fraction,
+                views_per_sample=num_views,
                 seed=config.seed,
             )
 
@@ -153,13 +165,27 @@ class ContrastiveData(L.LightningDataModule):
         self.config = config
         EpochSampler(len(images), config.batch_size, config.seed)  # refuses a batch larger than the data
         data = config.data
-        self.dataset = ContrastiveDataset(
-            images,
-            data.augmentation.transform(),
-            seed=config.seed,
-            carried_ids=carried_ids,
-            on_bad_image=data.on_bad_image,
-        )
+        self.dataset: ContrastiveDataset | FiniteDataset
+        if data.finite_views is None:
+            self.dataset = ContrastiveDataset(
+                images,
+                data.augmentation.transform(),
+                seed=config.seed,
+                carried_ids=carried_ids,
+                on_bad_image=data.on_bad_image,
+            )
+        else:
+            views = finite_views(
+                images,
+                data.augmentation,
+                data.finite_views,
+                seed=config.seed,
+                folder=Path(data.root).expanduser() / "views",
+                name=data.name,
+                on_bad_image=data.on_bad_image,
+                num_workers=data.num_workers,
+            )
+            self.dataset = FiniteDataset(views, seed=config.seed, carried_ids=carried_ids)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader, placed after the steps that the trainer has already taken."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from torch_emc2.data.finite import FiniteViews
 from torch_emc2.data.images import BadImageError, DataError, ImageDataset
 from torch_emc2.data.views import Transform, seeded_view
 from torch_emc2.seeds import mix_seed
@@ -15,12 +16,12 @@ _CARRIED_VIEW = 2
 
 
 class Batch(NamedTuple):
-    """Two views of b samples, and a third view of the k samples that their chains carry."""
+    """Two views of b samples, and a view of each of the k samples that their chains carry; or the k carried views."""
 
     first: Tensor  # (b, c, s, s) float32
     second: Tensor  # (b, c, s, s)
-    index: Tensor  # type: ignore[assignment]  # (b,) int64; hides tuple.index
-    carried_ids: Tensor  # (k,) int64, each once, ascending
+    index: Tensor  # type: ignore[assignment]  # int64, (b,) of samples or (b, 2) of views; hides tuple.index
+    carried_ids: Tensor  # (k,) int64, likewise of samples or views, each once, ascending
     carried: Tensor  # (k, c, s, s)
     epoch: int
     skipped: int  # images left out as unreadable
@@ -42,14 +43,10 @@ class ContrastiveDataset(Dataset[Batch]):
         carried_ids: Tensor | None = None,
         on_bad_image: Literal["raise", "skip"] = "raise",
     ) -> None:
-        if carried_ids is not None and len(carried_ids) != len(images):
-            raise DataError(f"carried_ids has {len(carried_ids)} rows for {len(images)} images; give it one an image")
         if on_bad_image not in ("raise", "skip"):
             raise DataError(f"on_bad_image must be 'raise' or 'skip', got {on_bad_image!r}")
         self.images, self.transform, self.seed = images, transform, seed
-        if carried_ids is not None:
-            carried_ids.share_memory_()  # type: ignore[no-untyped-call]
-        self.carried_ids = carried_ids
+        self.carried_ids = _shared(carried_ids, len(images), "image")
         self.on_bad_image = on_bad_image
         blank = torch.zeros(images.channels, 32, 32, dtype=torch.uint8)
         self.view_shape = seeded_view(transform, blank, seed, 0, 0, 0).shape  # (c, s, s)
@@ -77,10 +74,10 @@ class ContrastiveDataset(Dataset[Batch]):
                 if self.on_bad_image == "raise":
                     raise
                 error = bad
-        if error is not None and len(pairs) < 2:
-            raise DataError(f"{len(pairs)} of the {len(keys)} images of a batch can be read, 2 are needed: {error}")
+        if error is not None:
+            _require_two(len(read), len(keys), error)
         index = torch.tensor(read)
-        carried_ids = self._carried_by(index)
+        carried_ids = _carried_by(index, self.carried_ids)
         return Batch(
             first=self._stack([first for first, _ in pairs]),
             second=self._stack([second for _, second in pairs]),
@@ -95,15 +92,73 @@ class ContrastiveDataset(Dataset[Batch]):
         image = self.images.image(index)
         return [seeded_view(self.transform, image, self.seed, epoch, index, view) for view in views]
 
-    def _carried_by(self, index: Tensor) -> Tensor:
-        if self.carried_ids is None:
-            return torch.empty(0, dtype=torch.int64)
-        ids = self.carried_ids[index].long()
-        carried: Tensor = torch.unique(ids[ids >= 0])
-        return carried
-
     def _stack(self, views: list[Tensor]) -> Tensor:
         return torch.stack(views) if views else torch.empty(0, *self.view_shape)
+
+
+class FiniteDataset(Dataset[Batch]):
+    """Whole batches of two different ones of each sample's `views`, under the views' ids.
+
+    Which two, and which of them comes first, depends on (seed, epoch, sample) alone. `carried_ids` is as in
+    `ContrastiveDataset`, with a row a view. Samples whose images could not be read are left out and counted.
+    """
+
+    def __init__(self, views: FiniteViews, *, seed: int, carried_ids: Tensor | None = None) -> None:
+        self.views, self.seed = views, seed
+        self.carried_ids = _shared(carried_ids, len(views), "view")
+
+    def __len__(self) -> int:
+        return self.views.num_samples
+
+    def encode_inputs(self, epoch: int, ids: Tensor) -> Tensor:
+        """The views `ids` (k,), (k, c, s, s): the same in every epoch."""
+        return self.views.take(ids)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        """The batch of keys (epoch, sample), of one epoch; raises `DataError` if fewer than two images are readable."""
+        epoch = keys[0][0]
+        unreadable = self.views.unreadable
+        read = [sample for _, sample in keys if sample not in unreadable]
+        if len(read) < len(keys):
+            _require_two(len(read), len(keys), next(unreadable[i] for _, i in keys if i in unreadable))
+        index = torch.stack([self._two_of(epoch, sample) for sample in read])
+        carried_ids = _carried_by(index, self.carried_ids)
+        return Batch(
+            first=self.views.take(index[:, 0]),
+            second=self.views.take(index[:, 1]),
+            index=index,
+            carried_ids=carried_ids,
+            carried=self.views.take(carried_ids),
+            epoch=epoch,
+            skipped=len(keys) - len(read),
+        )
+
+    def _two_of(self, epoch: int, sample: int) -> Tensor:
+        """Two ids of a sample's views, in random order: the last proposals of a chain weigh more than the first."""
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch, sample))
+        ids: Tensor = sample * self.views.num_views + torch.randperm(self.views.num_views, generator=generator)[:2]
+        return ids
+
+
+def _shared(carried_ids: Tensor | None, count: int, what: str) -> Tensor | None:
+    if carried_ids is not None:
+        if len(carried_ids) != count:
+            raise DataError(f"carried_ids has {len(carried_ids)} rows for {count} {what}s; give it one a {what}")
+        carried_ids.share_memory_()  # type: ignore[no-untyped-call]
+    return carried_ids
+
+
+def _carried_by(index: Tensor, carried_ids: Tensor | None) -> Tensor:
+    if carried_ids is None:
+        return torch.empty(0, dtype=torch.int64)
+    ids = carried_ids[index].long()
+    carried: Tensor = torch.unique(ids[ids >= 0])
+    return carried
+
+
+def _require_two(readable: int, size: int, error: object) -> None:
+    if readable < 2:
+        raise DataError(f"{readable} of the {size} images of a batch can be read, 2 are needed: {error}")
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -147,7 +202,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def make_loader(
-    dataset: ContrastiveDataset, sampler: EpochSampler, batch_size: int, num_workers: int, pin_memory: bool = False
+    dataset: ContrastiveDataset | FiniteDataset,
+    sampler: EpochSampler,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool = False,
 ) -> DataLoader[Batch]:
     """A loader whose items are `Batch`es; they do not depend on the number of workers."""
     if batch_size != sampler.batch_size:
