@@ -109,7 +109,7 @@ def test_the_compiled_walk_is_the_one_under_test() -> None:
 def test_walks_take_scores_with_a_gradient() -> None:
     x = torch.zeros(1, 2, 3, requires_grad=True)
     carried_score, noise = torch.zeros(1, 2, 1, requires_grad=True), torch.ones(1, 2, 1, 3)
-    result = walk(x, carried_score, noise, torch.ones(1, 2, 3, dtype=torch.bool))
+    result = walk(x, carried_score, noise, torch.ones(1, 2, 3, dtype=torch.bool), torch.arange(3))
     assert not result.score.requires_grad
     assert result.steps.tolist() == [[[1, 1, 1], [1, 1, 1]]]
 

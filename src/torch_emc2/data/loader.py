@@ -134,7 +134,7 @@ class FiniteDataset(Dataset[Batch]):
         )
 
     def _two_of(self, epoch: int, sample: int) -> Tensor:
-        """Two ids of a sample's views, in random order: the last proposals of a chain weigh more than the first."""
+        """Two ids of a sample's views, in random order."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch, sample))
         ids: Tensor = sample * self.views.num_views + torch.randperm(self.views.num_views, generator=generator)[:2]
         return ids

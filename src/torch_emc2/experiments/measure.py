@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from torch_emc2.config import Config
-from torch_emc2.data import ImageDataset, evaluation_transform, open_dataset
+from torch_emc2.data import FiniteViews, ImageDataset, evaluation_transform, open_dataset
 from torch_emc2.evaluation import evaluate, extract_features
 from torch_emc2.exact import global_backward
 from torch_emc2.files import whole_file
@@ -130,23 +130,23 @@ class GradientCurve(Curve):
         parameters = [parameter for parameter in module.encoder.parameters() if parameter.grad is not None]
         step = [parameter.grad for parameter in parameters]
         module.encoder.zero_grad()
-        dataset = trainer.datamodule.dataset  # type: ignore[attr-defined]
+        views: FiniteViews = trainer.datamodule.dataset.views  # type: ignore[attr-defined]
 
-        def embed(ids: Tensor) -> Tensor:
-            views: Tensor = dataset.views.batch(ids).to(module.device)  # (k, n, c, s, s)
-            return module.encoder(views.flatten(0, 1)).view(len(ids), views.shape[1], -1)  # type: ignore[no-any-return]
+        def embed(samples: Tensor) -> Tensor:
+            ids = samples[:, None] * views.num_views + torch.arange(views.num_views)
+            embeddings: Tensor = module.encoder(views.take(ids.flatten()).to(module.device))
+            return embeddings.view(*ids.shape, -1)
 
-        loss = global_backward(embed, len(dataset), module.config.temperature)
+        loss = global_backward(embed, views.num_samples, module.config.temperature)
         exact = [parameter.grad for parameter in parameters]
         squares = [(own - other).square().sum() for own, other in zip(step, exact, strict=True)]
         for parameter, own in zip(parameters, step, strict=True):
             parameter.grad = own
-        negatives = module.config.data.finite_views * (len(dataset) - 1)
         return {
             "loss": float(loss),
             "gradient": float(sum(gradient.square().sum() for gradient in exact)),
             "error": float(sum(squares)),
-            "collapsed": math.log(negatives),
+            "collapsed": math.log(views.num_views * (views.num_samples - 1)),
         }
 
 
