@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ def test_finished_cells_are_kept_and_cut_off_ones_done_again(tiny: Config, tmp_p
     assert read_curve(folder / cells[1].key / "curve.csv")[-1]["probe"] == first[1]["probe"]
     assert [row["cell"] for row in table(results)] == [row["cell"] for row in again]
     assert all(float(row["seconds"]) > 0 and float(row["peak_memory_mb"]) > 100 for row in table(results))
+
+
+def test_two_at_the_same_cell_take_turns(tiny: Config, tmp_path: Path) -> None:
+    (cell,) = cells_of(tiny, 0)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run_cells, [cell], tmp_path / "cells", 1, tmp_path / f"{i}.csv") for i in range(2)]
+    first, second = (run.result() for run in runs)
+    assert first == second  # to the second of the one run
+    assert len(list((tmp_path / "cells").glob("*/row.json"))) == 1
 
 
 def test_a_key_depends_on_all_that_the_numbers_depend_on(tiny: Config) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock  # torch's own dependency
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
@@ -109,6 +110,12 @@ def _run(cell: Cell, folder: Path, threads: int) -> Row | None:
     """Run a cell from its start; None if it failed, which its log tells of."""
     torch.set_num_threads(threads)
     threadpool_limits(threads)  # those of numpy and scikit-learn
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # another experiment, or what a killed one left behind, may be at it
+        return _finished(folder) or _measure(cell, folder)
+
+
+def _measure(cell: Cell, folder: Path) -> Row | None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with _logging_to(folder / "log.txt"):
