@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -79,34 +79,35 @@ def global_backward(
 
 
 class _MeanLogMass(torch.autograd.Function):
-    """Mean over rows of log Σ exp(β s) over their negatives; the gradient is formed with the value, chunk by chunk."""
+    """Mean over rows of log Σ exp(β s) over their negatives; the gradient is formed with the value, block by block."""
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, views: int, beta: float, chunk_size: int, include_positive: bool) -> Tensor:
-        total = flat.new_zeros(())
-        gradient = torch.zeros_like(flat)
-        sample = torch.arange(len(flat), device=flat.device) // views
+        log_mass = torch.full_like(flat[:, 0], -torch.inf)
         view = torch.arange(len(flat), device=flat.device)
-        starts = range(0, len(flat), chunk_size)
+        own = view if include_positive else view // views
+        parts = [slice(start, start + chunk_size) for start in range(0, len(flat), chunk_size)]
 
-        def logits(rows: slice, columns: slice) -> Tensor:
-            own = view[rows, None] == view[columns] if include_positive else sample[rows, None] == sample[columns]
-            return (flat[rows] @ flat[columns].T).mul_(beta).masked_fill_(own, -torch.inf)
+        def blocks() -> Iterator[tuple[slice, slice, Tensor]]:
+            """Logits of rows and columns; as they are symmetric, none below the diagonal."""
+            for i, rows in enumerate(parts):
+                for columns in parts[i:]:
+                    logits = (flat[rows] @ flat[columns].T).mul_(beta)
+                    yield rows, columns, logits.masked_fill_(own[rows, None] == own[columns], -torch.inf)
 
-        for row in starts:
-            rows = slice(row, row + chunk_size)
-            log_mass = torch.full_like(flat[rows, 0], -torch.inf)
-            for column in starts:
-                log_mass = torch.logaddexp(log_mass, logits(rows, slice(column, column + chunk_size)).logsumexp(1))
-            total += log_mass.sum()
-            if ctx.needs_input_grad[0]:
-                for column in starts:
-                    columns = slice(column, column + chunk_size)
-                    weights = logits(rows, columns).sub_(log_mass[:, None]).exp_()
-                    gradient[rows] += weights @ flat[columns]
+        for rows, columns, logits in blocks():
+            log_mass[rows] = torch.logaddexp(log_mass[rows], logits.logsumexp(1))
+            if rows != columns:
+                log_mass[columns] = torch.logaddexp(log_mass[columns], logits.logsumexp(0))
+        if ctx.needs_input_grad[0]:
+            gradient = torch.zeros_like(flat)
+            for rows, columns, logits in blocks():
+                weights = (logits - log_mass[rows, None]).exp_().add_(logits.sub_(log_mass[columns]).exp_())
+                gradient[rows] += weights @ flat[columns]
+                if rows != columns:
                     gradient[columns] += weights.T @ flat[rows]
-        ctx.save_for_backward(gradient.mul_(beta / len(flat)))
-        return total / len(flat)
+            ctx.save_for_backward(gradient.mul_(beta / len(flat)))
+        return log_mass.mean()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None]:
