@@ -79,7 +79,7 @@ def test_a_key_depends_on_all_that_the_numbers_depend_on(tiny: Config) -> None:
 
 def test_a_failed_cell_is_named_and_the_others_are_kept(tiny: Config, tmp_path: Path) -> None:
     good, bad = cells_of(tiny, 0)[0], cells_of(tiny, 0, batch_size=1000)[0]
-    with pytest.raises(RuntimeError, match=r"1 of 2 cells failed.*log\.txt: .*do not fill one global batch of 1000"):
+    with pytest.raises(ValueError, match=r"1 of 2 cells failed.*log\.txt: .*do not fill one global batch of 1000"):
         run_cells([bad, good], tmp_path, 1, tmp_path / "results.csv")
     assert [row["cell"] for row in table(tmp_path / "results.csv")] == [good.key]
 
@@ -190,5 +190,7 @@ def test_what_is_no_search_is_refused(tmp_path: Path) -> None:
         read_tuned(tmp_path / "best.yaml")
     with pytest.raises(ValueError, match="no experiment 'figure-9'; there are search, small-batch"):
         run_experiment("figure-9")
+    with pytest.raises(ValueError, match="tuned names methods \\['MoCo'\\]; there are InfoNCE"):
+        run_experiment("search", tuned={"MoCo": {}})
     with pytest.raises(ValueError, match="no scale 'huge'; there are smoke, small, full"):
         run_experiment("search", scale="huge")

@@ -72,7 +72,7 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int, results: Path) -> 
     after each.
 
     Raises:
-        RuntimeError: cells failed; the others are finished. It names the log of the first.
+        ValueError: cells failed; the others are finished. It names the log of the first.
     """
     rows = {cell.key: row for cell in cells if (row := _finished(folder / cell.key)) is not None}
     todo = {cell.key: cell for cell in cells if cell.key not in rows}
@@ -102,7 +102,7 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int, results: Path) -> 
             raise
     if failed:
         reason = failed[0].read_text().strip().splitlines()[-1]
-        raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed, the others are kept; {failed[0]}: {reason}")
+        raise ValueError(f"{len(failed)} of {len(cells)} cells failed, the others are kept; {failed[0]}: {reason}")
     return _rows(cells, rows)
 
 

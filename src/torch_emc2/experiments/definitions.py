@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch_emc2.config import Config, read_config
 
-__all__ = ["EXPERIMENTS", "SCALES", "Experiment", "Scale", "Tuned", "Variant", "base_config", "override"]
+__all__ = ["EXPERIMENTS", "METHODS", "SCALES", "Experiment", "Scale", "Tuned", "Variant", "base_config", "override"]
 
 Tuned = Mapping[str, Mapping[str, float]]
 """For each method the fields that a search chose for it, such as ``{"InfoNCE": {"temperature": 0.1}}``."""

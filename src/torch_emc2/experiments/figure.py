@@ -10,7 +10,18 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["Line", "Panel", "draw_panels", "group", "markdown"]
+__all__ = [
+    "Line",
+    "Panel",
+    "accuracy_panels",
+    "draw_panels",
+    "gradient_panels",
+    "group",
+    "markdown",
+    "sweep_panels",
+]
+
+Row = dict[str, Any]
 
 _COLOURS = ("#8a8a8a", "#b07aa1", "#e39c37", "#5aa469", "#3b6ea8", "#d1453b", "#4a4a4a", "#76b7b2")
 _MARKERS = "osD^vPX*"
@@ -33,6 +44,48 @@ class Panel(NamedTuple):
     log_x: bool = False
     log_y: bool = False
     level: tuple[str, float] | None = None  # a dotted line
+
+
+def sweep_panels(rows: Sequence[Row], axis: str) -> list[Panel]:
+    """Accuracies over the places on the experiment's axis."""
+    panels = []
+    for number, label in (("probe", "linear probe, %"), ("knn1_euclidean", "1-NN, %")):
+        lines = []
+        for (series,), own in group(rows, "series").items():
+            places = group(own, "x")
+            values = [[100 * row[number] for row in cells] for cells in places.values()]
+            lines.append(Line(series, [x for (x,) in places], np.array(values).T))
+        numeric = all(isinstance(x, int | float) and x > 0 for line in lines for x in line.x)
+        panels.append(Panel(axis, label, lines, log_x=numeric))
+    return panels
+
+
+def accuracy_panels(rows: Sequence[Row]) -> list[Panel]:
+    """Accuracies along the runs; rows have their ``curve``."""
+    return [
+        _along(rows, "seconds", "seconds of training", "probe", "linear probe, %", 100),
+        _along(rows, "samples", "samples seen", "probe", "linear probe, %", 100),
+        _along(rows, "samples", "samples seen", "knn1_euclidean", "1-NN, %", 100),
+    ]
+
+
+def gradient_panels(rows: Sequence[Row]) -> list[Panel]:
+    """Exact loss and gradient along the runs; rows have their ``curve``."""
+    loss = _along(rows, "step", "step", "loss", "exact global loss")
+    return [
+        loss._replace(level=("all embeddings equal", rows[0]["collapsed"])),
+        _along(rows, "step", "step", "gradient", "squared norm of its gradient")._replace(log_y=True),
+        _along(rows, "step", "step", "error", "squared error of the step's gradient")._replace(log_y=True),
+    ]
+
+
+def _along(rows: Sequence[Row], x: str, x_label: str, y: str, y_label: str, factor: float = 1) -> Panel:
+    lines = []
+    for (series,), runs in group(rows, "series").items():
+        along = np.mean([[point[x] for point in run["curve"]] for run in runs], axis=0)
+        values = factor * np.array([[point[y] for point in run["curve"]] for run in runs])
+        lines.append(Line(series, along.tolist(), values))
+    return Panel(x_label, y_label, lines)
 
 
 def draw_panels(panels: Sequence[Panel], title: str, out: Path) -> None:
@@ -62,15 +115,15 @@ def draw_panels(panels: Sequence[Panel], title: str, out: Path) -> None:
     figure.savefig(out, format="png", dpi=150)
 
 
-def group(rows: Iterable[dict[str, Any]], *keys: str) -> dict[Any, list[dict[str, Any]]]:
+def group(rows: Iterable[Row], *keys: str) -> dict[Any, list[Row]]:
     """Group rows by the values of ``keys``, in the order of their first appearance."""
-    groups: dict[Any, list[dict[str, Any]]] = {}
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return groups
 
 
-def markdown(rows: Sequence[dict[str, Any]], axis: str, columns: dict[str, tuple[str, float, int]]) -> str:
+def markdown(rows: Sequence[Row], axis: str, columns: dict[str, tuple[str, float, int]]) -> str:
     """Write a table with a row for each series and place on the axis: mean ± standard deviation over seeds.
 
     ``columns`` maps a number's name to its heading, the factor it is shown with, and its decimals.

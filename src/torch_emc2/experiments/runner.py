@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,11 @@ import numpy as np
 import torch
 import yaml
 
+import torch_emc2
 from torch_emc2.config import Config
 from torch_emc2.experiments.cells import Cell, Row, run_cells
-from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES, Tuned, base_config
-from torch_emc2.experiments.figure import Line, Panel, draw_panels, group, markdown
+from torch_emc2.experiments.definitions import EXPERIMENTS, METHODS, SCALES, Tuned, base_config
+from torch_emc2.experiments.figure import accuracy_panels, draw_panels, gradient_panels, group, markdown, sweep_panels
 from torch_emc2.experiments.measure import read_curve
 from torch_emc2.files import whole_file
 
@@ -63,12 +63,13 @@ def run_experiment(
         overrides: of the preset, as on the command line.
 
     Raises:
-        ValueError: an unknown name, scale or field.
-        RuntimeError: cells failed.
+        ValueError: an unknown name, scale, method or field; or cells failed, and the others are kept.
     """
     for kind, value, known in (("experiment", name, EXPERIMENTS), ("scale", scale, SCALES)):
         if value not in known:
             raise ValueError(f"no {kind} {value!r}; there are {', '.join(known)}")
+    if unknown := set(tuned or {}) - set(METHODS):
+        raise ValueError(f"tuned names methods {sorted(unknown)}; there are {', '.join(METHODS)}")
     if jobs < 1 or not seeds:
         raise ValueError(f"jobs must be at least 1 and seeds not empty, got {jobs} and {list(seeds)}")
     experiment, size = EXPERIMENTS[name], SCALES[scale]
@@ -90,15 +91,19 @@ def run_experiment(
     shared = out / f"{Path(dataset).name.removeprefix('folder:')}-{scale}"
     folder = shared / name
     rows = run_cells(cells, shared / "cells", jobs, folder / "results.csv")
-    columns = _GRADIENT if experiment.figure == "gradient" else _ACCURACY
-    _draw(rows, experiment.figure, experiment.axis, experiment.title, shared / "cells", folder / "figure.png")
+    if experiment.figure == "sweep":
+        panels = sweep_panels(rows, experiment.axis)
+    else:
+        curves = [row | {"curve": read_curve(shared / "cells" / row["cell"] / "curve.csv")} for row in rows]
+        panels = gradient_panels(curves) if experiment.figure == "gradient" else accuracy_panels(curves)
+    with whole_file(folder / "figure.png") as file:
+        draw_panels(panels, experiment.title, file)
     if name == "search":
         with whole_file(folder / "best.yaml") as file:
             file.write_text(yaml.safe_dump(_best(cells, rows), allow_unicode=True, sort_keys=False))
+    table = markdown(rows, experiment.axis, _GRADIENT if experiment.figure == "gradient" else _ACCURACY)
     with whole_file(folder / "table.md") as file:
-        file.write_text(
-            f"{experiment.title}. {_circumstances(dataset, scale)}\n\n{markdown(rows, experiment.axis, columns)}"
-        )
+        file.write_text(f"{experiment.title}. {_circumstances(dataset, scale)}\n\n{table}")
     return folder
 
 
@@ -125,57 +130,7 @@ def _best(cells: Sequence[Cell], rows: Sequence[Row]) -> dict[str, dict[str, flo
     return best
 
 
-def _draw(rows: Sequence[Row], kind: str, axis: str, title: str, cells: Path, out: Path) -> None:
-    by_series = group(rows, "series")
-    panels: list[Panel] = []
-    if kind == "sweep":
-        for number, label in (("probe", "linear probe, %"), ("knn1_euclidean", "1-NN, %")):
-            lines = []
-            for (series,), own in by_series.items():
-                by_x = group(own, "x")
-                values = [[100 * row[number] for row in places] for places in by_x.values()]
-                lines.append(Line(series, [x for (x,) in by_x], np.array(values).T))
-            numeric = all(isinstance(x, int | float) and x > 0 for line in lines for x in line.x)
-            panels.append(Panel(axis, label, lines, log_x=numeric))
-    else:
-        curves = {
-            series: [read_curve(cells / row["cell"] / "curve.csv") for row in own]
-            for (series,), own in by_series.items()
-        }
-
-        def panel(x: str, y: str, factor: float, x_label: str, y_label: str, **more: Any) -> Panel:
-            lines = [
-                Line(
-                    series,
-                    np.mean([[row[x] for row in curve] for curve in runs], axis=0).tolist(),
-                    factor * np.array([[row[y] for row in curve] for curve in runs]),
-                )
-                for series, runs in curves.items()
-            ]
-            return Panel(x_label, y_label, lines, **more)
-
-        if kind == "curves":
-            panels = [
-                panel("seconds", "probe", 100, "seconds of training", "linear probe, %"),
-                panel("samples", "probe", 100, "samples seen", "linear probe, %"),
-                panel("samples", "knn1_euclidean", 100, "samples seen", "1-NN, %"),
-            ]
-        else:
-            level = ("all embeddings equal", rows[0]["collapsed"])
-            panels = [
-                panel("step", "loss", 1, "step", "exact global loss", level=level),
-                panel("step", "gradient", 1, "step", "squared norm of its gradient", log_y=True),
-                panel("step", "error", 1, "step", "squared error of the step's gradient", log_y=True),
-            ]
-    with whole_file(out) as path:
-        draw_panels(panels, title, path)
-
-
 def _circumstances(dataset: str, scale: str) -> str:
-    where = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=where, capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    version = f", commit {commit.stdout.strip()}" if commit.returncode == 0 else ""
-    return (
-        f"{dataset}, scale {scale}; torch {torch.__version__}, {device}{version}. Mean ± standard deviation over seeds."
-    )
+    versions = f"torch-emc2 {torch_emc2.__version__}, torch {torch.__version__}"
+    return f"{dataset}, scale {scale}; {versions}, {device}. Mean ± standard deviation over seeds."
