@@ -84,13 +84,14 @@ def gradient_error(
             as well, and ``encode`` returns both views of an id's sample.
         epochs: averaged in each run, after ``mixing_epochs`` that let chains and averages settle.
         runs: independent in their batches and in their loss's seed; at least 2.
-        to_parameters: the linear map from a gradient at ``z`` to the flat one at the parameters, as
-            `parameter_gradient` makes it. It is costly, so each run's first epochs stand for all of their number.
+        to_parameters: the linear map from gradients at ``z`` to flat ones at the parameters, as `parameter_gradient`
+            makes it. It is costly: there the first run's first epochs stand for all others of their number, and only
+            the mean over all epochs is mapped in every run.
     """
     exact = _exact_gradient(z, make_loss(0).temperature)
     lengths = [*(2**k for k in range(epochs.bit_length()) if 2**k < epochs), epochs]
     at_embeddings = _Errors(exact, lengths)
-    at_parameters = None if to_parameters is None else _Errors(to_parameters(exact), lengths)
+    to_map: list[tuple[int, Tensor]] = []
     last: dict[str, float] = defaultdict(float)
     for run in range(runs):
         sums = {n: torch.zeros_like(exact) for n in lengths}
@@ -102,16 +103,22 @@ def gradient_error(
                 total += gradient
                 if epoch % n == 0:
                     at_embeddings.add(n, total / n)
-                    if to_parameters is not None and at_parameters is not None and epoch == n:
-                        at_parameters.add(n, to_parameters(total / n))
+                    if epoch == n and (run == 0 or n == epochs):
+                        to_map.append((n, total / n))
                     total.zero_()
-    return at_embeddings.summary(dict(last), None if at_parameters is None else at_parameters.summary())
+    if to_parameters is None:
+        return at_embeddings.summary(dict(last))
+    exact, *means = to_parameters(torch.stack([exact, *(mean for _, mean in to_map)]))
+    at_parameters = _Errors(exact, lengths)
+    for (n, _), mean in zip(to_map, means, strict=True):
+        at_parameters.add(n, mean)
+    return at_embeddings.summary(dict(last), at_parameters.summary())
 
 
 def parameter_gradient(
     embed: Callable[[Tensor], Tensor], parameters: list[Tensor], num_samples: int, *, chunk_size: int = 256
 ) -> Callable[[Tensor], Tensor]:
-    """Return the map from a gradient at the embeddings (num_samples, views, d) to the flat one at the parameters.
+    """Return the map from k gradients at the embeddings (k, num_samples, views, d) to k flat ones at the parameters.
 
     Each call embeds again, chunk by chunk, so that memory does not hold the graph of all samples.
 
@@ -123,12 +130,13 @@ def parameter_gradient(
         chunk_size: samples embedded at a time.
     """
 
-    def to_parameters(gradient: Tensor) -> Tensor:
-        total = torch.zeros_like(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    def to_parameters(gradients: Tensor) -> Tensor:
+        total = parameters[0].new_zeros(len(gradients), sum(parameter.numel() for parameter in parameters))
         for ids in torch.split(torch.arange(num_samples), chunk_size):
             z = embed(ids)
-            parts = torch.autograd.grad(z, parameters, gradient[ids].to(z), materialize_grads=True)
-            total += torch.cat([part.flatten() for part in parts])
+            for row, gradient in zip(total, gradients[:, ids].to(z), strict=True):
+                parts = torch.autograd.grad(z, parameters, gradient, retain_graph=True, materialize_grads=True)
+                row += torch.cat([part.flatten() for part in parts])
         return total
 
     return to_parameters
