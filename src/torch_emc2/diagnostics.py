@@ -85,8 +85,8 @@ def gradient_error(
         epochs: averaged in each run, after ``mixing_epochs`` that let chains and averages settle.
         runs: independent in their batches and in their loss's seed; at least 2.
         to_parameters: the linear map from gradients at ``z`` to flat ones at the parameters, as `parameter_gradient`
-            makes it. It is costly: there the first run's first epochs stand for all others of their number, and only
-            the mean over all epochs is mapped in every run.
+            makes it. It is costly, so less is averaged there: of each run the first epoch and the mean over all, and
+            what is between from the first epochs of the first run.
     """
     exact = _exact_gradient(z, make_loss(0).temperature)
     lengths = [*(2**k for k in range(epochs.bit_length()) if 2**k < epochs), epochs]
@@ -103,7 +103,7 @@ def gradient_error(
                 total += gradient
                 if epoch % n == 0:
                     at_embeddings.add(n, total / n)
-                    if epoch == n and (run == 0 or n == epochs):
+                    if epoch == n and (run == 0 or n in (1, epochs)):
                         to_map.append((n, total / n))
                     total.zero_()
     if to_parameters is None:
