@@ -52,6 +52,8 @@ def test_usage(argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch:
         (["train", "quickstart", "--data.num_workers", "-1"], "num_workers must not be negative, got -1"),
         (["train", "quickstart", "--data.limit", "5"], "5 samples do not fill one global batch of 64"),
         (["evaluate", "nowhere"], "not a run's folder"),
+        (["diagnose", "nowhere"], "not a run's folder"),
+        (["diagnose", "nowhere", "--samples", "1"], "samples must be at least 2, got 1"),
         (["embed", "nowhere", "photos", "-o", "out.parquet"], "not a run's folder"),
     ],
 )
@@ -113,6 +115,10 @@ def test_quickstart_train_evaluate_embed(
     metrics = json.loads((tmp_path / "other" / "evaluation.json").read_text())
     assert [line.split() for line in lines] == [[name, f"{100 * value:.2f}", "%"] for name, value in metrics.items()]
     assert written.startswith("Written: other/evaluation.json, other/curves.png")
+    assert main(["diagnose", "other", "--samples", "16", "--epochs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith((tmp_path / "other" / "diagnosis.md").read_text())
+    assert out.endswith("Written: other/diagnosis.json, other/diagnosis.md, other/diagnosis.png\n")
     assert main(["embed", "other", str(tmp_path / "runs"), "-o", "out.parquet"]) == 0  # the run's own pictures
     assert "2 images embedded, 0 skipped" in capsys.readouterr().out
 

@@ -1,14 +1,45 @@
 """The measure of errors against cases whose error is known; and the claim the library stands for."""
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
-from torch_emc2.diagnostics import clustered_embeddings, gradient_error
+from torch_emc2.diagnostics import (
+    clustered_embeddings,
+    gradient_error,
+    parameter_gradient,
+    score_staleness,
+    target_statistics,
+)
 from torch_emc2.exact import global_contrastive_loss
 from torch_emc2.losses import ContrastiveLoss
+
+
+class Noisy(ContrastiveLoss):
+    """A loss whose mean gradient over an epoch is a given one and noise, drawn anew for each batch."""
+
+    def __init__(self, gradient: Tensor, batches: int, std: float, seed: int) -> None:
+        super().__init__(0.5)
+        self.gradient, self.batches, self.std = gradient, batches, std
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, z1, z2, index=None, encode=None):  # type: ignore[no-untyped-def]
+        own = self.batches * self.gradient[index[:, 0] // 2]
+        noise = self.std * torch.randn(own.shape, dtype=own.dtype, generator=self.generator)
+        self.last = {"std": noise.std()}
+        return ((own + noise) * torch.stack([z1, z2], 1)).sum()
+
+    def _weigh(self, *args):  # type: ignore[no-untyped-def]
+        raise NotImplementedError
+
+
+def exact_gradient(z: Tensor, temperature: float) -> Tensor:
+    z = z.detach().requires_grad_()
+    return torch.autograd.grad(global_contrastive_loss(z, temperature), z)[0]
 
 
 def test_dcl_on_the_whole_data_set_has_no_error() -> None:
@@ -50,3 +81,126 @@ def test_emc2_has_a_third_of_the_bias_of_dcl_and_sogclr() -> None:
     assert bias["emc2"] < bias["dcl"] / 3
     assert bias["emc2"] < bias["sogclr"] / 3
     assert bias["emc2"] < bias["drop"] / 3
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+def test_variance_falls_as_one_over_n_and_the_bias_stays(offset: float) -> None:
+    z = clustered_embeddings(40).double()
+    exact = exact_gradient(z, 0.5)
+    norm = float(exact.square().sum())
+    error = gradient_error(
+        lambda seed: Noisy((1 + offset) * exact, 4, 0.01, seed), z, 10, epochs=24, mixing_epochs=1, runs=4
+    )
+    variance = exact.numel() * 0.01**2 / 4**2 / norm  # the noise of 4 batches fills the epoch's gradient, over 4
+    assert error.epochs == [1, 2, 4, 8, 16, 24]
+    expected = [offset**2 + variance / n for n in error.epochs]
+    assert error.squared_error == pytest.approx(expected, rel=0.05)
+    assert error.one_epoch == error.squared_error[0]
+    assert error.squared_bias == pytest.approx(offset**2, rel=0.02, abs=0.01 * variance)
+    assert error.variance == pytest.approx(variance, rel=0.05)
+    assert error.last["std"] == pytest.approx(0.01, rel=0.02)
+
+
+def test_bias_and_variance_are_those_over_all_ways_to_split_the_data() -> None:
+    z = clustered_embeddings(4).double()
+    exact = exact_gradient(z, 0.2)
+    epochs = []
+    for split in (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))):  # equally likely
+        leaf = z.clone().requires_grad_()
+        loss = torch.zeros(())
+        for pair in split:
+            for i, j in (pair, pair[::-1]):
+                for view in range(2):
+                    anchor = leaf[i, view]
+                    loss = loss - anchor @ leaf[i, 1 - view] / 0.2 + (leaf[j] @ anchor / 0.2).logsumexp(0)
+        unit = torch.autograd.grad(loss / 8, leaf)[0]  # mean over two batches of four rows each
+        epochs.append(unit - (unit * z).sum(2, keepdim=True) * z)  # through the normalisation
+    each = torch.stack(epochs)
+    norm = exact.square().sum()
+    bias = float((each.mean(0) - exact).square().sum() / norm)
+    along_bias = ((each - each.mean(0)) * (each.mean(0) - exact)).sum((1, 2, 3)) / norm
+    chance = float(2 * along_bias.square().mean().sqrt()) / 1600**0.5  # of 4 runs of 400 epochs
+    variance = float((each - each.mean(0)).square().sum((1, 2, 3)).mean() / norm)
+    error = gradient_error(lambda _: DCLLoss(0.2), z, 2, epochs=400, mixing_epochs=0, runs=4)
+    assert bias > 10 * chance
+    assert error.squared_bias == pytest.approx(bias, abs=3 * chance)
+    assert error.variance == pytest.approx(variance, rel=0.05)
+
+
+def test_errors_at_the_parameters_are_those_of_the_losses_of_a_network() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    x = torch.randn(12, 2, 6, dtype=torch.float64)
+    parameters = list(network.parameters())
+    to_parameters = parameter_gradient(lambda ids: network(x[ids]), parameters, 12, chunk_size=5)
+    error = gradient_error(
+        lambda _: InfoNCELoss(0.3), network(x), 12, epochs=3, mixing_epochs=0, runs=2, to_parameters=to_parameters
+    )
+    exact, with_positive = (
+        torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
+        for loss in (
+            global_contrastive_loss(network(x), 0.3),
+            global_contrastive_loss(network(x), 0.3, include_positive=True),
+        )
+    )
+    expected = float((with_positive - exact).square().sum() / exact.square().sum())
+    assert error.at_parameters is not None
+    assert error.at_parameters.epochs == [1, 2, 3]
+    assert error.at_parameters.squared_error == pytest.approx([expected] * 3, rel=1e-9)
+    assert error.at_parameters.squared_bias == pytest.approx(expected, rel=1e-9)
+    assert error.at_parameters.variance == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [4096, 10])
+def test_the_target_is_that_of_a_dense_softmax(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_emc2.diagnostics._CHUNK", chunk)
+    z = clustered_embeddings(20, 8).double()
+    flat = z.flatten(0, 1).tolist()
+    perplexity, effective, peak = [], [], []
+    for a, row in enumerate(flat):
+        scores = [
+            math.exp(sum(x * y for x, y in zip(row, column, strict=True)) / 0.1)
+            for b, column in enumerate(flat)
+            if b // 2 != a // 2
+        ]
+        p = [score / sum(scores) for score in scores]
+        perplexity.append(math.exp(-sum(q * math.log(q) for q in p)))
+        effective.append(1 / sum(q * q for q in p))
+        peak.append(38 * max(p))
+    steps = [math.log(0.5) / math.log(1 - 1 / value) for value in peak]
+    target = target_statistics(z, 0.1, 5)
+    assert target.negatives == 38
+    assert target.perplexity == pytest.approx(sum(perplexity) / 40)
+    assert target.effective == pytest.approx(sum(effective) / 40)
+    assert (target.peak, target.peak_max) == pytest.approx((sum(peak) / 40, max(peak)))
+    assert (target.steps, target.steps_max) == pytest.approx((sum(steps) / 40, max(steps)))
+    assert (target.visits, target.visits_max) == pytest.approx((sum(steps) / 40 / 8, max(steps) / 8))
+
+
+def test_a_flat_target_is_reached_at_once() -> None:
+    target = target_statistics(torch.ones(5, 2, 3), 0.07, 4)
+    assert (target.perplexity, target.effective, target.peak) == pytest.approx((8, 8, 1))
+    assert target.steps == pytest.approx(0, abs=0.1)
+
+
+def test_staleness_by_hand() -> None:
+    unit = torch.eye(2)
+    anchors = torch.stack([unit[[0, 0]], unit[[0, 0]], unit[[0, 1]]])
+    carried = torch.stack([unit[[0, 0]], unit[[1, 1]], unit[[0, 1]]])
+    # Today's scores by pair of views, at β = 2: all 2; all 0; and 2 on the diagonal, 0 off it.
+    stored = torch.tensor([1.0, 0.5, 2.0])
+    stale = score_staleness(stored, anchors, carried, 0.5)
+    differences = sorted([1.0] * 4 + [0.5] * 4 + [0, 0, 2, 2])
+    assert stale.chains == 3
+    assert stale.median == pytest.approx((differences[5] + differences[6]) / 2)
+    assert stale.p90 == pytest.approx(0.1 * differences[9] + 0.9 * differences[10])
+    assert stale.views_median == 0
+    x, y = [1] * 4 + [0.5] * 4 + [2] * 4, [2] * 4 + [0] * 4 + [2, 0, 0, 2]
+    mean_x, mean_y = sum(x) / 12, sum(y) / 12
+    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    spread = math.sqrt(sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y))
+    assert stale.correlation == pytest.approx(covariance / spread)
+    aligned = unit[[0, 1, 0]][:, None].expand(3, 2, 2)
+    same = score_staleness(torch.tensor([2.0, 2.0, 0.0]), aligned, unit[[0, 1, 1]][:, None].expand(3, 2, 2), 0.5)
+    assert (same.median, same.p90, same.views_median) == (0, 0, 0)
+    assert same.correlation == pytest.approx(1)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from torch_emc2.report import _OTHER, _SAME, plot_curves, plot_neighbours
+from torch_emc2.diagnostics import GradientError
+from torch_emc2.report import _OTHER, _QUERY, _SAME, plot_curves, plot_errors, plot_neighbours
 
 
 def shape(path):
@@ -81,3 +82,13 @@ def test_lists_that_do_not_fit(queries, neighbours, labels, neighbour_labels, tm
         plot_neighbours(
             [image] * queries, [[image] * k for k in neighbours], labels, neighbour_labels, tmp_path / "n.png"
         )
+
+
+def test_errors_at_the_parameters_have_a_panel_of_their_own(tmp_path):
+    error = GradientError([1, 2, 4], [0.4, 0.2, 0.1], 0.0, 0.0, 0.4)
+    plot_errors({"DCL": error, "EMC²": error}, tmp_path / "one.png")
+    both = GradientError([1, 2, 4], [0.4, 0.2, 0.1], 0.0, 0.0, 0.4, {}, error)
+    plot_errors({"DCL": both, "EMC²": both}, tmp_path / "two.png")
+    assert shape(tmp_path / "one.png") == (570, 900)
+    assert shape(tmp_path / "two.png") == (570, 1500)
+    assert pixels_of(tmp_path / "one.png", _QUERY) > 50  # the guide

@@ -15,6 +15,7 @@ usage: emc2 COMMAND …
   train PRESET_OR_YAML [--FIELD VALUE …] [--resume]
                                      pre-train an encoder; emc2 train --help lists the fields
   evaluate RUN                       linear probe and k-NN of a run's encoder
+  diagnose RUN                       how wrong each estimator's gradient is at a run's weights, and why
   embed RUN FOLDER -o OUT.parquet    embed your own images
   experiment NAME [--dataset D] [--scale smoke|small|full] [--seeds 0 1 2]
                                      run one of the paper's experiments, or ours; emc2 experiment lists them
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         "quickstart": _quickstart,
         "train": _train,
         "evaluate": _evaluate,
+        "diagnose": _diagnose,
         "embed": _embed,
         "experiment": _experiment,
         "presets": _presets,
@@ -100,6 +102,24 @@ def _evaluate(argv: list[str]) -> None:
     for name, accuracy in evaluate_run(args.run).items():
         print(f"{name:18s} {100 * accuracy:6.2f} %")
     print(f"Written: {args.run}/evaluation.json, {', '.join(str(picture) for picture in draw(args.run))}")
+
+
+def _diagnose(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="emc2 diagnose", description="How wrong each estimator's gradient is at a run's weights, and why."
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--samples", type=int, default=512, help="random training images, two views each")
+    parser.add_argument("--batch-size", type=int, help="by default the run's")
+    parser.add_argument("--epochs", type=int, default=64, help="largest number of epochs whose gradients are averaged")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and views")
+    args = parser.parse_args(argv)
+    from torch_emc2.diagnosis import to_markdown
+    from torch_emc2.runs import diagnose_run
+
+    settings = {"samples": args.samples, "batch_size": args.batch_size, "epochs": args.epochs, "seed": args.seed}
+    print(to_markdown(diagnose_run(args.run, **settings)))
+    print(f"Written: {args.run}/diagnosis.json, {args.run}/diagnosis.md, {args.run}/diagnosis.png")
 
 
 def _embed(argv: list[str]) -> None:

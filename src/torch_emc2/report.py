@@ -1,4 +1,4 @@
-"""What a run looks like: training curves and nearest neighbours."""
+"""What a run looks like: training curves, nearest neighbours, and the errors of gradients."""
 
 import csv
 import re
@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+
+from torch_emc2.diagnostics import GradientError
 
 # Title of the panel of each number. Its column may also be named "train/acceptance", "acceptance_step" or "lr-Adam".
 PANELS = {
@@ -94,6 +96,35 @@ def plot_neighbours(
             for axes, label in zip(rest, others, strict=True):
                 axes.set_title(label, fontsize=8, pad=3)
                 axes.spines[:].set_color(_SAME if label == own else _OTHER)
+    figure.savefig(out, format="png", dpi=150)
+
+
+def plot_errors(errors: Mapping[str, GradientError], out: str | Path) -> None:
+    """Draw squared error against the number of epochs averaged as a PNG: a line an estimator, with 1/n as a guide.
+
+    Args:
+        errors: of each estimator. There is a second panel where the errors at the parameters are given.
+        out: the file to write.
+    """
+    panels = {"Gradient at the embeddings": dict(errors)}
+    inner = {name: error.at_parameters for name, error in errors.items() if error.at_parameters is not None}
+    if inner:
+        panels["Gradient at the parameters"] = inner
+    figure, grid = _subplots(1, len(panels), width=4 * len(panels) + 2, height=3.8, sharey=True)
+    for axes, (title, shown) in zip(grid[0], panels.items(), strict=True):
+        for place, (name, error) in enumerate(shown.items()):
+            style = "-" if place < 10 else "--"  # there are ten colours
+            axes.plot(error.epochs, error.squared_error, style, label=name, marker=".", color=f"C{place % 10}")
+        lengths = next(iter(shown.values())).epochs
+        start = min(error.squared_error[0] for error in shown.values())
+        axes.plot(lengths, [start / n for n in lengths], ":", color=_QUERY, label="1/n")
+        axes.set(xscale="log", yscale="log", xlabel="Epochs averaged", xticks=lengths, xticklabels=lengths)
+        axes.minorticks_off()
+        axes.set_title(title, fontsize=11)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_ylabel("Squared error, relative")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(out, format="png", dpi=150)
 
 

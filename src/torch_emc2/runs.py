@@ -1,8 +1,9 @@
-"""What one does with a finished run: evaluate its encoder, look at it, embed images with it."""
+"""What one does with a finished run: evaluate its encoder, look at it, embed images with it, diagnose its gradients."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from torch_emc2.chains import EMPTY
 from torch_emc2.config import Config, read_config
 from torch_emc2.data import (
     BadImageError,
+    ContrastiveDataset,
     DataError,
     FileImages,
     ImageDataset,
@@ -22,12 +25,14 @@ from torch_emc2.data import (
     image_files,
     open_dataset,
 )
+from torch_emc2.diagnosis import Diagnosis, diagnose, embed_views, to_markdown
+from torch_emc2.diagnostics import Staleness, score_staleness
 from torch_emc2.evaluation import evaluate, extract_features, nearest_neighbours, raw_pixels
 from torch_emc2.files import whole_file
 from torch_emc2.models import Encoder, build_encoder, load_encoder
-from torch_emc2.report import plot_curves, plot_neighbours
+from torch_emc2.report import plot_curves, plot_errors, plot_neighbours
 
-__all__ = ["compare_with_baselines", "draw", "embed_folder", "evaluate_run"]
+__all__ = ["compare_with_baselines", "diagnose_run", "draw", "embed_folder", "evaluate_run"]
 
 Metrics = dict[str, float]
 
@@ -121,6 +126,52 @@ def embed_folder(
     return len(good), len(paths) - len(good)
 
 
+def diagnose_run(
+    run: Path, *, samples: int = 512, batch_size: int | None = None, epochs: int = 64, seed: int = 0
+) -> Diagnosis:
+    """Measure how wrong each estimator's gradient is at a run's weights, and why; see `torch_emc2.diagnosis`.
+
+    Writes diagnosis.json, diagnosis.md and diagnosis.png.
+
+    Args:
+        run: its folder.
+        samples: at most so many random training images, with two views each of the run's own augmentation.
+        batch_size: samples a batch, by default the run's.
+        epochs: the largest number of epochs averaged.
+        seed: of the choice of images and of their views.
+
+    Raises:
+        ValueError: the folder is no finished run, or the samples do not fill a batch.
+    """
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, got {samples}: a lone sample has no negatives")
+    config, encoder = _load(run)
+    encoder.to(_device(config)).eval()
+    data = config.data
+    images = open_dataset(
+        data.name, "train", Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed
+    )
+    views = ContrastiveDataset(images, data.augmentation.transform(), seed=seed, on_bad_image=data.on_bad_image)
+    picks = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
+    index, pairs = _two_views(views, picks)
+    diagnosis = diagnose(
+        encoder,
+        pairs,
+        config.temperature,
+        config.batch_size if batch_size is None else batch_size,
+        burn_in=config.emc2.burn_in,
+        epochs=epochs,
+        staleness=_staleness(run, encoder, views, index, pairs, config.temperature),
+    )
+    with whole_file(run / "diagnosis.json") as file:
+        file.write_text(json.dumps(asdict(diagnosis), indent=2, ensure_ascii=False) + "\n")
+    with whole_file(run / "diagnosis.md") as file:
+        file.write_text(to_markdown(diagnosis))
+    with whole_file(run / "diagnosis.png") as file:
+        plot_errors(diagnosis.errors, file)
+    return diagnosis
+
+
 def _load(run: Path) -> tuple[Config, Encoder]:
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{str(run)!r} is not a run's folder: it has no config.yaml")
@@ -147,6 +198,30 @@ def _extract(encoder: Encoder, config: Config, images: ImageDataset, device: tor
     transform = evaluation_transform(encoder.image_size)
     workers = config.data.num_workers
     return extract_features(encoder.features, images, transform, device=device, num_workers=workers, progress=True)
+
+
+def _two_views(views: ContrastiveDataset, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw two views of images ``ids``: the ids that can be read (k,), and (k, 2, c, s, s)."""
+    batch = views.__getitems__([(0, i) for i in ids.tolist()])
+    return batch.index, torch.stack([batch.first, batch.second], 1)
+
+
+def _staleness(
+    run: Path, encoder: Encoder, views: ContrastiveDataset, index: Tensor, pairs: Tensor, temperature: float
+) -> Staleness | None:
+    """Compare the scores in the run's last checkpoint, for the chains of samples ``index`` with views ``pairs``."""
+    file = run / "checkpoints" / "last.ckpt"
+    if not file.is_file():
+        return None
+    loss = torch.load(file, map_location="cpu", weights_only=True)["state_dict"].get("loss._extra_state", {})
+    if "chains" not in loss:
+        return None
+    ids, scores = (loss["chains"][name][index] for name in ("ids", "scores"))
+    carried_index, carried_pairs = _two_views(views, torch.unique(ids[ids != EMPTY]).long())
+    row, chain = torch.isin(ids, carried_index).nonzero(as_tuple=True)
+    place = torch.searchsorted(carried_index, ids[row, chain].long())
+    anchors, carried = embed_views(encoder, pairs), embed_views(encoder, carried_pairs)
+    return score_staleness(scores[row, chain], anchors[row], carried[place], temperature)
 
 
 def _device(config: Config) -> torch.device:

@@ -1,0 +1,192 @@
+"""How wrong each estimator's gradient is for a given encoder and images, and why: what `emc2 diagnose` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from torch_emc2.diagnostics import (
+    GradientError,
+    Staleness,
+    Target,
+    gradient_error,
+    parameter_gradient,
+    target_statistics,
+)
+from torch_emc2.losses import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
+
+__all__ = ["Diagnosis", "diagnose", "embed_views", "error_table", "estimators", "to_markdown"]
+
+MIXING_EPOCHS, RUNS = 20, 3
+
+_CHUNK = 128  # samples whose graph is in memory at a time
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that was measured.
+
+    Attributes:
+        samples: number of images, with two fixed views each.
+        batch_size: samples a batch.
+        temperature: 1 / β.
+        runs: independent ones that each error is a mean over, after ``mixing_epochs``.
+        mixing_epochs: epochs before the first that counts.
+        target: the distribution that the chains draw from.
+        errors: of each estimator.
+        staleness: of the scores that the run's chains keep; None where it has no chains, or no checkpoint any more.
+    """
+
+    samples: int
+    batch_size: int
+    temperature: float
+    runs: int
+    mixing_epochs: int
+    target: Target
+    errors: dict[str, GradientError]
+    staleness: Staleness | None
+
+
+def estimators(
+    num_samples: int, temperature: float, burn_in: float = 0.5
+) -> dict[str, Callable[[int], ContrastiveLoss]]:
+    """Return what makes each estimator from a seed, for two fixed views a sample with an id each."""
+    ids = 2 * num_samples
+
+    def emc2(**settings: Any) -> Callable[[int], ContrastiveLoss]:
+        return lambda seed: EMC2Loss(ids, temperature, burn_in=burn_in, seed=seed, **settings)
+
+    return {
+        "InfoNCE": lambda _: InfoNCELoss(temperature),
+        "DCL": lambda _: DCLLoss(temperature),
+        "SogCLR, γ = 0.9": lambda _: SogCLRLoss(ids, temperature, 0.9),
+        "SogCLR, γ = 0.1": lambda _: SogCLRLoss(ids, temperature, 0.1),
+        "EMC², encode": emc2(carry="encode"),
+        "EMC², encode, 4 chains": emc2(carry="encode", num_chains=4),
+        "EMC², encode_if_used": emc2(carry="encode_if_used"),
+        "EMC², cache": emc2(carry="cache"),
+        "EMC², drop": emc2(carry="drop"),
+        "EMC², isir": emc2(carry="encode", kernel="isir"),
+        "EMC², isir, 4 chains": emc2(carry="encode", kernel="isir", num_chains=4),
+    }
+
+
+@torch.no_grad()
+def embed_views(encoder: nn.Module, views: Tensor) -> Tensor:
+    """Embed images (m, 2, c, s, s), chunk by chunk: unit vectors (m, 2, d) on the CPU, where walks are fastest."""
+    return torch.cat([_embed(encoder, chunk).float().cpu() for chunk in torch.split(views, _CHUNK)])
+
+
+def diagnose(
+    encoder: nn.Module,
+    views: Tensor,
+    temperature: float,
+    batch_size: int,
+    *,
+    burn_in: float = 0.5,
+    epochs: int = 64,
+    staleness: Staleness | None = None,
+) -> Diagnosis:
+    """Measure every estimator at the encoder's weights, with a progress bar on a terminal.
+
+    Args:
+        encoder: images to embeddings, put in evaluation mode.
+        views: images (m, 2, c, s, s), two fixed views a sample.
+        temperature: 1 / β.
+        batch_size: samples a batch, from 2 to m.
+        burn_in: EMC²'s.
+        epochs: the largest number of epochs averaged.
+        staleness: goes into the result as it is.
+    """
+    if not 2 <= batch_size <= len(views):
+        raise ValueError(f"batch_size must be from 2 to the {len(views)} samples, got {batch_size}; change either")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    encoder.eval()
+    z = embed_views(encoder, views)
+    to_parameters = parameter_gradient(
+        lambda ids: _embed(encoder, views[ids]), list(encoder.parameters()), len(views), chunk_size=_CHUNK
+    )
+    errors = {}
+    bar = tqdm(estimators(len(z), temperature, burn_in).items(), "Diagnosing", leave=False, disable=None)
+    for name, make_loss in bar:
+        bar.set_postfix_str(name)
+        errors[name] = gradient_error(
+            make_loss,
+            z,
+            batch_size,
+            epochs=epochs,
+            mixing_epochs=MIXING_EPOCHS,
+            runs=RUNS,
+            to_parameters=to_parameters,
+        )
+    target = target_statistics(z, temperature, batch_size)
+    return Diagnosis(len(z), batch_size, temperature, RUNS, MIXING_EPOCHS, target, errors, staleness)
+
+
+def error_table(errors: dict[str, GradientError]) -> str:
+    """Write the squared error by the number of epochs averaged as a Markdown table, with 1 / n to compare with."""
+    (lengths,) = {tuple(error.epochs) for error in errors.values()}
+    lines = [
+        f"| epochs averaged | {' | '.join(str(n) for n in lengths)} | variance | squared bias ± s.e. |",
+        "|---|" + "--:|" * (len(lengths) + 2),
+        f"| 1 / n | {' | '.join(f'{1 / n:.4f}' for n in lengths)} | 1 | 0 |",
+    ]
+    for name, error in errors.items():
+        by_epochs = " | ".join(f"{value:.4f}" for value in error.squared_error)
+        bias = f"{error.squared_bias:.4f} ± {error.standard_error:.4f}"
+        lines.append(f"| {name} | {by_epochs} | {error.variance:.4f} | {bias} |")
+    return "\n".join(lines) + "\n"
+
+
+def to_markdown(diagnosis: Diagnosis) -> str:
+    """Write the diagnosis as tables."""
+    target, stale = diagnosis.target, diagnosis.staleness
+    at_parameters = {name: cast(GradientError, error.at_parameters) for name, error in diagnosis.errors.items()}
+    chains = [
+        f"| {name} | {error.last['acceptance']:.3f} | {error.last['carried_share']:.3f} |"
+        for name, error in diagnosis.errors.items()
+        if "acceptance" in error.last
+    ]
+    parts = [
+        f"{diagnosis.samples} samples of two fixed views, batches of {diagnosis.batch_size}, "
+        f"β = {1 / diagnosis.temperature:.4g}; {diagnosis.runs} runs after {diagnosis.mixing_epochs} epochs of mixing. "
+        "Errors are squared, and relative to the squared norm of the exact gradient.",
+        "Gradient at the embeddings:",
+        error_table(diagnosis.errors).rstrip(),
+        "Gradient at the parameters:",
+        error_table(at_parameters).rstrip(),
+        "Chains:",
+        "\n".join(["| | acceptance | carried share |", "|---|--:|--:|", *chains]),
+        f"Target, the softmax of a row over {target.negatives} negatives:",
+        "\n".join([
+            "| | mean of rows | largest |",
+            "|---|--:|--:|",
+            f"| effective negatives, exp(entropy) | {target.perplexity:.1f} | |",
+            f"| effective negatives, 1 / Σp² | {target.effective:.1f} | |",
+            f"| N · max p | {target.peak:.1f} | {target.peak_max:.1f} |",
+            f"| steps to forget the start, at most | {target.steps:.1f} | {target.steps_max:.1f} |",
+            f"| visits to forget the start, at most | {target.visits:.2f} | {target.visits_max:.2f} |",
+        ]),
+    ]  # fmt: skip
+    if stale is not None:
+        parts += [
+            f"Stored scores of {stale.chains} chains against today's:",
+            "\n".join([
+                "| median difference | 90th percentile | correlation | median between views |",
+                "|--:|--:|--:|--:|",
+                f"| {stale.median:.3f} | {stale.p90:.3f} | {stale.correlation:.3f} | {stale.views_median:.3f} |",
+            ]),
+        ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _embed(encoder: nn.Module, views: Tensor) -> Tensor:
+    images = views.flatten(0, 1).to(next(encoder.parameters()).device)
+    return F.normalize(encoder(images), dim=1).view(len(views), 2, -1)
