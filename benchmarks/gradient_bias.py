@@ -43,6 +43,7 @@ def main() -> None:
         "EMC², a chain a view, encode": (emc2(2 * m, carry="encode"), "view"),
         "EMC², a chain a view, encode, 4 chains": (emc2(2 * m, carry="encode", num_chains=4), "view"),
         "EMC², a chain a view, encode, no burn-in": (emc2(2 * m, carry="encode", burn_in=0.0), "view"),
+        "EMC², the same, 4 chains": (emc2(2 * m, carry="encode", burn_in=0.0, num_chains=4), "view"),
         "EMC², a chain a view, encode_if_used": (emc2(2 * m, carry="encode_if_used"), "view"),
         "EMC², a chain a view, cache": (emc2(2 * m, carry="cache"), "view"),
         "EMC², a chain a view, drop": (emc2(2 * m, carry="drop"), "view"),
@@ -53,6 +54,7 @@ def main() -> None:
         "EMC², isir, a chain a view, cache": (emc2(2 * m, carry="cache", kernel="isir"), "view"),
         "EMC², isir, a chain a view, both views carried": (emc2(2 * m, carry="encode", kernel="isir"), "both"),
         "EMC², isir, the same, 4 chains": (emc2(2 * m, carry="encode", kernel="isir", num_chains=4), "both"),
+        "EMC², isir, the same, 8 chains": (emc2(2 * m, carry="encode", kernel="isir", num_chains=8), "both"),
     }
     print(f"torch {torch.__version__}; {args.runs} runs of {args.epochs} epochs after 20 of mixing")
     for batch_size in args.batch_sizes:

@@ -60,7 +60,7 @@ def descend(loss_fn: ContrastiveLoss, batch_size: int, epochs: int, seed: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 4, 16])
-    parser.add_argument("--epochs", type=int, nargs="+", default=[16, 64, 256, 1024])
+    parser.add_argument("--epochs", type=int, nargs="+", default=[8, 32, 128, 512])
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     ids = 2 * SAMPLES
