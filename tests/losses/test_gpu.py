@@ -1,0 +1,106 @@
+"""Every loss on a GPU: the numbers of the CPU, a process group of NCCL, and training in half precisions."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_contract import CASES, MAKERS, batch, table
+from torch import Tensor
+
+from torch_emc2.config import Config
+from torch_emc2.losses import ContrastiveLoss, emc2, negative_cache, noise
+from torch_emc2.pairs import Pairs
+from torch_emc2.training import train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+GPU = torch.device("cuda")
+
+
+def steps(loss_fn: ContrastiveLoss, own_ids: bool, device: torch.device) -> list[list[Tensor]]:
+    """Losses and gradients of five batches."""
+    out = []
+    for step in range(5):
+        z1, z2, index = batch(step, 6, own_ids)
+        inputs = [tensor.to(device).requires_grad_() for tensor in (z1, z2, table())]
+        loss = loss_fn(inputs[0], inputs[1], index.to(device), encode=inputs[2].__getitem__)
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        out.append([tensor.detach().cpu() for tensor in (loss, *gradients)])
+    return out
+
+
+@pytest.fixture
+def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw on the CPU whatever the device: the two kinds of generator give different numbers."""
+
+    def on_cpu(pairs: Pairs) -> Pairs:
+        return replace(pairs, rows=pairs.rows.detach().cpu())
+
+    def exponential(pairs: Pairs, *args: Any) -> Tensor:
+        return noise.exponential_noise(on_cpu(pairs), *args).to(pairs.rows.device)
+
+    def order(pairs: Pairs, *args: Any) -> Tensor:
+        return noise.proposal_order(on_cpu(pairs), *args).to(pairs.rows.device)
+
+    monkeypatch.setattr(emc2, "exponential_noise", exponential)
+    monkeypatch.setattr(emc2, "proposal_order", order)
+    monkeypatch.setattr(negative_cache, "exponential_noise", exponential)
+
+
+@pytest.mark.usefixtures("same_noise")
+@pytest.mark.parametrize(("name", "own_ids"), CASES)
+def test_gpu_and_cpu_agree(name: str, own_ids: bool) -> None:
+    on_cpu, on_gpu = MAKERS[name](), MAKERS[name]()
+    want, got = steps(on_cpu, own_ids, torch.device("cpu")), steps(on_gpu, own_ids, GPU)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+    states = [loss_fn.state_dict() for loss_fn in (on_gpu, on_cpu)]
+    torch.testing.assert_close(states[0], states[1], rtol=1e-6, atol=1e-6, check_device=False)
+
+
+@pytest.mark.usefixtures("same_noise")
+@pytest.mark.parametrize(("name", "own_ids"), CASES)
+def test_a_table_may_live_on_the_cpu_and_be_saved_for_it(name: str, own_ids: bool, tmp_path: Path) -> None:
+    on_gpu, on_cpu = MAKERS[name](), MAKERS[name]()
+    steps(on_gpu, own_ids, GPU)
+    torch.save(on_gpu.state_dict(), tmp_path / "state.pt")
+    on_cpu.load_state_dict(torch.load(tmp_path / "state.pt", map_location="cpu", weights_only=True))
+    torch.testing.assert_close(
+        steps(on_cpu, own_ids, torch.device("cpu")), steps(on_gpu, own_ids, GPU), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("name", "own_ids"), CASES)
+def test_one_rank_of_nccl_equals_no_group(name: str, own_ids: bool, tmp_path: Path) -> None:
+    want = steps(MAKERS[name](), own_ids, GPU)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        got = steps(MAKERS[name](), own_ids, GPU)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", MAKERS)
+def test_half_embeddings_give_the_loss_of_their_values(name: str, dtype: torch.dtype) -> None:
+    z1, z2, index = (tensor.to(GPU) for tensor in batch(0, 6))
+    z1, z2, rows = z1.to(dtype), z2.to(dtype), table().to(GPU, dtype)
+    half = MAKERS[name]()(z1, z2, index, encode=rows.__getitem__)
+    single = MAKERS[name]()(z1.float(), z2.float(), index, encode=rows.float().__getitem__)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, single, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("loss", ["emc2", "infonce", "negative-cache"])
+def test_training_in_half_precision_ends_near_that_in_single(precision: Any, loss: Any, tiny: Config) -> None:
+    ends = []
+    for each in ("32-true", precision):
+        config = replace(tiny, accelerator="gpu", precision=each, loss=loss, out=f"{tiny.out}-{each}")
+        rows = (train(config) / "metrics.csv").read_text().splitlines()
+        header, last = rows[0].split(","), rows[-1].split(",")
+        ends.append(float(last[header.index("global_loss")]))
+    assert ends[0] == pytest.approx(ends[1], abs=0.2)
