@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.multiprocessing import spawn
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
 from torch_emc2.losses import ContrastiveLoss
@@ -422,7 +425,7 @@ def _rank(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank of a world of ``request.param`` ranks has written down."""
     folder, sizes = tmp_path_factory.mktemp("ranks"), SIZES[request.param]
-    torch.multiprocessing.spawn(_rank, (str(folder), sizes), nprocs=len(sizes))  # type: ignore[no-untyped-call]
+    spawn(_rank, (str(folder), sizes), nprocs=len(sizes))  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(len(sizes))]
 
 
@@ -472,3 +475,41 @@ def test_ranks_share_the_refresh(ranks: list[Any]) -> None:
 def test_ranks_refuse_a_second_derivative(ranks: list[Any]) -> None:
     for *_, raised in ranks:
         assert "once_differentiable" in raised
+
+
+CHECKPOINTED = ("emc2-drop", "emc2-cache", "emc2-keyed", "sogclr", "sogclr-keyed", "negative-cache")
+IN_PLACE = ("emc2-drop", "sogclr", "negative-cache")  # a new loss has tables as large as the saved one's
+
+
+def _checkpoint(rank: int, folder: str) -> None:
+    """Train, and save a checkpoint that all ranks write, beside a file of one."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4)
+    for name in CHECKPOINTED:
+        loss_fn, saved = MAKERS[name](), Path(folder, name)
+        for step in range(3):
+            z1, z2, index = (part.split(SIZES[4])[rank] for part in batch(step, sum(SIZES[4])))
+            loss_fn(z1, z2, index, encode=table().__getitem__)
+        dcp.save(loss_fn.state_dict(), checkpoint_id=saved)
+        if rank == 0:
+            torch.save(loss_fn.state_dict(), saved.with_suffix(".pt"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_four_ranks_write_a_checkpoint_that_one_reads(tmp_path: Path) -> None:
+    spawn(_checkpoint, (str(tmp_path),), nprocs=4)  # type: ignore[no-untyped-call]
+    for name in CHECKPOINTED:
+        want = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        writers = {file.name[:4] for file in (tmp_path / name).glob("*.distcp") if file.stat().st_size}
+        assert len(writers) > 1, "one rank wrote all"
+        if name in IN_PLACE:
+            loss_fn = MAKERS[name]()
+            state = loss_fn.state_dict()
+            dcp.load(state, checkpoint_id=tmp_path / name)
+            loss_fn.load_state_dict(state)
+            assert_same(loss_fn.state_dict(), want)
+        dcp_to_torch_save(tmp_path / name, tmp_path / "one.pt")
+        loss_fn = MAKERS[name]()
+        loss_fn.load_state_dict(torch.load(tmp_path / "one.pt", weights_only=True, mmap=True))
+        assert_same(loss_fn.state_dict(), want)
