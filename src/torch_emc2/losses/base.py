@@ -161,6 +161,8 @@ class ContrastiveLoss(nn.Module, ABC):
 class StatefulLoss(ContrastiveLoss):
     """A loss that remembers something of every sample: needs ``index``, and puts its memory in ``state_dict()``.
 
+    `forget` takes samples out of it.
+
     In evaluation mode (``loss_fn.eval()``) the memory is read and not written.
     """
 
@@ -183,7 +185,8 @@ class StatefulLoss(ContrastiveLoss):
         A forgotten sample that comes again is new.
 
         Args:
-            ids: (k,) ids as the loss is called with, of views where it is called with those; never seen ones will do.
+            ids: (k,) ids as the loss is called with, of all views where it is called with those; never seen ones will
+                do.
 
         Raises:
             IndexError, TypeError: an id is not below num_samples, or no integer; nothing has changed.

@@ -43,8 +43,7 @@ class EMC2Loss(StatefulLoss):
             too.
             ``"encode_if_used"``: ``encode(ids)`` does, for chains that stayed at it after burn-in; the entry score is
             the stored one, renewed where the chain stays to the end.
-            ``"cache"``: the loss keeps every sample's last embedding, 4·d bytes each; it gets no gradient
-            itself.
+            ``"cache"``: the loss keeps every sample's last embedding, 4·d bytes each; it gets no gradient itself.
             ``"drop"``: nobody; its term is left out and the estimate is biased.
         kernel: how a chain moves. ``"metropolis"`` is the paper's. ``"isir"`` chooses among the batch and the carried
             negative by their softmax, which are its weights too: no burn-in, less variance, and exact in the long run
