@@ -10,14 +10,15 @@ from torch_emc2.tables import SampleTable
 __all__ = ["EMPTY", "ChainTable"]
 
 EMPTY = -1
+_CHUNK = 1 << 20  # samples whose chains are looked through at once
 
 
 class ChainTable:
     """Carried negative and its log score for every chain: 8 bytes a chain (12 where ids may exceed int32).
 
     Args:
-        num_samples: number of ids, or None for a table that grows.
-        num_chains: chains an id.
+        num_samples: number of samples, or None for a table that grows.
+        num_chains: chains a sample.
 
     Attributes:
         ids: (num_samples, num_chains) id of the negative each chain sits at, `EMPTY` before its first visit.
@@ -29,18 +30,38 @@ class ChainTable:
         self.ids = SampleTable(num_samples, (num_chains,), torch.int64 if long else torch.int32, EMPTY)
         self.scores = SampleTable(num_samples, (num_chains,), torch.float32, -torch.inf)
 
-    def write(self, ids: Tensor, carried: Tensor, scores: Tensor) -> None:
-        """Store carried ids and their log scores (k, num_chains) for samples ``ids`` (k,), all different."""
-        self.ids.make_room(ids)
-        self.scores.make_room(ids)  # before either is written
-        self.ids.write(ids, carried)
-        self.scores.write(ids, scores)
+    def make_room(self, slots: Tensor) -> None:
+        """Be ready for a write to ``slots``."""
+        self.ids.make_room(slots)
+        self.scores.make_room(slots)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return all there is to save."""
-        return {"ids": self.ids.data, "scores": self.scores.data}
+    def write(self, slots: Tensor, carried: Tensor, scores: Tensor) -> None:
+        """Store carried ids and their log scores (k, num_chains) in ``slots`` (k,), all different."""
+        self.make_room(slots)  # in both before either is written
+        self.ids.write(slots, carried)
+        self.scores.write(slots, scores)
+
+    def forget(self, ids: Tensor, slots: Tensor) -> None:
+        """Empty the chains of ``slots``, and all that sit at one of ``ids``: O(num_samples), in chunks."""
+        self.ids.erase(slots)
+        self.scores.erase(slots)
+        tables = (torch.split(table.data, _CHUNK) for table in (self.ids, self.scores))
+        for carried, scores in zip(*tables, strict=True):
+            gone = torch.isin(carried, ids.to(carried))
+            carried.masked_fill_(gone, EMPTY)
+            scores.masked_fill_(gone, -torch.inf)
+
+    def state(self, slots: Tensor | None = None) -> dict[str, Tensor]:
+        """Return all there is to save; of tables that grow the entries of ``slots``."""
+        return {"ids": self.ids.state(slots), "scores": self.scores.state(slots)}
+
+    def check(self, state: dict[str, Tensor]) -> None:
+        """Raise ValueError where a saved `state` is of another size."""
+        self.ids.check(state["ids"])
+        self.scores.check(state["scores"])
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over a saved `state`. Raises ValueError if it is of another size."""
+        self.check(state)
         self.ids.load(state["ids"])
         self.scores.load(state["scores"])

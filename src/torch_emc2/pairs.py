@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Pairs", "make_pairs"]
+__all__ = ["Pairs", "make_pairs", "unique_ids"]
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,15 @@ def _make_gathered_pairs(
     return Pairs(rows, columns, None if index is None else _gather(index, sizes), sizes, rank)
 
 
+def unique_ids(ids: Tensor, num_samples: int | None) -> Tensor:
+    """Validate ids of any shape, as a loss is called with, and return the different ones (k,), int64."""
+    _validate_integers(ids)
+    ids = torch.unique(ids.to(torch.int64))
+    if len(ids):
+        _validate_range(ids, num_samples)
+    return ids
+
+
 @lru_cache(maxsize=8)
 def _own(start: int, local: int, size: int, device: torch.device) -> Tensor:
     sample = torch.arange(size, device=device)
@@ -264,9 +273,13 @@ def _validate_index(index: Tensor, z1: Tensor) -> Tensor:
     size = len(z1)
     if index.shape not in ((size,), (size, 2)):
         raise ValueError(f"index must be ({size},), or ({size}, 2) with an id a view, got {tuple(index.shape)}")
+    _validate_integers(index)
+    return index.to(z1.device, torch.int64)
+
+
+def _validate_integers(index: Tensor) -> None:
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"index must hold integers, got {index.dtype}")
-    return index.to(z1.device, torch.int64)
 
 
 def _validate_finite(rows: Tensor) -> None:
@@ -279,11 +292,20 @@ def _validate_finite(rows: Tensor) -> None:
 
 def _validate_ids(index: Tensor, num_samples: int | None) -> None:
     ordered = index.flatten().sort().values
-    low, high = int(ordered[0]), int(ordered[-1])
-    if low < 0 or (num_samples is not None and high >= num_samples):
-        limit = "" if num_samples is None else f" and below num_samples={num_samples}"
-        raise IndexError(f"index must be at least 0{limit}, got {low if low < 0 else high}")
+    _validate_range(ordered, num_samples)
     repeated = ordered[1:] == ordered[:-1]
     if repeated.any():
         value = int(ordered[1:][repeated][0])
         raise ValueError(f"index {value} occurs more than once in the batch: draw batches without replacement")
+
+
+def _validate_range(ordered: Tensor, num_samples: int | None) -> None:
+    if num_samples is None:
+        if (ordered == -1).any():
+            raise IndexError("index -1 is reserved, it marks a chain without a negative: number that sample otherwise")
+        return
+    low, high = int(ordered[0]), int(ordered[-1])
+    if low < 0 or high >= num_samples:
+        raise IndexError(
+            f"index must be at least 0 and below num_samples={num_samples}, got {low if low < 0 else high}"
+        )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_emc2 import DCLLoss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
 from torch_emc2.losses import ContrastiveLoss
 from torch_emc2.seeds import mix_seed
 
@@ -61,11 +61,17 @@ def test_dcl_is_its_formula(seed: int, size: int, temperature: float) -> None:
 
 @pytest.mark.parametrize("gamma", [0.1, 0.9, 1.0])
 @pytest.mark.parametrize("own_ids", [False, True])
-def test_sogclr_equals_a_dictionary_of_averages(gamma: float, own_ids: bool) -> None:
+@pytest.mark.parametrize("keyed", [False, True])
+def test_sogclr_equals_a_dictionary_of_averages(gamma: float, own_ids: bool, keyed: bool) -> None:
     temperature, u = 0.3, {}
-    loss_fn = SogCLRLoss(2 * M, temperature, gamma)
+    loss_fn = SogCLRLoss(None if keyed else 2 * M, temperature, gamma)
+    key_of = torch.arange(2 * M) * (0x9E3779B97F4A7C15 - 2**64 if keyed else 1)  # wraps
     generator = torch.Generator().manual_seed(0)
     for step in range(8):
+        if step == 5:
+            gone = range(0, 2 * M, 3)
+            loss_fn.forget(key_of[gone])
+            u = {key: value for key, value in u.items() if key[0] not in gone}
         z1, z2 = views(step)
         index = torch.randperm(M, generator=generator)[:B]
         ids = torch.stack([2 * index + 1, 2 * index], 1) if own_ids else index
@@ -79,7 +85,10 @@ def test_sogclr_equals_a_dictionary_of_averages(gamma: float, own_ids: bool) -> 
             values.append(math.log(g) - float(positive.detach()))
         mean = torch.stack(surrogate).mean()
         expected = mean - mean.detach() + sum(values) / len(values)
-        check(loss_fn(z1, z2, ids), expected, (z1, z2), tolerance=1e-6)  # the averages are kept in float32
+        check(loss_fn(z1, z2, key_of[ids]), expected, (z1, z2), tolerance=1e-6)  # the averages are kept in float32
+        loaded = SogCLRLoss(loss_fn.num_samples, temperature, gamma)
+        loaded.load_state_dict(loss_fn.state_dict())
+        loss_fn = loaded
 
 
 def test_sogclr_with_gamma_one_is_dcl() -> None:
@@ -99,6 +108,10 @@ def test_negative_cache_equals_a_dictionary_of_embeddings(own_ids: bool, with_en
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(entries, D, dtype=torch.float64, generator=generator).requires_grad_()
     for step in range(8):
+        if step == 5:
+            gone = range(0, entries, 3)
+            loss_fn.forget(torch.tensor(gone))
+            cache, written = ({i: at for i, at in each.items() if i not in gone} for each in (cache, written))
         z1, z2 = views(step)
         index = torch.randperm(M, generator=generator)[:B]
         ids = torch.stack([2 * index, 2 * index + 1], 1) if own_ids else index
@@ -111,7 +124,8 @@ def test_negative_cache_equals_a_dictionary_of_embeddings(own_ids: bool, with_en
             # Of entries equally old any may be taken: follow the loss's choice, and check that it is one of the oldest.
             now = loss_fn._written.data
             count = math.ceil(fraction * entries)
-            refreshed = [i for i in range(entries) if int(now[i]) == step and written[i] != step]
+            assert {i for i in range(entries) if now[i] < -1} == set(range(entries)) - set(written)
+            refreshed = [i for i in written if int(now[i]) == step and written[i] != step]
             oldest = sorted(written.values())[:count]
             assert sorted(written[i] for i in refreshed) == oldest
             for i in refreshed:
@@ -219,14 +233,32 @@ def test_numbers_of_numpy_will_do() -> None:
     assert type(loss_fn.num_samples) is int
 
 
-def test_sogclr_names_an_id_that_no_memory_holds() -> None:
-    loss_fn, index = SogCLRLoss(None), torch.arange(2 * B).view(B, 2)
-    loss_fn(*views(0), index)
-    before = copy.deepcopy(loss_fn.state_dict())
-    index[0, 1] = 10**15  # a second view's: the first views' averages stay as well
-    with pytest.raises(ValueError, match=f"no memory for index {10**15}"):
-        loss_fn(*views(1), index)
-    torch.testing.assert_close(loss_fn.state_dict(), before, rtol=0, atol=0)
+def test_where_there_is_no_room_for_new_samples_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    for loss_fn, table in ((SogCLRLoss(None), "_log_u"), (EMC2Loss(None), "_embeddings")):
+        loss_fn(*views(0), torch.arange(B))
+        before = copy.deepcopy(loss_fn.state_dict())
+        monkeypatch.setattr(getattr(loss_fn, table), "make_room", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            loss_fn(*views(1), torch.arange(B) + 3)
+        torch.testing.assert_close(loss_fn.state_dict(), before, rtol=0, atol=0)
+
+
+def test_negative_cache_encodes_a_forgotten_sample_no_more() -> None:
+    loss_fn, asked = NegativeCacheLoss(M, D, refresh_fraction=1), []
+
+    def encode(ids: Tensor) -> Tensor:
+        asked.extend(ids.tolist())
+        return torch.randn(len(ids), D, dtype=torch.float64)
+
+    loss_fn.forget(torch.tensor([7, M - 1]))
+    for step in range(2):
+        loss_fn(*views(step), torch.arange(B), encode=encode)
+    assert set(asked) == set(range(M)) - {7, M - 1}
+    loss_fn(*views(2), torch.arange(B) + 5, encode=encode)  # 7 is back
+    assert set(asked) == set(range(M)) - {M - 1}
 
 
 ALL = [InfoNCELoss(0.1), DCLLoss(0.1), SogCLRLoss(M, 0.1), NegativeCacheLoss(M, D, 0.1)]

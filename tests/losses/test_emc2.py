@@ -1,12 +1,16 @@
 """EMC² against a slow version with a dictionary of chains and one step after the other."""
 
+import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from torch_emc2 import EMC2Loss
 from torch_emc2.losses.emc2 import Carry, Kernel
@@ -44,6 +48,11 @@ class SlowEMC2:
         swapped = torch.randint(2, (size,), generator=generator).tolist()
         first = [j + size if swapped[j] else j for j in range(size)]
         return first + [(j + size) % (2 * size) for j in first]
+
+    def forget(self, ids: Tensor) -> None:
+        gone = ids.tolist()
+        self.chains = {key: at for key, at in self.chains.items() if key[0] not in gone and at[0] not in gone}
+        self.cached = {i: z for i, z in self.cached.items() if i not in gone}
 
     def __call__(self, z1: Tensor, z2: Tensor, index: Tensor, table: Tensor) -> Tensor:
         size = len(z1)
@@ -120,7 +129,10 @@ def test_equals_the_slow_version(carry: str, num_chains: int, own_chains: bool, 
     fast = EMC2Loss(2 * M, 0.2, burn_in=burn_in, num_chains=num_chains, carry=carry, seed=5)
     slow = SlowEMC2(0.2, burn_in, num_chains, carry, seed=5)
     carried = 0.0
-    for z1, z2, index in batches(12, own_chains, seed=2):
+    for step, (z1, z2, index) in enumerate(batches(12, own_chains, seed=2)):
+        if step == 8:
+            for loss_fn in (fast, slow):
+                loss_fn.forget(torch.arange(0, 2 * M, 3))
         gradients, values = [], []
         for loss_fn in (fast, slow):
             inputs = [tensor.clone().requires_grad_() for tensor in (z1, z2, table)]
@@ -355,17 +367,122 @@ def test_metropolis_carries_one_view() -> None:
         loss_fn(z1, z2, index, encode=rows.__getitem__)
 
 
-def test_growing_table_equals_a_fixed_one() -> None:
-    fixed, growing = EMC2Loss(2 * M, 0.2), EMC2Loss(None, 0.2)
-    for z1, z2, index in batches(6, own_chains=True, seed=4):
-        gradients = []
-        for loss_fn in (fixed, growing):
-            a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
-            loss_fn(a, b, index).backward()
-            gradients.append((a.grad, b.grad))
-        torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
-    seen = len(growing.chains.ids.data)
-    assert torch.equal(growing.chains.ids.data[: 2 * M], fixed.chains.ids.data[:seen])
+@pytest.mark.parametrize("key", [1, 0x9E3779B97F4A7C15 - 2**64], ids=["dense", "hash"])
+@pytest.mark.parametrize("kernel", ["metropolis", "isir"])
+@pytest.mark.parametrize("carry", POLICIES)
+@pytest.mark.parametrize("own_chains", [False, True])
+def test_keys_equal_a_fixed_table(own_chains: bool, carry: Carry, kernel: Kernel, key: int, tmp_path: Path) -> None:
+    """Bit for bit, with samples forgotten and the state saved on the way."""
+    key_of = torch.arange(2 * M) * key  # wraps
+    id_of = {each: i for i, each in enumerate(key_of.tolist())}
+    table = torch.randn(2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    fixed, keyed = (EMC2Loss(size, 0.2, burn_in=0.1, carry=carry, kernel=kernel) for size in (2 * M, None))
+    for step, (z1, z2, index) in enumerate(batches(12, own_chains, seed=4)):
+        if step == 5:
+            fixed.forget(torch.arange(0, 2 * M, 3))
+            keyed.forget(key_of[::3])
+        if step in (3, 8):
+            torch.save(keyed.state_dict(), tmp_path / "state.pt")
+            keyed = EMC2Loss(None, 0.2, burn_in=0.1, carry=carry, kernel=kernel)
+            keyed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        results = []
+        for loss_fn, ids in ((fixed, index), (keyed, key_of[index])):
+            a, b, rows = inputs = [tensor.clone().requires_grad_() for tensor in (z1, z2, table)]
+
+            def encode(ids: Tensor, rows: Tensor = rows, fixed: bool = loss_fn is fixed) -> Tensor:
+                return rows[ids] if fixed else rows[[id_of[each] for each in ids.tolist()]]
+
+            loss = loss_fn(a, b, ids, encode=encode)
+            results.append([loss.detach(), torch.autograd.grad(loss, inputs, materialize_grads=True)])
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+    state = keyed.get_extra_state()
+    ids = torch.tensor([id_of[each] for each in state["keys"].tolist()])
+    carried = fixed.chains.ids.data[ids].long()
+    assert torch.equal(state["chains"]["ids"], torch.where(carried < 0, -1, key_of[carried]))
+    assert torch.equal(state["chains"]["scores"], fixed.chains.scores.data[ids])
+    assert (fixed.chains.ids.data >= 0).sum() == (state["chains"]["ids"] != -1).sum()
+    assert sum(len(each) for each in (state["keys"], state["chains"]["ids"], state["chains"]["scores"])) == 3 * len(ids)
+    if carry == "cache":
+        assert torch.equal(state["embeddings"], fixed._embeddings.data[ids])
+
+
+@pytest.mark.parametrize("num_samples", [None, M])
+def test_a_forgotten_sample_leaves_nothing(num_samples: int | None) -> None:
+    loss_fn, gone = EMC2Loss(num_samples, 0.2, num_chains=2), torch.arange(0, M, 2)
+    for z1, z2, index in batches(8, own_chains=False, seed=0):
+        loss_fn(z1, z2, index)
+    loss_fn.forget(gone)
+    slots = loss_fn._slots.find(gone) if num_samples else torch.tensor(loss_fn._slots._free)
+    assert len(slots) > 3
+    assert not torch.isin(loss_fn.chains.ids.data, gone).any()
+    assert (loss_fn.chains.ids.data[slots] == -1).all()
+    assert (loss_fn.chains.scores.data[slots] == -torch.inf).all()
+    assert (loss_fn._embeddings.data[slots] == 0).all()
+    assert (loss_fn.chains.scores.data == -torch.inf).equal(loss_fn.chains.ids.data == -1)
+
+
+def test_chains_are_emptied_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_emc2.chains._CHUNK", 3)
+    loss_fn = EMC2Loss(M, carry="drop")
+    loss_fn.chains.write(torch.arange(M), torch.arange(M)[:, None] // 2, torch.zeros(M, 1))
+    loss_fn.forget(torch.tensor([5, 9, 9]))
+    want = [-1 if i in (5, 9) or i // 2 in (5, 9) else i // 2 for i in range(M)]
+    assert loss_fn.chains.ids.data[:, 0].tolist() == want
+    assert loss_fn.chains.scores.data[:, 0].tolist() == [-math.inf if at < 0 else 0.0 for at in want]
+
+
+class _Largest(TorchDispatchMode):
+    """The most numbers in a tensor that an operation has newly made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+@pytest.mark.parametrize("kernel", ["metropolis", "isir"])
+@pytest.mark.parametrize("carry", POLICIES)
+def test_a_step_makes_nothing_of_the_size_of_the_table(carry: Carry, kernel: Kernel) -> None:
+    rows, largest = torch.randn(10**6, D), []
+    for size in (1000, 10**6):
+        loss_fn = EMC2Loss(size, carry=carry, kernel=kernel)
+        for z1, z2, index in batches(3, own_chains=False, seed=0):  # the first makes the cache
+            with _Largest() as mode:
+                loss_fn(z1.requires_grad_(), z2.requires_grad_(), index, encode=rows.__getitem__).backward()
+        largest.append(mode.largest)
+    assert largest[0] == largest[1] < 1000
+
+
+def test_saving_copies_nothing_and_loading_fills_the_table() -> None:
+    first, second = EMC2Loss(M), EMC2Loss(M)
+    for loss_fn in (first, second):
+        loss_fn(*torch.randn(2, B, D), torch.arange(B))
+    state = first.get_extra_state()
+    before = [second.chains.ids.data, second.chains.scores.data, second._embeddings.data]
+    tables = [first.chains.ids, first.chains.scores, first._embeddings]
+    saved = [*state["chains"].values(), state["embeddings"]]
+    assert all(a is table.data for a, table in zip(saved, tables, strict=True))
+    second.set_extra_state(state)
+    after = [second.chains.ids.data, second.chains.scores.data, second._embeddings.data]
+    assert all(a is b for a, b in zip(before, after, strict=True))
+    torch.testing.assert_close(after, saved, rtol=0, atol=0)
+
+
+def test_a_state_of_another_kind_of_ids_changes_nothing() -> None:
+    fixed, keyed = EMC2Loss(M), EMC2Loss(None)
+    for loss_fn in (fixed, keyed):
+        loss_fn(*torch.randn(2, B, D), torch.arange(B))
+    for loss_fn, other in ((fixed, keyed), (keyed, fixed)):
+        before = copy.deepcopy(loss_fn.state_dict())
+        with pytest.raises(ValueError, match="the state was saved with num_samples"):
+            loss_fn.load_state_dict(other.state_dict())
+        torch.testing.assert_close(loss_fn.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_chain_costs_eight_bytes() -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_emc2.pairs import Pairs, make_pairs
+from torch_emc2.pairs import Pairs, make_pairs, unique_ids
 
 __all__ = [
     "Carried",
@@ -161,6 +161,8 @@ class ContrastiveLoss(nn.Module, ABC):
 class StatefulLoss(ContrastiveLoss):
     """A loss that remembers something of every sample: needs ``index``, and puts its memory in ``state_dict()``.
 
+    `forget` takes samples out of it.
+
     In evaluation mode (``loss_fn.eval()``) the memory is read and not written.
     """
 
@@ -172,9 +174,28 @@ class StatefulLoss(ContrastiveLoss):
             num_samples = require_int("num_samples", num_samples)
             if num_samples < 2:
                 raise ValueError(
-                    f"num_samples must be at least 2 (or None to grow), the size of the data; got {num_samples}"
+                    f"num_samples must be at least 2 (or None, for any ids), the size of the data; got {num_samples}"
                 )
         self.num_samples = num_samples
+
+    def forget(self, ids: Tensor) -> None:
+        """Forget samples that are removed from the data: all that is remembered of them, also as others' negatives.
+
+        Takes a look at every entry, O(num_samples): for rare use. With several ranks call it on all, with the same ids.
+        A forgotten sample that comes again is new.
+
+        Args:
+            ids: (k,) ids as the loss is called with, of all views where it is called with those; never seen ones will
+                do.
+
+        Raises:
+            IndexError, TypeError: an id is not below num_samples, or no integer; nothing has changed.
+        """
+        self._forget(unique_ids(ids, self.num_samples))
+
+    @abstractmethod
+    def _forget(self, ids: Tensor) -> None:
+        """Forget ``ids`` (k,), valid and all different."""
 
     @abstractmethod
     def get_extra_state(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch_emc2.losses.base import Carried, CheckedEncode, StatefulLoss, Weights
 from torch_emc2.losses.noise import exponential_noise, proposal_order
 from torch_emc2.metropolis import walk
 from torch_emc2.pairs import Pairs
+from torch_emc2.slots import Slots
 from torch_emc2.tables import SampleTable
 
 __all__ = ["Carry", "EMC2Loss", "Kernel"]
@@ -32,7 +33,8 @@ class EMC2Loss(StatefulLoss):
     negative's weight.
 
     Args:
-        num_samples: size of the data set (of its views, with an id a view), or None to grow.
+        num_samples: size of the data set (of its views, with an id a view): ids are below it. None: ids are any int64
+            but -1, and the tables grow with every new one.
         temperature: 1 / β.
         burn_in: share of a visit's steps that are not counted, in [0, 1).
         num_chains: chains a sample; they share the proposals, and their mean has less variance.
@@ -41,8 +43,7 @@ class EMC2Loss(StatefulLoss):
             too.
             ``"encode_if_used"``: ``encode(ids)`` does, for chains that stayed at it after burn-in; the entry score is
             the stored one, renewed where the chain stays to the end.
-            ``"cache"``: the loss keeps every sample's last embedding, O(num_samples · d) memory; it gets no gradient
-            itself.
+            ``"cache"``: the loss keeps every sample's last embedding, 4·d bytes each; it gets no gradient itself.
             ``"drop"``: nobody; its term is left out and the estimate is biased.
         kernel: how a chain moves. ``"metropolis"`` is the paper's. ``"isir"`` chooses among the batch and the carried
             negative by their softmax, which are its weights too: no burn-in, less variance, and exact in the long run
@@ -86,7 +87,8 @@ class EMC2Loss(StatefulLoss):
         self.carry = carry
         self.kernel = kernel
         self.seed = require_int("seed", seed)
-        self.chains = ChainTable(num_samples, num_chains)
+        self._slots = Slots(self.num_samples)
+        self.chains = ChainTable(self.num_samples, num_chains)
         self._calls = 0
         self._embeddings: SampleTable | None = None  # carry="cache"; made when d is known
 
@@ -97,14 +99,15 @@ class EMC2Loss(StatefulLoss):
             raise ValueError(
                 f'carry="{self.carry}" needs encode: loss(z1, z2, index, encode=fn) with fn(ids) -> (k, d)'
             )
-        carried = self.chains.ids.read(pairs.row_ids).long()  # (rows, chains)
+        slots = self._slots.find(pairs.row_ids)
+        carried = self.chains.ids.read(slots).long()  # (rows, chains)
         met, encoded, place = None, None, None
         if self.carry == "encode":
             met, encoded, place = self._encode(pairs, carried, carried != EMPTY, encode)
         elif self.carry == "cache":
             met = self._recall(carried, pairs)
         if met is None:  # the entry score (rows, chains · carried views) is that of the last visit …
-            score = self.chains.scores.read(pairs.row_ids).to(logits.dtype)
+            score = self.chains.scores.read(slots).to(logits.dtype)
         else:  # … or fresh
             score = self._log_scores(pairs, met)
             score.masked_fill_((carried == EMPTY).repeat_interleave(score.shape[1] // self.num_chains, 1), -torch.inf)
@@ -208,7 +211,8 @@ class EMC2Loss(StatefulLoss):
             raise ValueError(
                 f"z1 and z2 must be (b, {dim}) as the cached embeddings are, got d = {pairs.rows.shape[1]}"
             )
-        met = self._embeddings.read(carried.flatten().clamp(min=0)).to(pairs.rows.dtype)
+        slots = self._slots.find(carried.flatten()).clamp(min=0)  # what an empty chain meets has no weight
+        met = self._embeddings.read(slots).to(pairs.rows.dtype)
         return met.view(*carried.shape, dim)
 
     def _log_scores(self, pairs: Pairs, met: Tensor) -> Tensor:
@@ -220,19 +224,31 @@ class EMC2Loss(StatefulLoss):
         column_ids = pairs.column_ids
         end_ids = torch.where(end < 0, carried[: len(end)], column_ids.take(end.clamp(min=0)))
         chain_ids = column_ids[: len(end) * pairs.size // pairs.local]  # a shared chain goes by its first view
+        slots = self._slots.place(chain_ids)
         if self.carry == "cache":
             if self._embeddings is None:
                 self._embeddings = SampleTable(self.num_samples, (pairs.columns.shape[1],), torch.float32, 0.0)
-            self._embeddings.make_room(chain_ids)
-        self.chains.write(chain_ids, pairs.gather_rows(end_ids), pairs.gather_rows(end_score))
+            self._embeddings.make_room(slots)
+        self.chains.make_room(slots)
+        ends, scores = pairs.gather_rows(end_ids), pairs.gather_rows(end_score)
+        self._slots.keep(chain_ids, slots)
+        self.chains.write(slots, ends, scores)
         if self._embeddings is not None:
-            self._embeddings.write(chain_ids, pairs.columns[: len(chain_ids)])
+            self._embeddings.write(slots, pairs.columns[: len(slots)])
         self._calls += 1
 
+    def _forget(self, ids: Tensor) -> None:
+        slots = self._slots.forget(ids)
+        self.chains.forget(ids, slots)
+        if self._embeddings is not None:
+            self._embeddings.erase(slots)
+
     def get_extra_state(self) -> dict[str, Any]:
-        """Return chains, cached embeddings and the position in the noise."""
-        embeddings = None if self._embeddings is None else self._embeddings.data
-        return {"chains": self.chains.state(), "embeddings": embeddings, "seed": self.seed, "calls": self._calls}
+        """Return chains, cached embeddings, keys where the tables grow, and the position in the noise."""
+        keys, slots = self._slots.keys()
+        embeddings = None if self._embeddings is None else self._embeddings.state(slots)
+        tables = {"keys": keys, "chains": self.chains.state(slots), "embeddings": embeddings}
+        return {**tables, "seed": self.seed, "calls": self._calls}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over a saved state: the next call draws the noise that would have come next."""
@@ -244,11 +260,17 @@ class EMC2Loss(StatefulLoss):
                 'the saved state has chains and no embeddings for carry="cache": '
                 "build the loss with the carry it was saved with"
             )
-        self.chains.load(state["chains"])
-        self._embeddings = None
+        self._slots.check(state.get("keys"))
+        self.chains.check(state["chains"])
+        table = None
         if embeddings is not None:
-            self._embeddings = SampleTable(self.num_samples, tuple(embeddings.shape[1:]), torch.float32, 0.0)
-            self._embeddings.load(embeddings)
+            table = self._embeddings
+            if table is None or table.data.shape[1:] != embeddings.shape[1:]:
+                table = SampleTable(self.num_samples, tuple(embeddings.shape[1:]), torch.float32, 0.0)
+            table.load(embeddings)
+        self._embeddings = table
+        self._slots.load(state.get("keys"))
+        self.chains.load(state["chains"])
         self.seed, self._calls = state["seed"], state["calls"]
 
 

@@ -16,6 +16,7 @@ from torch_emc2.tables import SampleTable
 __all__ = ["NegativeCacheLoss"]
 
 _NEVER = -1
+_FORGOTTEN = -2  # until the sample is in a batch: there may be nothing left to encode
 
 
 class NegativeCacheLoss(StatefulLoss):
@@ -71,7 +72,7 @@ class NegativeCacheLoss(StatefulLoss):
                 "build the loss with the dim of the encoder's output"
             )
         fresh, written = self._fresh(pairs, encode)
-        if bool((written == _NEVER).all()):
+        if bool((written < 0).all()):
             raise ValueError("the cache is empty: train before you evaluate, or load a state")
         scores = pairs.rows @ self._embeddings.data.to(pairs.rows).T  # (rows, num_samples)
         for ids, embeddings in fresh:
@@ -80,7 +81,7 @@ class NegativeCacheLoss(StatefulLoss):
         row_ids = pairs.row_ids[:, None]
         views = self.views_per_sample if pairs.index is not None and pairs.index.ndim == 2 else 1
         entries = torch.arange(len(written), device=written.device)
-        scores.masked_fill_((written == _NEVER) | (entries // views == row_ids // views), -torch.inf)
+        scores.masked_fill_((written < 0) | (entries // views == row_ids // views), -torch.inf)
         w_pos = (positive - torch.logaddexp(positive, log_sum_exp(scores))).exp()
 
         noise = exponential_noise(pairs, scores.shape[1:], self.seed, self._calls).view_as(scores)
@@ -97,7 +98,7 @@ class NegativeCacheLoss(StatefulLoss):
         if encode is None:
             carried = Carried(self._embeddings.read(drawn).to(pairs.rows.dtype)[:, None], weight)
         self._calls += self.training
-        self.last["cached_share"] = (written != _NEVER).float().mean()
+        self.last["cached_share"] = (written >= 0).float().mean()
         return Weights(torch.zeros_like(logits), w_pos, carried=carried)
 
     def _fresh(self, pairs: Pairs, encode: CheckedEncode | None) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -115,7 +116,9 @@ class NegativeCacheLoss(StatefulLoss):
         count = math.ceil(self.refresh_fraction * len(written))
         if encode is not None and count:
             by_age = written * len(written) + torch.arange(len(written), device=written.device)  # no ties: ranks agree
+            by_age.masked_fill_(written == _FORGOTTEN, torch.iinfo(by_age.dtype).max)
             oldest = by_age.topk(count, largest=False).indices
+            oldest = oldest[written[oldest] != _FORGOTTEN]
             parts = oldest.tensor_split(pairs.world_size)  # each is encoded once: there may be dropout
             with pairs.together():
                 mine = parts[pairs.rank]
@@ -125,6 +128,11 @@ class NegativeCacheLoss(StatefulLoss):
             fresh.append((oldest, pairs.gather(embeddings.to(dtype), tuple(len(part) for part in parts))))
             written[oldest] = self._calls
         return fresh, written
+
+    def _forget(self, ids: Tensor) -> None:
+        self._embeddings.erase(ids)
+        at = ids.to(self._written.data.device)
+        self._written.write(at, torch.full_like(at, _FORGOTTEN))
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the cache, its ages and the position in the noise."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_emc2.losses.base import CheckedEncode, StatefulLoss, Weights
 from torch_emc2.pairs import Pairs
+from torch_emc2.slots import Slots
 from torch_emc2.tables import SampleTable
 
 __all__ = ["SogCLRLoss"]
@@ -23,7 +24,7 @@ class SogCLRLoss(StatefulLoss):
     bytes a view.
 
     Args:
-        num_samples: size of the data set, or None to grow.
+        num_samples: size of the data set: ids are below it. None: ids are any int64 but -1, and the table grows.
         temperature: 1 / β.
         gamma: γ in (0, 1], the weight of the present batch; 1 is DCL.
     """
@@ -33,32 +34,43 @@ class SogCLRLoss(StatefulLoss):
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must be in (0, 1], got {gamma}")
         self.gamma = gamma
-        self._log_u = SampleTable(num_samples, (2,), torch.float32, -torch.inf)  # a slot a view; -inf: not visited
+        self._slots = Slots(self.num_samples)
+        self._log_u = SampleTable(self.num_samples, (2,), torch.float32, -torch.inf)  # a slot a view; -inf: not visited
 
     def _weigh(
         self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
     ) -> Weights:
         log_n = math.log(pairs.num_negatives)
         log_u = []
+        ids = pairs.column_ids
         if self.training:
-            self._log_u.make_room(pairs.column_ids)  # both views', before either is written
-        for view, log_g in enumerate((log_mass - log_n).view(2, -1)):
-            ids = pairs.view_ids(view)
-            slot = view if pairs.index is not None and pairs.index.ndim == 1 else 0
-            entry = self._log_u.read(pairs.mine(ids)).to(log_g.dtype)
-            before = torch.where(entry[:, slot] == -torch.inf, log_g, entry[:, slot])
-            entry[:, slot] = math.log(self.gamma) + log_g
+            slots = self._slots.place(ids)
+            self._log_u.make_room(slots)
+            self._slots.keep(ids, slots)
+        else:
+            slots = self._slots.find(ids)
+        for view, (log_g, at) in enumerate(zip((log_mass - log_n).view(2, -1), slots.view(2, -1), strict=True)):
+            place = view if pairs.index is not None and pairs.index.ndim == 1 else 0
+            entry = self._log_u.read(pairs.mine(at)).to(log_g.dtype)
+            before = torch.where(entry[:, place] == -torch.inf, log_g, entry[:, place])
+            entry[:, place] = math.log(self.gamma) + log_g
             if self.gamma < 1:
-                entry[:, slot] = torch.logaddexp(entry[:, slot], math.log1p(-self.gamma) + before)
-            log_u.append(entry[:, slot])
+                entry[:, place] = torch.logaddexp(entry[:, place], math.log1p(-self.gamma) + before)
+            log_u.append(entry[:, place])
             if self.training:
-                self._log_u.write(ids, pairs.gather(entry))
+                self._log_u.write(at, pairs.gather(entry))
         return Weights(negatives=logits.sub_(log_n + torch.cat(log_u)[:, None]).exp_())
 
+    def _forget(self, ids: Tensor) -> None:
+        self._log_u.erase(self._slots.forget(ids))
+
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the moving averages."""
-        return {"log_u": self._log_u.data}
+        """Return the moving averages, and their keys where the table grows."""
+        keys, slots = self._slots.keys()
+        return {"keys": keys, "log_u": self._log_u.state(slots)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over saved moving averages."""
+        self._slots.check(state.get("keys"))
         self._log_u.load(state["log_u"])
+        self._slots.load(state.get("keys"))

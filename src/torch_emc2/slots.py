@@ -1,0 +1,82 @@
+"""Where the entries of a sample lie: at its id in a table of known size, else in the order in which the ids came."""
+
+from __future__ import annotations
+
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+__all__ = ["UNKNOWN", "Slots"]
+
+UNKNOWN = -1
+
+
+class Slots:
+    """Slots of ids in the tables of a loss, which share them: one look-up serves all.
+
+    With ``num_samples`` an id is its slot. Without, ids are arbitrary int64 keys, and the slots of n keys are numbers
+    below the largest n there has been, kept in a dictionary; O(batch) a step.
+    """
+
+    def __init__(self, num_samples: int | None) -> None:
+        self.fixed = num_samples is not None
+        self._slots: dict[int, int] = {}
+        self._free: list[int] = []
+
+    def find(self, ids: Tensor) -> Tensor:
+        """Return the slots of ``ids`` (k,), `UNKNOWN` where a key has none."""
+        if self.fixed:
+            return ids
+        return torch.tensor([*map(self._slots.get, ids.tolist(), repeat(UNKNOWN))], dtype=torch.int64).to(ids.device)
+
+    def place(self, ids: Tensor) -> Tensor:
+        """Return the slots of ``ids`` (k,), new ones for new keys, which `keep` makes theirs once there is room."""
+        if self.fixed:
+            return ids
+        new: dict[int, int] = {}
+        slots = []
+        for key in ids.tolist():
+            slot = self._slots.get(key, new.get(key))
+            if slot is None:
+                count = len(new)
+                slot = new[key] = self._free[~count] if count < len(self._free) else len(self._slots) + count
+            slots.append(slot)
+        return torch.tensor(slots, dtype=torch.int64).to(ids.device)
+
+    def keep(self, ids: Tensor, slots: Tensor) -> None:
+        """Let ``ids`` have the ``slots`` that `place` has just found for them."""
+        if self.fixed:
+            return
+        before = len(self._slots)
+        self._slots.update(zip(ids.tolist(), slots.tolist(), strict=True))
+        taken = min(len(self._slots) - before, len(self._free))
+        del self._free[len(self._free) - taken :]
+
+    def forget(self, ids: Tensor) -> Tensor:
+        """Take keys out, all different, and return what slots they had; unknown ones had none."""
+        if self.fixed:
+            return ids
+        slots = [slot for key in ids.tolist() if (slot := self._slots.pop(key, None)) is not None]
+        self._free += slots
+        return torch.tensor(slots, dtype=torch.int64)
+
+    def keys(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return all keys (n,) in the order in which they came, and their slots; None where ids are slots."""
+        if self.fixed:
+            return None, None
+        return torch.tensor([*self._slots], dtype=torch.int64), torch.tensor([*self._slots.values()], dtype=torch.int64)
+
+    def check(self, keys: Tensor | None) -> None:
+        """Raise ValueError where saved keys, or None, are not of such slots."""
+        if (keys is None) != self.fixed:
+            raise ValueError(
+                f"the state was saved with num_samples{'=None' if self.fixed else ' given'}, "
+                f"this loss has it {'given' if self.fixed else 'None'}: build the loss as the saved one was"
+            )
+
+    def load(self, keys: Tensor | None) -> None:
+        """Take over saved keys (n,): their slots are 0 … n-1."""
+        if keys is not None:
+            self._slots = {key: slot for slot, key in enumerate(keys.tolist())}
+            self._free = []

@@ -1,0 +1,66 @@
+"""Slots of keys, and a table behind them, against a dictionary."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torch_emc2.slots import UNKNOWN, Slots
+from torch_emc2.tables import SampleTable
+
+KEYS = [-(2**63), -7, 0, 1, 5, 10**15, 2**63 - 1]
+some_keys = st.sets(st.sampled_from(KEYS), max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps=st.lists(st.tuples(some_keys, some_keys), max_size=8))
+def test_equals_a_dictionary(steps: list[tuple[set[int], set[int]]]) -> None:
+    slots, table, known, most = Slots(None), SampleTable(None, (), torch.int64, -3), {}, 0
+    for number, (written, forgotten) in enumerate(steps):
+        ids = torch.tensor(sorted(written), dtype=torch.int64)
+        at = slots.place(ids)
+        slots.keep(ids, at)
+        table.write(at, ids % 1000 + number)
+        known |= {key: key % 1000 + number for key in sorted(written)}
+        most = max(most, len(known))
+        table.erase(slots.forget(torch.tensor(sorted(forgotten), dtype=torch.int64)))
+        known = {key: value for key, value in known.items() if key not in forgotten}
+
+        everything = torch.tensor(KEYS)
+        at = slots.find(everything)
+        assert table.read(at).tolist() == [known.get(key, -3) for key in KEYS]
+        assert [key for key, slot in zip(KEYS, at.tolist(), strict=True) if slot == UNKNOWN] == [
+            key for key in KEYS if key not in known
+        ]
+        assert (at < most).all(), "the slots of forgotten keys are used again"
+        keys, at = slots.keys()
+        assert dict(zip(keys.tolist(), table.state(at).tolist(), strict=True)) == known
+        loaded = Slots(None)
+        loaded.load(keys)
+        assert list(loaded._slots.items()) == [(key, slot) for slot, key in enumerate(known)]
+
+
+def test_a_place_is_nobodys_until_it_is_kept() -> None:
+    slots = Slots(None)
+    ids = torch.tensor([8, -8, 8])
+    assert slots.place(ids).tolist() == [0, 1, 0]
+    assert slots.find(ids).tolist() == [UNKNOWN] * 3
+    slots.keep(ids, slots.place(ids))
+    assert slots.find(ids).tolist() == [0, 1, 0]
+
+
+def test_storage_doubles() -> None:
+    table, moves = SampleTable(None, (), torch.float32, 0.0), 0
+    for slot in range(1000):
+        before = table.data.data_ptr()
+        table.write(torch.tensor([slot]), torch.ones(1))
+        moves += before != table.data.data_ptr()
+    assert moves <= 11
+    assert len(table.data) <= 2000
+
+
+@pytest.mark.parametrize("num_samples", [None, 5])
+def test_saved_keys_of_another_kind_are_refused(num_samples: int | None) -> None:
+    keys = None if num_samples is None else torch.tensor([3])
+    with pytest.raises(ValueError, match="build the loss as the saved one was"):
+        Slots(num_samples).check(keys)
