@@ -48,12 +48,12 @@ def main() -> int:
             born = time.time_ns()
             pids = _fork(killed, args.ranks)
             if kills < args.kills:
-                time.sleep(moments.uniform(0, start_up + training / args.kills))
+                _wait(Path(killed.out), born, moments, start_up, training / args.kills)
                 _kill(pids)
             if _finished(pids):
                 break
             kills += 1
-            torn += any(file.stat().st_mtime_ns > born for file in Path(killed.out).glob("checkpoints/.*.partial"))
+            torn += _since(Path(killed.out) / "checkpoints" / ".last.ckpt.partial", born)
             before, saved = saved, _saved(Path(killed.out))  # fails if last.ckpt does not load
             taken = max(saved, _taken(Path(killed.out)))
             assert before <= saved, f"the last checkpoint went from step {before} back to {saved}"
@@ -67,6 +67,28 @@ def main() -> int:
             f"{len(different)} differences {different or ''}"
         )
         return 0 if kills == args.kills and not different else 1
+
+
+def _wait(run: Path, born: int, moments: random.Random, start_up: float, share: float) -> None:
+    """Wait for a random moment: of the start, of its share of the training, or of a checkpoint's writing."""
+    kind, deadline = moments.choice(("start", "training", "writing")), time.monotonic() + 60
+    if kind == "start":
+        time.sleep(moments.uniform(0, start_up))
+        return
+    while not _since(run / "metrics.csv", born) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(moments.uniform(0, share))
+    if kind == "writing":
+        while not _since(run / "checkpoints" / ".last.ckpt.partial", born) and time.monotonic() < deadline:
+            time.sleep(0.0001)
+
+
+def _since(file: Path, born: int) -> bool:
+    """Tell whether a file was written in this life."""
+    try:
+        return file.stat().st_mtime_ns > born
+    except FileNotFoundError:
+        return False
 
 
 def _left_alone(config: Config, ranks: int) -> tuple[float, float]:

@@ -464,9 +464,10 @@ def _hushed() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     expected = "does not have many workers|LeafSpec|dataloader is not resumable|exists and is not empty"
-    changed = "callbacks used to create the checkpoint"  # when checkpoint_every_steps is another one
+    changed = "callbacks used to create the checkpoint|dirpath has changed"  # a resumed run's settings or folder
+    skipped = r"Detected call of `lr_scheduler\.step"  # by fp16's scaler, in the first step
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", f".*({expected}|{changed}).*")
+        warnings.filterwarnings("ignore", f".*({expected}|{changed}|{skipped}).*")
         for logger in loggers:
             logger.setLevel(logging.WARNING)
         try:
