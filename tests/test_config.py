@@ -66,6 +66,10 @@ def test_the_papers_settings() -> None:
         ("data: [1, 2", "while parsing"),
         ("optimizer: {lr: fast}", r"optimizer\.lr"),
         ("optimizer: {lr: -1.0}", "lr must not be negative, got -1.0"),
+        (
+            "{epochs: 5, optimizer: {warmup_epochs: 10}}",
+            r"optimizer\.warmup_epochs must not exceed epochs \(5\), got 10",
+        ),
         ("optimizer: {clip: 0.0}", "clip must be positive, or null for none, got 0.0"),
         ("data: {num_workers: -2}", "num_workers must not be negative, got -2"),
         ("data: {finite_views: 1}", "finite_views must be at least 2, or null for none, got 1"),
@@ -93,3 +97,12 @@ def test_wrong_words_are_refused(words: list[str]) -> None:
 def test_an_unknown_preset_is_named_with_the_known() -> None:
     with pytest.raises(ValueError, match=r"'fashion' is neither a preset .*fashion-mnist.* nor a YAML file"):
         read_config("fashion")
+
+
+def test_a_runs_config_names_the_folder_it_lies_in(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("out: somewhere")
+    assert read_config(str(file)).out == "somewhere"  # any file of that name
+    (tmp_path / "versions.json").write_text("{}")
+    assert read_config(str(file)).out == str(tmp_path)
+    assert read_config(str(file), ["--out", "other"]).out == "other"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 from pathlib import Path
@@ -65,7 +64,6 @@ def _train(argv: list[str]) -> None:
         return
     from torch_emc2.training import train
 
-    _hush()
     preset, *rest = argv
     resume = "--resume" in rest
     config = read_config(preset, [argument for argument in rest if argument != "--resume"])
@@ -82,7 +80,6 @@ def _quickstart(argv: list[str]) -> None:
     from torch_emc2.runs import compare_with_baselines, draw
     from torch_emc2.training import train
 
-    _hush()
     run = train(config)
     results = compare_with_baselines(run)
     shown = ("probe", "knn1_euclidean", "knn1_cosine")
@@ -180,11 +177,6 @@ def _presets(argv: list[str]) -> None:
         return
     for name, file in presets().items():
         print(f"{name:16s} {file.read_text().splitlines()[0].removeprefix('# ')}")
-
-
-def _hush() -> None:
-    """Keep Lightning from telling of hardware and of every end of a fit; its import sets the level, so after that."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 def _free(folder: str) -> str:

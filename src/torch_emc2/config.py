@@ -131,7 +131,8 @@ class Config:
         precision: of the encoder, as Lightning names it; similarities are always float32 or better.
         accelerator: auto, cpu, gpu …, as Lightning names it.
         devices: how many, or auto.
-        accumulate: batches whose gradients are averaged in one step of the optimiser.
+        accumulate: batches a step of the optimiser; its gradient is the mean over them, or over those that are left at
+            the end of an epoch. Chains move batch by batch: each is a visit of its samples.
         checkpoint_every_epochs: a checkpoint is kept each so many epochs, besides the last.
         checkpoint_every_steps: renew the last checkpoint each so many steps, by default at the end of an epoch only.
         log_every_steps: steps from one row of metrics.csv to the next; at least one row an epoch.
@@ -169,6 +170,10 @@ class Config:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}: a lone sample has no negatives")
+        if self.optimizer.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs must not exceed epochs ({self.epochs}), got {self.optimizer.warmup_epochs}"
+            )
 
 
 def presets() -> dict[str, Path]:
@@ -187,6 +192,8 @@ def config_parser(prog: str) -> ArgumentParser:
 def read_config(preset: str, overrides: list[str] | None = None, prog: str = "emc2 train") -> Config:
     """Read a preset's name or a YAML file, and overrides as on the command line (``["--loss", "infonce"]``).
 
+    The config.yaml of a run's folder gives that folder as ``out``, wherever it was when the run began.
+
     Raises:
         ValueError: no such preset or file, an unknown field, or a value that does not fit.
     """
@@ -197,6 +204,8 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
     parser = config_parser(prog)
     try:
         from_file = parser.parse_string(file.read_text() or "{}")
+        if file.name == "config.yaml" and (file.parent / "versions.json").is_file():
+            from_file.out = str(file.parent)
         given = parser.parse_args(overrides or [], namespace=from_file)
         return Config(**parser.instantiate(given).as_dict())
     except (argparse.ArgumentError, TypeError, ValueError) as error:

@@ -12,11 +12,19 @@ __all__ = ["whole_file"]
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a name beside ``path`` to write to; the file takes ``path``, or the place of what is there, when whole."""
+    """Give a name beside ``path`` to write to; the file takes ``path``, or the place of what is there, when whole.
+
+    Raises:
+        OSError: it could not be written; what is there is kept.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
+        with partial.open("rb+") as file:  # some file systems find out only now that they are full
+            os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path} was not written, what was there is kept: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import logging
 import math
+import os
 import platform
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,11 +21,13 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -89,7 +94,12 @@ def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
 
 
 class ContrastiveModule(L.LightningModule):
-    """Encoder and loss; the loss's memory of every sample is part of the checkpoint."""
+    """Encoder and loss; the loss's memory of every sample is part of the checkpoint.
+
+    A loss or gradient that is not finite stops the run before the weights change, and with them the last checkpoint.
+    Where fp16 overflows and the scaler skips the optimiser's step, chains have moved and weights have not. That is
+    consistent: their states are draws at the weights of this step, which still are today's.
+    """
 
     skipped: Tensor
 
@@ -125,17 +135,50 @@ class ContrastiveModule(L.LightningModule):
             company = batch.first if self.config.model.norm == "batch" and len(ids) < size else batch.first[:0]
             return cast(Tensor, self.encoder(torch.cat([views.to(batch.first), company]))[: len(ids)])
 
-        loss: Tensor = self.loss(z1, z2, batch.index, encode)
+        try:
+            loss: Tensor = self.loss(z1, z2, batch.index, encode)
+        except ValueError as error:
+            finite = torch.stack([z1, z2]).isfinite().all(2).all(0)
+            error.args = (f"step {self.trainer.global_step}: {error}; {self._samples(batch.index[~finite])}",)
+            raise
         numbers = {"loss": loss.detach(), **self.loss.last}
         means = self.trainer.strategy.reduce(torch.stack(list(numbers.values())), reduce_op="mean")  # over ranks
-        for name, value in zip(numbers, cast(Tensor, means), strict=True):
+        self._step = batch.index, dict(zip(numbers, cast(Tensor, means), strict=True))
+        if not self._step[1]["loss"].isfinite():
+            raise self._not_finite("loss")
+        for name, value in self._step[1].items():
             self.log(name, value, prog_bar=name in ("loss", "acceptance", "carried_share"))
         self.log("lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
         if self.config.data.on_bad_image == "skip":
             skipped = torch.tensor(batch.skipped, device=self.device)
             self.skipped += cast(Tensor, self.trainer.strategy.reduce(skipped, reduce_op="sum"))
             self.log("skipped", self.skipped.float(), prog_bar=True)
-        return loss
+        # Lightning divides by accumulate in an epoch's last step too, which may have fewer batches.
+        batches, accumulate = cast(int, self.trainer.num_training_batches), self.config.accumulate
+        left = batches % accumulate
+        return loss * (accumulate / left) if batch_idx >= batches - left else loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a gradient that is not finite, unless it is the scaling of fp16 that overflows."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.get_scale() > 1:
+            return
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.encoder.parameters() if p.grad is not None])
+        if not norm.isfinite():
+            raise self._not_finite("gradient", gradient_norm=norm)
+
+    def _not_finite(self, what: str, **numbers: Tensor) -> ValueError:
+        index, means = self._step
+        shown = ", ".join(f"{name} {float(value):.4g}" for name, value in (means | numbers).items())
+        return ValueError(
+            f"step {self.trainer.global_step}: the {what} is not finite ({shown}; {self._samples(index)}); "
+            "the last checkpoint is from before: look at these images, or start a run with a lower optimizer.lr"
+        )
+
+    def _samples(self, index: Tensor) -> str:
+        """Name the first few samples of ids of samples or views."""
+        ids = index if index.ndim == 1 else index[:, 0] // cast(int, self.config.data.finite_views)
+        return f"samples {', '.join(map(str, ids[:5].tolist()))}{', …' if len(ids) > 5 else ''}"
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser with linear warm-up and half a cosine, a step at a time."""
@@ -198,7 +241,14 @@ class ContrastiveData(L.LightningDataModule):
         sampler.set_epoch(epoch)
         sampler.skip(steps * config.accumulate)
         pin = trainer.strategy.root_device.type == "cuda"
-        return make_loader(self.dataset, sampler, config.batch_size, config.data.num_workers, pin_memory=pin)
+        loader = make_loader(self.dataset, sampler, config.batch_size, config.data.num_workers, pin_memory=pin)
+        loader.worker_init_fn = _outlive_sigterm
+        return loader
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Let a worker go on with the step at hand: a cluster signals all processes of a job."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class MetricsFile(L.Callback):
@@ -243,8 +293,13 @@ class MetricsFile(L.Callback):
                 writer.writeheader()
                 writer.writerows(self.rows)
         else:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, known).writerow(row)
+            size = self.path.stat().st_size
+            try:
+                with self.path.open("a", newline="") as file:
+                    csv.DictWriter(file, known).writerow(row)
+            except OSError as error:
+                os.truncate(self.path, size)  # half a row is none
+                raise OSError(f"{self.path}: row {step} was not written: {error.strerror or error}") from error
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -257,8 +312,46 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint."""
-        with whole_file(Path(path)) as file:
-            torch.save(checkpoint, file)
+        with whole_file(Path(path)) as file, file.open("wb") as stream:
+            try:
+                torch.save(checkpoint, stream)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # torch's words for a full disk say nothing of it
+                    raise error.__context__ from error
+                raise
+
+
+class _Stop(L.Callback):
+    """What ends a run early, on all ranks.
+
+    After SIGTERM the step at hand is finished and saved. Lightning's own handler would save nothing, and broadcasts in
+    the middle of whatever the ranks are exchanging.
+    """
+
+    def __init__(self, last: Path) -> None:
+        self.last, self.asked = last, False
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Take the place of Lightning's handler, which puts back the one before both."""
+        self.steps, self.asked = trainer.global_step, trainer.received_sigterm
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *args: Any) -> None:
+        self.asked = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Stop if this batch completed a step and any rank was asked to."""
+        if trainer.global_step > self.steps:
+            self.steps = trainer.global_step
+            if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+                trainer.save_checkpoint(self.last)
+                raise SIGTERMException
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """End the other ranks where this one, which alone writes files, cannot: they would wait for it."""
+        if isinstance(exception, OSError) and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
 
 
 class _ProgressBar(TQDMProgressBar):
@@ -304,7 +397,10 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
         DataError: the images are not there.
         FileExistsError: ``config.out`` is not empty and ``resume`` is not set.
         ValueError: the run there has another config, or this machine does not have the accelerator.
+            Or a step is not finite: its message has the step, its samples and numbers.
+        OSError: a file cannot be written; those before are kept.
         KeyboardInterrupt: by Ctrl-C; what the last checkpoint has is kept. Its message says how to go on.
+        SystemExit: by SIGTERM, with status 0: the step at hand is finished and saved, a line says how to go on.
     """
     run, data = Path(config.out), config.data
     images = open_dataset(
@@ -320,44 +416,65 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
     every = min(config.log_every_steps, module.steps_per_epoch())
     own_callbacks = [
         MetricsFile(run / "metrics.csv", every),
+        _Stop(last),
         *_checkpoints(config, last.parent),
         _ProgressBar(refresh_rate=10) if sys.stdout.isatty() else _EpochLines(),
     ]
-    try:
-        trainer = L.Trainer(
-            max_epochs=config.epochs,
-            accelerator=config.accelerator,
-            devices=config.devices,
-            precision=config.precision,
-            accumulate_grad_batches=config.accumulate,
-            gradient_clip_val=config.optimizer.clip,
-            log_every_n_steps=every,
-            logger=TensorBoardLogger(run, name="", version="tensorboard"),
-            callbacks=[*own_callbacks, *callbacks],
-            plugins=[WholeCheckpoints()],
-            use_distributed_sampler=False,  # the sampler knows its rank
-            enable_progress_bar=sys.stdout.isatty(),
-            enable_model_summary=False,
-            default_root_dir=run,
-        )
-    except MisconfigurationException as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{reason} (accelerator: {config.accelerator}, devices: {config.devices})") from error
-    if trainer.is_global_zero:
-        _prepare_folder(config, run, resume)  # after all that can be refused: nothing is in the way of another try
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", ".*(does not have many workers|LeafSpec|dataloader is not resumable|exists and is not empty).*"
-        )
+    again = f"emc2 train {run / 'config.yaml'} --resume"
+    with _hushed():
+        try:
+            trainer = L.Trainer(
+                max_epochs=config.epochs,
+                accelerator=config.accelerator,
+                devices=config.devices,
+                precision=config.precision,
+                accumulate_grad_batches=config.accumulate,
+                gradient_clip_val=config.optimizer.clip,
+                log_every_n_steps=every,
+                logger=TensorBoardLogger(run, name="", version="tensorboard"),
+                callbacks=[*own_callbacks, *callbacks],
+                plugins=[WholeCheckpoints()],
+                use_distributed_sampler=False,  # the sampler knows its rank
+                enable_progress_bar=sys.stdout.isatty(),
+                enable_model_summary=False,
+                default_root_dir=run,
+            )
+        except MisconfigurationException as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{reason} (accelerator: {config.accelerator}, devices: {config.devices})") from error
+        if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
+            _prepare_folder(config, run, resume, trainer.world_size)
         try:
             trainer.fit(module, datamodule, ckpt_path=last if resume and last.exists() else None, weights_only=True)
+        except SIGTERMException:
+            if trainer.is_global_zero:
+                print(f"emc2: stopped by SIGTERM; {again} goes on", file=sys.stderr)
+            raise
         except SystemExit:  # what Lightning makes of Ctrl-C, after which it ignores any other
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            again = f"emc2 train {run / 'config.yaml'} --resume"
             raise KeyboardInterrupt(f"{again} goes on from the last checkpoint") from None
     if trainer.is_global_zero:
         save_encoder(module.encoder, run)
     return run
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep Lightning from telling of hardware, of every end of a fit, and of what is meant to be as it is."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    expected = "does not have many workers|LeafSpec|dataloader is not resumable|exists and is not empty"
+    changed = "callbacks used to create the checkpoint|dirpath has changed"  # a resumed run's settings or folder
+    skipped = r"Detected call of `lr_scheduler\.step"  # by fp16's scaler, in the first step
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".*({expected}|{changed}|{skipped}).*")
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _checkpoints(config: Config, folder: Path) -> list[L.Callback]:
@@ -372,19 +489,40 @@ def _checkpoints(config: Config, folder: Path) -> list[L.Callback]:
     return callbacks
 
 
-def _prepare_folder(config: Config, run: Path, resume: bool) -> None:
+def _prepare_folder(config: Config, run: Path, resume: bool, processes: int) -> None:
     """Write down what is run; refuse to mix two runs in one folder."""
     if not resume and run.exists() and any(run.iterdir()):
         raise FileExistsError(f"{run} is not empty: --resume goes on with the run there, --out FOLDER starts another")
     text = to_yaml(config)
-    file = run / "config.yaml"
-    if file.exists() and file.read_text() != text:
-        different = sorted(set(file.read_text().splitlines()) ^ set(text.splitlines()))
-        raise ValueError(f"cannot resume {run}: its config differs ({'; '.join(line.strip() for line in different)})")
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    file, versions_file = run / "config.yaml", run / "versions.json"
+    if file.exists():
+        then = json.loads(versions_file.read_text()) if versions_file.exists() else {}
+        before = then.get("processes", processes)
+        different = sorted(set(_what_counts(file.read_text(), before)) ^ set(_what_counts(text, processes)))
+        if different:
+            raise ValueError(f"cannot resume {run}: its config differs ({'; '.join(different)})")
+    versions: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    versions["processes"] = processes
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    for name, content in (("versions.json", json.dumps(versions, indent=2) + "\n"), (file.name, text)):
-        with whole_file(run / name) as path:
+    for target, content in ((versions_file, json.dumps(versions, indent=2) + "\n"), (file, text)):
+        with whole_file(target) as path:
             path.write_text(content)
+
+
+def _what_counts(text: str, processes: int) -> list[str]:
+    """Return the lines of a config that a resumed run must share: what its results depend on."""
+    fields = yaml.safe_load(text)
+    for name in (
+        "out",
+        "accelerator",
+        "devices",
+        "checkpoint_every_epochs",
+        "checkpoint_every_steps",
+        "log_every_steps",
+    ):
+        fields.pop(name, None)
+    fields["data"].pop("num_workers", None)
+    fields["batch_size on all devices"] = fields.pop("batch_size") * processes
+    return [line.strip() for line in yaml.safe_dump(fields, sort_keys=False).splitlines()]
