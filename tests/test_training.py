@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torch_emc2 import training
+from torch_emc2.callbacks import MetricsFile, WholeCheckpoints
 from torch_emc2.cli import main
 from torch_emc2.config import Config, LossName, OptimizerConfig, to_yaml
 from torch_emc2.losses import EMC2Loss
-from torch_emc2.training import ContrastiveData, ContrastiveModule, MetricsFile, WholeCheckpoints, train
+from torch_emc2.training import ContrastiveData, ContrastiveModule, train
 
 Weights = dict[str, Tensor]
 Outcome = tuple[Weights, Weights, Any, list[dict[str, str]]]

@@ -1,0 +1,154 @@
+"""What goes along with a training run: its metrics file, whole checkpoints, how it stops, and what it shows."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from torch_emc2.files import whole_file
+
+__all__ = ["EpochLines", "MetricsFile", "ProgressBar", "StopOnSIGTERM", "WholeCheckpoints"]
+
+
+class MetricsFile(L.Callback):
+    """metrics.csv of a run, a row each so many steps; a resumed run goes on in the same file.
+
+    A callback, since Lightning's loggers are served after the step's checkpoint: a process killed between the two would
+    resume without the row.
+    """
+
+    def __init__(self, path: Path, every: int = 1) -> None:
+        self.path, self.every = path, every
+        self.rows: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Count from the steps that a resumed run has already taken."""
+        self.steps = trainer.global_step
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Write a row if this batch completed a step whose turn it is."""
+        if trainer.global_step > self.steps:
+            self.steps = trainer.global_step
+            if self.steps % self.every == 0:
+                numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
+                self.write(numbers | {"epoch": trainer.current_epoch}, self.steps - 1)
+
+    def write(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append a row; a column that is new, or steps that are run again after an interruption, rewrite the file."""
+        known = list(self.rows[0]) if self.rows else []
+        row = dict.fromkeys(known, "") | {"step": str(step)} | {name: f"{value:.8g}" for name, value in metrics.items()}
+        again = bool(self.rows) and int(self.rows[-1]["step"]) >= step
+        if again:
+            self.rows = [old for old in self.rows if int(old["step"]) < step]
+        self.rows.append(row)
+        if again or list(row) != known:
+            self.rows = [dict.fromkeys(row, "") | old for old in self.rows]
+            with whole_file(self.path) as path, path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader()
+                writer.writerows(self.rows)
+        else:
+            size = self.path.stat().st_size
+            try:
+                with self.path.open("a", newline="") as file:
+                    csv.DictWriter(file, known).writerow(row)
+            except OSError as error:
+                os.truncate(self.path, size)  # half a row is none
+                raise OSError(f"{self.path}: row {step} was not written: {error.strerror or error}") from error
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that take their name when they are whole.
+
+    Lightning writes them to the system's folder for temporary files and moves them from there. To another file system
+    that is a copy: a process killed in the middle of it would leave half a checkpoint in the place of the last good
+    one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint."""
+        with whole_file(Path(path)) as file, file.open("wb") as stream:
+            try:
+                torch.save(checkpoint, stream)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # torch's words for a full disk say nothing of it
+                    raise error.__context__ from error
+                raise
+
+
+class StopOnSIGTERM(L.Callback):
+    """What ends a run early, on all ranks.
+
+    After SIGTERM the step at hand is finished and saved. Lightning's own handler would save nothing, and broadcasts in
+    the middle of whatever the ranks are exchanging.
+    """
+
+    def __init__(self, last: Path) -> None:
+        self.last, self.asked = last, False
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Take the place of Lightning's handler, which puts back the one before both."""
+        self.steps, self.asked = trainer.global_step, trainer.received_sigterm
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *args: Any) -> None:
+        self.asked = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Stop if this batch completed a step and any rank was asked to."""
+        if trainer.global_step > self.steps:
+            self.steps = trainer.global_step
+            if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+                trainer.save_checkpoint(self.last)
+                raise SIGTERMException
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """End the other ranks where this one, which alone writes files, cannot: they would wait for it."""
+        if isinstance(exception, OSError) and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, less the loggers' version, and closed when training is interrupted."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Say how many epochs there are."""
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the line to what is printed next."""
+        with contextlib.suppress(TypeError):  # there is no bar yet
+            self.train_progress_bar.close()
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Return what is shown beside the bar."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+
+class EpochLines(L.Callback):
+    """What stands for the bar in a log or a notebook."""
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print a line an epoch."""
+        loss = float(trainer.callback_metrics["loss"])
+        print(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: loss {loss:.4f}", flush=True)
