@@ -60,6 +60,8 @@ def cached_backward(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if any(view.requires_grad for view in views):
         raise ValueError("views must have no graph, which chunks could not share: detach() them")
+    if any(view.ndim == 0 for view in views):
+        raise ValueError("views must be (b, …), got a single number")
     _refuse_batch_norm(encoder)
     embedded: list[_Embedded] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -192,7 +193,7 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
     """
     known = presets()
     file = known.get(preset, Path(preset))
-    if not file.is_file():
+    if not os.path.isfile(file):  # Path's own raises where the name is too long
         raise ValueError(f"{preset!r} is neither a preset ({', '.join(known)}) nor a YAML file")
     parser = config_parser(prog)
     try:
@@ -201,6 +202,8 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
         return Config(**parser.instantiate(given).as_dict())
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError(f"{str(file)!r} is nested too deeply, or an alias in it refers to itself") from error
 
 
 def to_yaml(config: Config) -> str:
