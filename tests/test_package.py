@@ -36,9 +36,9 @@ assert (with_scan.chains.ids.data >= 0).all()
 
 
 def test_readme_code_runs() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, object] = {}
-    exec(block, names)
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(block, names)
     loss_fn = names["loss_fn"]
     assert isinstance(loss_fn, torch_emc2.EMC2Loss)
     assert int((loss_fn.chains.ids.data >= 0).sum()) == 1000  # every sample was visited

@@ -1,6 +1,7 @@
 """The gradient of the global contrastive loss at the price of an in-batch one."""
 
 from torch_emc2 import exact, metropolis
+from torch_emc2.chunked import cached_backward
 from torch_emc2.losses import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
 
 __version__ = "0.1.0"
@@ -12,6 +13,7 @@ __all__ = [
     "InfoNCELoss",
     "NegativeCacheLoss",
     "SogCLRLoss",
+    "cached_backward",
     "exact",
     "metropolis",
 ]

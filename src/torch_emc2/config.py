@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -199,10 +201,11 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
     """
     known = presets()
     file = known.get(preset, Path(preset))
-    if not file.is_file():
+    if not os.path.isfile(file):  # Path's own raises where the name is too long
         raise ValueError(f"{preset!r} is neither a preset ({', '.join(known)}) nor a YAML file")
     parser = config_parser(prog)
     try:
+        _refuse_classes(_load(file))
         from_file = parser.parse_string(file.read_text() or "{}")
         if file.name == "config.yaml" and (file.parent / "versions.json").is_file():
             from_file.out = str(file.parent)
@@ -210,6 +213,38 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
         return Config(**parser.instantiate(given).as_dict())
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError(f"{str(file)!r} is nested too deeply, or an alias in it refers to itself") from error
+
+
+def _load(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text())
+    except Exception as error:  # PyYAML raises whatever a wrong value makes of it, AttributeError included
+        raise ValueError(f"{str(file)!r} is not YAML ({type(error).__name__}: {error})") from error
+
+
+def _refuse_classes(tree: Any) -> None:
+    """Refuse a class in the place of a group of fields: jsonargparse would import it, and run its module."""
+    groups = set(_groups(Config))
+    for path, value in _leaves(tree):
+        if "class_path" in path or (path in groups and value is not None):
+            raise ValueError(f"{'.'.join(path)} must be fields and their values, got {value!r}")
+
+
+def _groups(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint) and isinstance(hint, type):
+            yield (*path, name)
+            yield from _groups(hint, (*path, name))
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, (*path, *str(key).split(".")))
+    else:
+        yield path, tree
 
 
 def to_yaml(config: Config) -> str:

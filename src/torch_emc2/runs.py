@@ -25,6 +25,7 @@ from torch_emc2.data import (
     image_files,
     open_dataset,
 )
+from torch_emc2.data.images import one_line
 from torch_emc2.diagnosis import Diagnosis, diagnose, embed_views, to_markdown
 from torch_emc2.diagnostics import Staleness, score_staleness
 from torch_emc2.evaluation import evaluate, extract_features, nearest_neighbours, raw_pixels
@@ -45,7 +46,7 @@ def evaluate_run(run: Path) -> Metrics:
     The probe is fitted, and its L2 strength chosen, on the labelled training part; the test part is used once.
 
     Raises:
-        ValueError: the folder is no finished run, or its data set has no labels.
+        ValueError: the folder is no finished run, its files are damaged, or its data set has no labels.
     """
     config, encoder = _load(run)
     train, test = _labelled_parts(config)
@@ -106,7 +107,7 @@ def embed_folder(
         DataError: there is no image; or, unless they are to be skipped, one cannot be read.
     """
     config, encoder = _load(run)
-    paths = image_files(folder) if folder.is_dir() else []
+    paths = image_files(folder)
     if not paths:
         raise DataError(f"no images below {str(folder)!r}: give a folder that holds some")
     good = paths
@@ -114,6 +115,9 @@ def embed_folder(
         good = [path for path in paths if _is_readable(path)]
         if not good:
             raise DataError(f"none of the {len(paths)} images below {str(folder)!r} can be read")
+    for path in good:
+        if path != path.encode(errors="replace").decode():
+            raise DataError(f"the name {path!r} is not UTF-8, which a table's text must be: rename the file")
     device = _device(config)
     images = ImageDataset(FileImages(good), channels=encoder.channels)
     embeddings = _extract(encoder.to(device), config, images, device)
@@ -177,7 +181,13 @@ def _load(run: Path) -> tuple[Config, Encoder]:
         raise ValueError(f"{str(run)!r} is not a run's folder: it has no config.yaml")
     if not (run / "head.safetensors").is_file():
         raise ValueError(f"the run in {str(run)!r} is not finished: emc2 train {run / 'config.yaml'} --resume goes on")
-    return read_config(str(run / "config.yaml")), load_encoder(run)
+    config = read_config(str(run / "config.yaml"))
+    try:
+        return config, load_encoder(run)
+    except Exception as error:  # safetensors, json, timm and torch each have their own for a damaged file
+        raise ValueError(
+            f"the encoder in {str(run)!r} cannot be loaded, its files are damaged or of another run ({one_line(error)})"
+        ) from error
 
 
 def _labelled_parts(config: Config) -> tuple[ImageDataset, ImageDataset]:

@@ -42,9 +42,9 @@ def open_dataset(
     if limit is not None and limit < 2:
         raise DataError(f"limit must be at least 2, got {limit}: a lone image has no negatives")
     if name.startswith("folder:"):
-        dataset = _folder(Path(name.removeprefix("folder:")).expanduser(), split)
+        dataset = _folder(_expanded(name.removeprefix("folder:")), split)
     elif name in _NAMED:
-        dataset = _NAMED[name](split, Path(root).expanduser())
+        dataset = _NAMED[name](split, _expanded(root))
     else:
         raise DataError(f"unknown data set {name!r}; use one of {', '.join(_NAMED)}, folder:PATH")
 
@@ -58,6 +58,10 @@ def open_dataset(
         classes=dataset.classes,
         channels=channels or dataset.channels,
     )
+
+
+def _expanded(path: str | Path) -> Path:
+    return Path(os.path.expanduser(path))  # Path's own raises where there is no such user
 
 
 def _digits(split: Split, root: Path) -> ImageDataset:
@@ -159,7 +163,7 @@ def _imagenet100(split: Split, root: Path) -> ImageDataset:
 
 
 def _folder(path: Path, split: Split) -> ImageDataset:
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path's own raises where the name is too long
         raise DataError(f"{str(path)!r} is not a folder; give one that holds images, as folder:PATH")
     train = path / "train"
     test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)

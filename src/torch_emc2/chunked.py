@@ -1,0 +1,136 @@
+"""One step on a batch that is larger than memory: embed in chunks, twice (GradCache, Gao et al. 2021).
+
+A contrastive loss couples all samples of a batch, but only through their embeddings, which are small. So these are
+computed first, chunk by chunk and without graph; the loss is called once on all of them and gives the gradient at each;
+then each chunk is embedded again, with graph, and its gradient goes on to the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["cached_backward"]
+
+_RandomState = tuple[Tensor, Tensor | None]  # of the CPU, and of the current CUDA device
+
+
+def cached_backward(
+    loss_fn: Callable[..., Tensor],
+    encoder: Callable[[Tensor], Tensor],
+    views: tuple[Tensor, Tensor],
+    index: Tensor | None,
+    chunk_size: int,
+    *,
+    encode: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Do ``loss_fn(encoder(views[0]), encoder(views[1]), index, encode=encode).backward()`` chunk by chunk.
+
+    Gradients are added to ``.grad`` as there. Memory holds the graph of one chunk instead of the batch's, at the price
+    of a second forward pass. The loss is called once, on the whole batch: its chains and averages move as in a plain
+    step. Both passes draw the same dropout (random states of the CPU and of the current CUDA device).
+
+    Args:
+        loss_fn: any loss of this package, or a callable like it. With a `GradScaler` give ``lambda *args, **kwargs:
+            scaler.scale(loss_fn(*args, **kwargs))``; the loss returned is then scaled too.
+        encoder: inputs (n, …) -> embeddings (n, d), each row by itself. If it is wrapped in
+            `DistributedDataParallel`, gradients are averaged with the last chunk only.
+        views: the batch's first and second views (b, …), without graph.
+        index: (b,) or (b, 2) ids as the loss takes them, or None for a loss that needs none.
+        chunk_size: inputs embedded at a time, of a view or of what ``encode`` is asked for.
+        encode: ids (k,) -> embeddings (k, d) or (k, views, d), as the loss takes it; embedded in chunks too.
+
+    Returns:
+        The loss, a scalar without graph.
+
+    Raises:
+        ValueError: ``chunk_size`` is less than 1, views have a graph, or the encoder has batch norms in training mode:
+            their statistics would be those of a chunk, so that the gradient is another, and be counted twice.
+            What else a forward pass in training mode changes is changed twice.
+        ValueError, IndexError, TypeError: from the loss; no ``.grad`` has changed.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if any(view.requires_grad for view in views):
+        raise ValueError("views must have no graph, which chunks could not share: detach() them")
+    if any(view.ndim == 0 for view in views):
+        raise ValueError("views must be (b, …), got a single number")
+    _refuse_batch_norm(encoder)
+    embedded: list[_Embedded] = []
+
+    def embed(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        chunks, states, parts = torch.split(inputs, chunk_size), [], []
+        with torch.no_grad():
+            for chunk in chunks:
+                states.append(_random_state())
+                parts.append(function(chunk))
+            whole = torch.cat(parts)
+        if torch.is_grad_enabled():  # a loss may ask for constants
+            embedded.append(_Embedded(function, chunks, states, [len(part) for part in parts], whole.requires_grad_()))
+        return whole
+
+    first, second = (embed(encoder, view) for view in views)
+    loss = loss_fn(first, second, index, encode=None if encode is None else partial(embed, encode))
+    loss.backward()  # type: ignore[no-untyped-call]
+
+    torch.clear_autocast_cache()  # weights that were cast without graph
+    again = [step for whole in reversed(embedded) for step in whole.steps()]  # the last is the encoder's
+    for step, (function, chunk, state, gradient) in enumerate(again, 1):
+        with _drawing_from(state), nullcontext() if step == len(again) else _no_sync(encoder):
+            part = function(chunk)
+            if part.requires_grad or function is encoder:  # what `encode` gives may be constant
+                part.backward(gradient)  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+class _Embedded(NamedTuple):
+    """What one call has embedded without graph, and all that it takes to do it again."""
+
+    function: Callable[[Tensor], Tensor]
+    chunks: tuple[Tensor, ...]
+    states: list[_RandomState]  # before each chunk
+    sizes: list[int]  # of each chunk's embeddings
+    whole: Tensor
+
+    def steps(self) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor, _RandomState, Tensor]]:
+        """Yield for each chunk: the function, its input, the random state before it, the gradient at its output."""
+        if self.whole.grad is not None:
+            gradients = torch.split(self.whole.grad, self.sizes)
+            for chunk, state, gradient in zip(self.chunks, self.states, gradients, strict=True):
+                yield self.function, chunk, state, gradient
+
+
+def _random_state() -> _RandomState:
+    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if on_cuda else None
+
+
+@contextmanager
+def _drawing_from(state: _RandomState) -> Iterator[None]:
+    cpu, cuda = state
+    with torch.random.fork_rng([] if cuda is None else [torch.cuda.current_device()], device_type="cuda"):
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        yield
+
+
+def _no_sync(encoder: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    """Keep a distributed wrapper from averaging gradients that are not complete."""
+    return encoder.no_sync() if isinstance(encoder, DistributedDataParallel) else nullcontext()
+
+
+def _refuse_batch_norm(encoder: Callable[[Tensor], Tensor]) -> None:
+    for name, module in encoder.named_modules() if isinstance(encoder, nn.Module) else ():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise ValueError(
+                f"{'.'.join(filter(None, ('encoder', name)))} is a batch norm in training mode, which would see chunks "
+                "instead of the batch: use group or layer norms (norm: group in a preset), or put it in evaluation mode"
+            )
