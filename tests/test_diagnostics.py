@@ -204,3 +204,10 @@ def test_staleness_by_hand() -> None:
     same = score_staleness(torch.tensor([2.0, 2.0, 0.0]), aligned, unit[[0, 1, 1]][:, None].expand(3, 2, 2), 0.5)
     assert (same.median, same.p90, same.views_median) == (0, 0, 0)
     assert same.correlation == pytest.approx(1)
+
+
+@pytest.mark.parametrize("wrong", [{"runs": 1}, {"epochs": 0}, {"batch_size": 41}, {"batch_size": 1}])
+def test_what_cannot_be_measured_is_refused(wrong: dict[str, int]) -> None:
+    arguments = {"batch_size": 8, "epochs": 1, "runs": 2} | wrong
+    with pytest.raises(ValueError, match="runs must be at least 2, epochs at least 1 and batch_size from 2 to the 40"):
+        gradient_error(lambda _: DCLLoss(0.1), torch.randn(40, 2, 4), **arguments)

@@ -271,6 +271,18 @@ def test_resuming_a_finished_run_keeps_it(tiny: Config) -> None:
     assert_same(outcome(train(tiny, resume=True)), before)
 
 
+@pytest.mark.parametrize("damage", ["empty", "text", "foreign", "cut"])
+def test_a_damaged_checkpoint_is_named(damage: str, tiny: Config) -> None:
+    last = train(replace(tiny, epochs=1)) / "checkpoints" / "last.ckpt"
+    whole = last.read_bytes()
+    if damage == "foreign":
+        torch.save({"a": 1}, last)
+    else:
+        last.write_bytes({"empty": b"", "text": b"checkpoint", "cut": whole[: len(whole) // 2]}[damage])
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged .*put another checkpoint in its place"):
+        train(replace(tiny, epochs=1), resume=True)
+
+
 def test_two_runs_do_not_share_a_folder(tiny: Config) -> None:
     run = train(tiny)
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}

@@ -88,6 +88,11 @@ def gradient_error(
             makes it. It is costly, so less is averaged there: of each run the first epoch and the mean over all, and
             what is between from the first epochs of the first run.
     """
+    if runs < 2 or epochs < 1 or not 2 <= batch_size <= len(z):
+        raise ValueError(
+            f"runs must be at least 2, epochs at least 1 and batch_size from 2 to the {len(z)} samples, "
+            f"got {runs}, {epochs} and {batch_size}"
+        )
     exact = _exact_gradient(z, make_loss(0).temperature)
     lengths = [*(2**k for k in range(epochs.bit_length()) if 2**k < epochs), epochs]
     at_embeddings = _Errors(exact, lengths)

@@ -67,13 +67,18 @@ class Slots:
             return None, None
         return torch.tensor([*self._slots], dtype=torch.int64), torch.tensor([*self._slots.values()], dtype=torch.int64)
 
-    def check(self, keys: Tensor | None) -> None:
-        """Raise ValueError where saved keys, or None, are not of such slots."""
+    def check(self, keys: Tensor | None, *entries: Tensor) -> None:
+        """Raise ValueError where saved keys (n,), or None, are not of such slots, or not of entries (n, …)."""
         if (keys is None) != self.fixed:
             raise ValueError(
                 f"the state was saved with num_samples{'=None' if self.fixed else ' given'}, "
                 f"this loss has it {'given' if self.fixed else 'None'}: build the loss as the saved one was"
             )
+        if self.fixed:
+            return
+        counts = {getattr(part, "shape", (None,))[:1] for part in (keys, *entries)}
+        if not isinstance(keys, Tensor) or keys.dtype != torch.int64 or len(counts) != 1:
+            raise ValueError("the saved keys are not int64, one an entry: the state is damaged")
 
     def load(self, keys: Tensor | None) -> None:
         """Take over saved keys (n,): their slots are 0 … n-1."""

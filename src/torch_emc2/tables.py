@@ -70,11 +70,13 @@ class SampleTable:
         """Return what there is to save: the entries themselves, or of a growing table a copy of those of ``slots``."""
         return self.data if slots is None else self.read(slots.to(self.data.device))
 
-    def check(self, data: Tensor) -> None:
+    def check(self, data: object) -> None:
         """Raise ValueError where saved entries (n, *shape) do not fit."""
-        if data.shape[1:] != self.data.shape[1:] or (not self.grows and data.shape != self.data.shape):
+        saved = f"{data.dtype} {tuple(data.shape)}" if isinstance(data, Tensor) else repr(data)
+        fits = isinstance(data, Tensor) and data.is_floating_point() == self.data.is_floating_point()
+        if not fits or data.shape[1:] != self.data.shape[1:] or (not self.grows and data.shape != self.data.shape):  # type: ignore[attr-defined]
             raise ValueError(
-                f"the saved table is {tuple(data.shape)}, this one {tuple(self.data.shape)}: "
+                f"the saved table is {saved}, this one {self.data.dtype} {tuple(self.data.shape)}: "
                 "build the loss with the num_samples and num_chains it was saved with"
             )
 

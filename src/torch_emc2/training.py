@@ -310,7 +310,7 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
         if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
             _prepare_folder(config, run, resume, trainer.world_size)
         try:
-            trainer.fit(module, datamodule, ckpt_path=last if resume and last.exists() else None, weights_only=True)
+            trainer.fit(module, datamodule, ckpt_path=_whole(last) if resume else None, weights_only=True)
         except SIGTERMException:
             if trainer.is_global_zero:
                 print(f"emc2: stopped by SIGTERM; {again} goes on", file=sys.stderr)
@@ -352,6 +352,20 @@ def _checkpoints(config: Config, folder: Path) -> list[L.Callback]:
     if config.checkpoint_every_epochs is not None:
         callbacks.append(keep(every_n_epochs=config.checkpoint_every_epochs, save_on_train_epoch_end=True))
     return callbacks
+
+
+def _whole(checkpoint: Path) -> Path | None:
+    """Return a checkpoint that there is; raise ValueError where it cannot be read."""
+    if not checkpoint.exists():
+        return None
+    try:
+        torch.load(checkpoint, weights_only=True, mmap=True)["pytorch-lightning_version"]
+    except Exception as error:  # whatever unpickling makes of foreign bytes
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"{checkpoint} is damaged ({reason}): put another checkpoint in its place, or remove it to start again"
+        ) from error
+    return checkpoint
 
 
 def _prepare_folder(config: Config, run: Path, resume: bool, processes: int) -> None:

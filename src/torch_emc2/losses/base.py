@@ -201,13 +201,34 @@ class StatefulLoss(ContrastiveLoss):
     def get_extra_state(self) -> dict[str, Any]:
         """Return the memory, for ``state_dict()``; DDP does not broadcast it and ``.half()`` does not touch it."""
 
-    @abstractmethod
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a saved memory. Raises ValueError if it is of another size."""
+        """Take over a saved memory: the next call does what would have come next.
+
+        Raises:
+            ValueError: it is another loss's, or of another size; nothing has changed.
+        """
+        _check_alike(state, self.get_extra_state(), type(self).__name__)
+        self._load(state)
+
+    @abstractmethod
+    def _load(self, state: dict[str, Any]) -> None:
+        """Take over a memory of the right names: check it all, then change."""
 
     def extra_repr(self) -> str:
         """Show size and temperature."""
         return f"num_samples={self.num_samples}, {super().extra_repr()}"
+
+
+def _check_alike(saved: Any, own: Any, name: str) -> None:
+    """Raise ValueError where a state has other names in it than a loss's own, or no number where that has one."""
+    if isinstance(own, dict):
+        if not isinstance(saved, dict) or set(saved) != set(own):
+            found = sorted(map(str, saved)) if isinstance(saved, dict) else repr(saved)
+            raise ValueError(f"the saved state has {found}, this {name} {sorted(own)}: load what such a loss has saved")
+        for key in own:
+            _check_alike(saved[key], own[key], name)
+    elif isinstance(own, int) and not isinstance(saved, int):
+        raise ValueError(f"the saved state has {saved!r} for a number: load what a {name} has saved")
 
 
 def require_int(name: str, value: Any) -> int:

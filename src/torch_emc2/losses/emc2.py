@@ -250,28 +250,35 @@ class EMC2Loss(StatefulLoss):
         tables = {"keys": keys, "chains": self.chains.state(slots), "embeddings": embeddings}
         return {**tables, "seed": self.seed, "calls": self._calls}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a saved state: the next call draws the noise that would have come next."""
-        embeddings = state["embeddings"]
-        if self.carry != "cache":
-            embeddings = None
-        elif embeddings is None and bool((state["chains"]["ids"] != EMPTY).any()):
-            raise ValueError(
-                'the saved state has chains and no embeddings for carry="cache": '
-                "build the loss with the carry it was saved with"
-            )
-        self._slots.check(state.get("keys"))
-        self.chains.check(state["chains"])
+    def _load(self, state: dict[str, Any]) -> None:
+        keys, chains, embeddings = state["keys"], state["chains"], state["embeddings"]
+        self._slots.check(keys, chains["ids"], chains["scores"])
+        self.chains.check(chains)
         table = None
-        if embeddings is not None:
-            table = self._embeddings
-            if table is None or table.data.shape[1:] != embeddings.shape[1:]:
-                table = SampleTable(self.num_samples, tuple(embeddings.shape[1:]), torch.float32, 0.0)
-            table.load(embeddings)
+        if self.carry == "cache":
+            table = self._loaded_embeddings(keys, chains["ids"], embeddings)
         self._embeddings = table
-        self._slots.load(state.get("keys"))
-        self.chains.load(state["chains"])
+        self._slots.load(keys)
+        self.chains.load(chains)
         self.seed, self._calls = state["seed"], state["calls"]
+
+    def _loaded_embeddings(self, keys: Tensor | None, ids: Tensor, embeddings: Tensor | None) -> SampleTable | None:
+        if embeddings is None:
+            if bool((ids != EMPTY).any()):
+                raise ValueError(
+                    'the saved state has chains and no embeddings for carry="cache": '
+                    "build the loss with the carry it was saved with"
+                )
+            return None
+        if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
+            raise ValueError("the saved embeddings are not (n, d): the state is damaged")
+        table = self._embeddings
+        if table is None or table.data.shape[1:] != embeddings.shape[1:]:
+            table = SampleTable(self.num_samples, tuple(embeddings.shape[1:]), torch.float32, 0.0)
+        table.check(embeddings)
+        self._slots.check(keys, embeddings)
+        table.load(embeddings)
+        return table
 
 
 @lru_cache(maxsize=8)

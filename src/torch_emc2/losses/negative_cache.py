@@ -139,8 +139,9 @@ class NegativeCacheLoss(StatefulLoss):
         tables = {"embeddings": self._embeddings.data, "written": self._written.data}
         return {**tables, "seed": self.seed, "calls": self._calls}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a saved cache: the next call draws what would have been drawn next."""
+    def _load(self, state: dict[str, Any]) -> None:
+        self._embeddings.check(state["embeddings"])
+        self._written.check(state["written"])
         self._embeddings.load(state["embeddings"])
         self._written.load(state["written"])
         self.seed, self._calls = state["seed"], state["calls"]

@@ -69,8 +69,8 @@ class SogCLRLoss(StatefulLoss):
         keys, slots = self._slots.keys()
         return {"keys": keys, "log_u": self._log_u.state(slots)}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over saved moving averages."""
-        self._slots.check(state.get("keys"))
+    def _load(self, state: dict[str, Any]) -> None:
+        self._slots.check(state["keys"], state["log_u"])
+        self._log_u.check(state["log_u"])
         self._log_u.load(state["log_u"])
-        self._slots.load(state.get("keys"))
+        self._slots.load(state["keys"])
