@@ -175,3 +175,9 @@ def test_samples_must_fill_a_batch(finished: Path) -> None:
         diagnose_run(finished, samples=10)
     with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
         diagnose_run(finished, samples=20, epochs=0)
+
+
+def test_finite_views_are_diagnosed_without_staleness(tiny: Config, tmp_path: Path) -> None:
+    data = replace(tiny.data, finite_views=2, root=str(tmp_path))
+    run = train(replace(tiny, epochs=1, data=data))
+    assert diagnose_run(run, samples=20, batch_size=5, epochs=1).staleness is None

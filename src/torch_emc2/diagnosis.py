@@ -36,6 +36,7 @@ class Diagnosis:
         samples: number of images, with two fixed views each.
         batch_size: samples a batch.
         temperature: 1 / β.
+        burn_in: EMC²'s.
         runs: independent ones that each error is a mean over, after ``mixing_epochs``.
         mixing_epochs: epochs before the first that counts.
         target: the distribution that the chains draw from.
@@ -46,6 +47,7 @@ class Diagnosis:
     samples: int
     batch_size: int
     temperature: float
+    burn_in: float
     runs: int
     mixing_epochs: int
     target: Target
@@ -127,7 +129,7 @@ def diagnose(
             to_parameters=to_parameters,
         )
     target = target_statistics(z, temperature, batch_size)
-    return Diagnosis(len(z), batch_size, temperature, RUNS, MIXING_EPOCHS, target, errors, staleness)
+    return Diagnosis(len(z), batch_size, temperature, burn_in, RUNS, MIXING_EPOCHS, target, errors, staleness)
 
 
 def error_table(errors: dict[str, GradientError]) -> str:
@@ -156,7 +158,8 @@ def to_markdown(diagnosis: Diagnosis) -> str:
     ]
     parts = [
         f"{diagnosis.samples} samples of two fixed views, batches of {diagnosis.batch_size}, "
-        f"β = {1 / diagnosis.temperature:.4g}; {diagnosis.runs} runs after {diagnosis.mixing_epochs} epochs of mixing. "
+        f"β = {1 / diagnosis.temperature:.4g}, burn-in {diagnosis.burn_in:g}; "
+        f"{diagnosis.runs} runs after {diagnosis.mixing_epochs} epochs of mixing. "
         "Errors are squared, and relative to the squared norm of the exact gradient.",
         "Gradient at the embeddings:",
         error_table(diagnosis.errors).rstrip(),

@@ -165,7 +165,8 @@ def diagnose_run(
         config.batch_size if batch_size is None else batch_size,
         burn_in=config.emc2.burn_in,
         epochs=epochs,
-        staleness=_staleness(run, encoder, views, index, pairs, config.temperature),
+        # Finite views have chains of their own, which met other views than these two.
+        staleness=None if data.finite_views else _staleness(run, encoder, views, index, pairs, config.temperature),
     )
     with whole_file(run / "diagnosis.json") as file:
         file.write_text(json.dumps(asdict(diagnosis), indent=2, ensure_ascii=False) + "\n")
@@ -227,6 +228,8 @@ def _staleness(
     if "chains" not in loss:
         return None
     ids, scores = (loss["chains"][name][index] for name in ("ids", "scores"))
+    if (ids != EMPTY).sum() < 2:
+        return None
     carried_index, carried_pairs = _two_views(views, torch.unique(ids[ids != EMPTY]).long())
     row, chain = torch.isin(ids, carried_index).nonzero(as_tuple=True)
     place = torch.searchsorted(carried_index, ids[row, chain].long())

@@ -134,8 +134,9 @@ class ContrastiveModule(L.LightningModule):
         try:
             loss: Tensor = self.loss(z1, z2, batch.index, encode)
         except ValueError as error:
-            finite = torch.stack([z1, z2]).isfinite().all(2).all(0)
-            error.args = (f"step {self.trainer.global_step}: {error}; {self._samples(batch.index[~finite])}",)
+            broken = ~torch.stack([z1, z2]).isfinite().all(2).all(0)
+            rows = f"; {self._samples(batch.index[broken])}" if broken.any() else ""
+            error.args = (f"step {self.trainer.global_step}: {error}{rows}",)
             raise
         numbers = {"loss": loss.detach(), **self.loss.last}
         means = self.trainer.strategy.reduce(torch.stack(list(numbers.values())), reduce_op="mean")  # over ranks
@@ -377,9 +378,11 @@ def _prepare_folder(config: Config, run: Path, resume: bool, processes: int) -> 
     if file.exists():
         then = json.loads(versions_file.read_text()) if versions_file.exists() else {}
         before = then.get("processes", processes)
-        different = sorted(set(_what_counts(file.read_text(), before)) ^ set(_what_counts(text, processes)))
+        had, has = _what_counts(file.read_text(), before), _what_counts(text, processes)
+        different = [name for name in {**had, **has} if had.get(name) != has.get(name)]
         if different:
-            raise ValueError(f"cannot resume {run}: its config differs ({'; '.join(different)})")
+            changes = "; ".join(f"{name}: {had.get(name)}, now {has.get(name)}" for name in different)
+            raise ValueError(f"cannot resume {run}: its config differs ({changes})")
     versions: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     versions["processes"] = processes
     for package in _PACKAGES:
@@ -390,9 +393,9 @@ def _prepare_folder(config: Config, run: Path, resume: bool, processes: int) -> 
             path.write_text(content)
 
 
-def _what_counts(text: str, processes: int) -> list[str]:
-    """Return the lines of a config that a resumed run must share: what its results depend on."""
-    fields = yaml.safe_load(text)
+def _what_counts(text: str, processes: int) -> dict[str, Any]:
+    """Return the fields of a config that a resumed run must share: what its results depend on."""
+    fields = _flat(yaml.safe_load(text))
     for name in (
         "out",
         "accelerator",
@@ -400,8 +403,16 @@ def _what_counts(text: str, processes: int) -> list[str]:
         "checkpoint_every_epochs",
         "checkpoint_every_steps",
         "log_every_steps",
+        "data.num_workers",
     ):
         fields.pop(name, None)
-    fields["data"].pop("num_workers", None)
     fields["batch_size on all devices"] = fields.pop("batch_size") * processes
-    return [line.strip() for line in yaml.safe_dump(fields, sort_keys=False).splitlines()]
+    return fields
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name nested fields as the command line does."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from torch_emc2.data import DataError
 from torch_emc2.experiments.definitions import EXPERIMENTS, METHODS, SCALES, base_config, override
 
 
@@ -31,7 +32,11 @@ def test_every_experiment_takes_every_data_set(dataset: str, scale: str) -> None
     base = base_config(dataset, scale, [])
     assert base.data.name == dataset
     for name, experiment in EXPERIMENTS.items():
-        variants = list(experiment.variants(base, {}))
+        try:
+            variants = list(experiment.variants(base, {}))
+        except DataError:
+            assert name == "pre-augmented"  # its sizes are those of the images that are there
+            continue
         places = Counter((variant.series, variant.x) for variant in variants)
         assert max(places.values()) == 1, f"{name}: a place of the figure is taken twice"
         configs = [str(asdict(variant.config)) for variant in variants]
@@ -40,10 +45,11 @@ def test_every_experiment_takes_every_data_set(dataset: str, scale: str) -> None
 
 def test_settings_of_the_paper() -> None:
     base = base_config("stl10", "full", [])
-    variants = {name: list(experiment.variants(base, {})) for name, experiment in EXPERIMENTS.items()}
+    names = ("burn-in", "small-batch", "large-batch", "gradient-study")
+    variants = {name: list(EXPERIMENTS[name].variants(base, {})) for name in names}
     assert [variant.x for variant in variants["burn-in"]] == [0.0, 0.25, 0.5, 0.75, 0.9]
     assert {variant.config.batch_size for variant in variants["small-batch"]} == {32}
-    assert {variant.config.batch_size for variant in variants["pre-augmented"]} == {256}
+    assert {variant.config.batch_size for variant in variants["large-batch"]} == {256}
     for _, _, config in variants["gradient-study"]:
         assert (config.data.limit, config.data.finite_views, config.model.norm) == (500, 2, "none")
         assert (config.optimizer.name, config.optimizer.lr, config.batch_size) == ("sgd", 1e-3, 4)
@@ -54,10 +60,13 @@ def test_settings_of_the_paper() -> None:
         assert 1 / config.temperature == pytest.approx(14.28, abs=0.01)
 
 
-def test_sizes_are_compared_at_equal_samples() -> None:
-    base = base_config("fashion-mnist", "small", [])
-    for variant in EXPERIMENTS["pre-augmented"].variants(base, {}):
-        assert variant.config.epochs * variant.x == base.epochs * 5000
+def test_sizes_are_those_of_the_images_and_compared_at_equal_samples() -> None:
+    base = base_config("digits", "full", [])
+    variants = list(EXPERIMENTS["pre-augmented"].variants(base, {}))
+    assert {variant.x for variant in variants} == {1437 // 4, 1437 // 2, 1437}
+    for _, size, config in variants:
+        assert (config.data.limit, config.epochs) == (size, 1437 // size * base.epochs)
+        assert config.optimizer.warmup_epochs / config.epochs == base.optimizer.warmup_epochs / base.epochs
 
 
 def test_every_method_is_searched_alike() -> None:

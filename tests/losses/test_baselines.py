@@ -285,3 +285,12 @@ def test_sogclr_names_a_bad_gamma(gamma: float) -> None:
 def test_negative_cache_names_a_bad_fraction() -> None:
     with pytest.raises(ValueError, match=r"refresh_fraction must be in \[0, 1\].*got 2"):
         NegativeCacheLoss(M, D, refresh_fraction=2)
+
+
+def test_negative_cache_without_another_sample_is_no_nan() -> None:
+    loss_fn = NegativeCacheLoss(4, D)
+    z = torch.randn(2, 2, D)
+    loss_fn(*z, torch.tensor([0, 1]))
+    loss_fn.forget(torch.tensor([1]))
+    with pytest.raises(ValueError, match="no entry of another sample for some row"):
+        loss_fn.eval()(*z, torch.tensor([0, 2]))

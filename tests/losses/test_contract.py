@@ -514,3 +514,12 @@ def test_four_ranks_write_a_checkpoint_that_one_reads(tmp_path: Path) -> None:
         loss_fn = MAKERS[name]()
         loss_fn.load_state_dict(torch.load(tmp_path / "one.pt", weights_only=True, mmap=True))
         assert_same(loss_fn.state_dict(), want)
+
+
+@each_loss
+def test_a_second_derivative_is_refused(name: str) -> None:
+    z1, z2, index = batch(0, 6)
+    z1.requires_grad_()
+    loss = MAKERS[name]()(z1, z2, index, encode=table().__getitem__)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(loss, z1, create_graph=True)

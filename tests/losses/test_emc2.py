@@ -563,3 +563,13 @@ def test_encode_is_asked_for_and_checked(carry: str) -> None:
                 loss_fn(*z, index, encode=wrong)
         if carry == "encode":
             assert torch.equal(loss_fn.chains.ids.data, before)
+
+
+def test_views_carried_as_one_need_ids_in_order() -> None:
+    loss_fn = EMC2Loss(None, carry="encode", kernel="isir")
+    z, index = torch.randn(2, B, D), torch.arange(2 * B).view(B, 2)
+    loss_fn(*z, index, encode=lambda ids: torch.randn(len(ids), 2, D))
+    with pytest.raises(
+        ValueError, match=r"carried together where their ids are sample · 2 \+ view, so give num_samples"
+    ):
+        loss_fn(*z, index, encode=lambda ids: torch.randn(len(ids), 2, D))

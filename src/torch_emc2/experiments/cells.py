@@ -6,12 +6,12 @@ import csv
 import hashlib
 import json
 import os
-import resource
 import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -23,6 +23,7 @@ from filelock import FileLock  # torch's own dependency
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
+import torch_emc2
 from torch_emc2.config import Config, to_yaml
 from torch_emc2.experiments.measure import AccuracyCurve, Curve, GradientCurve, Part
 from torch_emc2.files import whole_file
@@ -57,8 +58,8 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A hash of all that its numbers depend on: equal cells of several experiments are run once."""
-        config = to_yaml(replace(self.config, out=""))
+        """A hash of settings, versions and GPU: equal cells of several experiments are run once."""
+        config = to_yaml(replace(self.config, out="")) + f"{torch_emc2.__version__} {torch.__version__} {_gpu()}"
         return hashlib.sha256(
             f"{config}{self.measured} {self.points} {self.labelled} {self.part}".encode()
         ).hexdigest()[:12]
@@ -92,7 +93,11 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int, results: Path) -> 
                 cell = running[done]
                 bar.set_postfix_str(f"{cell.series}, {cell.x}, seed {cell.config.seed}")
                 bar.update()
-                if (row := done.result()) is None:
+                try:
+                    row = done.result()
+                except BrokenProcessPool:  # killed, for want of memory perhaps; and with it all that were running
+                    row = None
+                if row is None:
                     failed.append(folder / cell.key / "log.txt")
                 else:
                     rows[cell.key] = row
@@ -101,7 +106,8 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int, results: Path) -> 
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if failed:
-        reason = failed[0].read_text().strip().splitlines()[-1]
+        lines = failed[0].read_text().strip().splitlines() if failed[0].exists() else []
+        reason = lines[-1] if lines else "it was killed"
         raise ValueError(f"{len(failed)} of {len(cells)} cells failed, the others are kept; {failed[0]}: {reason}")
     return _rows(cells, rows)
 
@@ -127,15 +133,26 @@ def _measure(cell: Cell, folder: Path) -> Row | None:
             else:
                 curve = GradientCurve(cell.points)
             train(config, callbacks=[curve])
-        except Exception:
+        except BaseException:  # SystemExit too: what ends a cell is the cell's
             traceback.print_exc()
             return None
     curve.write(folder / "curve.csv")
     shutil.rmtree(folder / "run" / "checkpoints")  # large, and of no use once the run is whole
-    row = {**curve.rows[-1], "peak_memory_mb": _peak_memory_mb()}
+    row = {
+        **curve.rows[-1],
+        "peak_memory_mb": curve.peak_memory_mb,
+        "device": _gpu() or "CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torch_emc2": torch_emc2.__version__,
+    }
     with whole_file(folder / "row.json") as file:
         file.write_text(json.dumps(row) + "\n")
     return row
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _finished(folder: Path) -> Row | None:
@@ -158,14 +175,6 @@ def _write(cells: Sequence[Cell], rows: dict[str, Row], results: Path) -> None:
         writer = csv.DictWriter(file, list(table[0]) if table else ["series", "x", "seed", "cell"])
         writer.writeheader()
         writer.writerows(table)
-
-
-def _peak_memory_mb() -> float:
-    """Of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
-        return round(peak / 2**20, 1)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
 
 
 @contextmanager

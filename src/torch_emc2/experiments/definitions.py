@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch_emc2.config import Config, read_config
+from torch_emc2.data import open_dataset
 
 __all__ = ["EXPERIMENTS", "METHODS", "SCALES", "Experiment", "Scale", "Tuned", "Variant", "base_config", "override"]
 
@@ -111,6 +113,8 @@ def override(config: Any, fields: Mapping[str, Any]) -> Any:
     """Return a copy of nested dataclasses with fields such as ``{"optimizer.lr": 0.1}`` replaced."""
     for name, value in fields.items():
         first, _, rest = name.partition(".")
+        if not hasattr(config, first):
+            raise ValueError(f"no field {name!r} in {type(config).__name__}: emc2 train --help lists them")
         inner = getattr(config, first)
         config = replace(config, **{first: override(inner, {rest: value}) if is_dataclass(inner) and rest else value})
     return config
@@ -137,12 +141,15 @@ def _batch_sizes(base: Config, tuned: Tuned) -> Iterator[Variant]:
             yield Variant(name, size, _method(base, tuned, name, batch_size=size))
 
 
-def _kernels(field: str, *values: float | str) -> Callable[[Config, Tuned], Iterator[Variant]]:
-    def variants(base: Config, tuned: Tuned) -> Iterator[Variant]:
-        for name, value in product(_KERNELS, values):
-            yield Variant(name, value, _method(base, tuned, name, **{field: value}))
+def _chains(base: Config, tuned: Tuned) -> Iterator[Variant]:
+    for name, chains in product(_KERNELS, (1, 2, 4, 8)):
+        yield Variant(name, chains, _method(base, tuned, name, emc2__num_chains=chains))
 
-    return variants
+
+def _carry(base: Config, tuned: Tuned) -> Iterator[Variant]:
+    """With group norm: policies encode different images together, which batch norm would not forget."""
+    for name, carry in product(_KERNELS, ("encode", "encode_if_used", "cache", "drop")):
+        yield Variant(name, carry, _method(base, tuned, name, emc2__carry=carry, model__norm="group"))
 
 
 def _burn_in(base: Config, tuned: Tuned) -> Iterator[Variant]:
@@ -152,15 +159,23 @@ def _burn_in(base: Config, tuned: Tuned) -> Iterator[Variant]:
 
 def _stale(base: Config, tuned: Tuned) -> Iterator[Variant]:
     for (label, carry), share in product({"fresh": "encode", "stale": "encode_if_used"}.items(), (0.0, 0.5, 0.9)):
-        yield Variant(f"{label} scores", share, _method(base, tuned, "EMC²", emc2__carry=carry, emc2__burn_in=share))
+        fields = {"emc2__carry": carry, "emc2__burn_in": share, "model__norm": "group"}  # as in `_carry`
+        yield Variant(f"{label} scores", share, _method(base, tuned, "EMC²", **fields))
 
 
 def _pre_augmented(base: Config, tuned: Tuned) -> Iterator[Variant]:
-    for share, name in product((0.25, 0.5, 1.0), METHODS):
-        size = int(share * (base.data.limit or 100_000))
-        fields = {"data__limit": size, "data__finite_views": 2, "batch_size": min(256, size)}
-        epochs = round(base.epochs / share)  # the same number of samples, and steps, for each size
-        yield Variant(name, size, _method(base, tuned, name, epochs=epochs, **fields))
+    data = base.data
+    images = len(open_dataset(data.name, "train", Path(data.root), channels=data.channels, limit=data.limit))
+    for part, name in product((4, 2, 1), METHODS):  # more epochs of fewer images: as many samples for each size
+        size = images // part
+        fields = {
+            "data__limit": size,
+            "data__finite_views": 2,
+            "batch_size": min(256, size),
+            "epochs": part * base.epochs,
+        }
+        warmup = part * base.optimizer.warmup_epochs
+        yield Variant(name, size, _method(base, tuned, name, optimizer__warmup_epochs=warmup, **fields))
 
 
 def _gradient_study(base: Config, tuned: Tuned) -> Iterator[Variant]:
@@ -180,7 +195,8 @@ def _gradient_study(base: Config, tuned: Tuned) -> Iterator[Variant]:
 def _search(base: Config, tuned: Tuned) -> Iterator[Variant]:
     """A cross around the preset's learning rate and temperature, the same for every method."""
     for name, (rate, heat) in product(METHODS, ((1, 1), (1 / 3, 1), (3, 1), (1, 0.5), (1, 2))):
-        lr, temperature = float(f"{rate * base.optimizer.lr:.2g}"), float(f"{heat * base.temperature:.3g}")
+        lr = base.optimizer.lr if rate == 1 else float(f"{rate * base.optimizer.lr:.2g}")
+        temperature = heat * base.temperature
         config = _method(base, {}, name, optimizer__lr=lr, temperature=temperature)
         yield Variant(name, f"lr {lr:g}, temperature {temperature:g}", config)
 
@@ -208,11 +224,7 @@ EXPERIMENTS = {
         "Linear probe and 1-NN at b = 256 (paper, ImageNet-100)", "batch size", _methods(256), "curves", "imagenet100"
     ),
     "batch-size": Experiment("Batch size at equal samples", "batch size", _batch_sizes),
-    "chains": Experiment("Chains a sample", "chains", _kernels("emc2__num_chains", 1, 2, 4, 8)),
-    "carry": Experiment(
-        "Who supplies the carried negative",
-        "carry",
-        _kernels("emc2__carry", "encode", "encode_if_used", "cache", "drop"),
-    ),
+    "chains": Experiment("Chains a sample", "chains", _chains),
+    "carry": Experiment("Who supplies the carried negative", "carry", _carry),
     "stale": Experiment("Fresh and stored scores of carried negatives", "burn-in", _stale),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -26,21 +28,34 @@ Row = dict[str, float]
 
 
 class Curve(L.Callback):
-    """Rows measured along a run; ``seconds`` are those of training alone."""
+    """Rows measured along a run; seconds and memory are those of training alone.
+
+    Attributes:
+        rows: ``step``, ``samples`` seen by all devices, ``seconds`` of training, and what `measure` gives.
+        peak_memory_mb: largest memory up to the first row, before anything is measured: a GPU's, or this process's.
+    """
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self._seconds, self._since = 0.0, 0.0
+        self.peak_memory_mb = 0.0
+        self._samples, self._seconds, self._since = 0, 0.0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self._since = time.perf_counter()
 
-    def add(self, trainer: L.Trainer, module: Any, step: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Count the samples."""
+        self._samples += len(batch.index) * trainer.world_size
+
+    def add(self, trainer: L.Trainer, module: Any) -> None:
         """Measure with the clock stopped."""
         self._seconds += time.perf_counter() - self._since
-        samples = step * module.config.batch_size * module.config.accumulate
-        self.rows.append({"step": step, "samples": samples, "seconds": self._seconds, **self.measure(trainer, module)})
+        self.peak_memory_mb = self.peak_memory_mb or _peak_memory_mb()
+        passed = {"step": trainer.global_step, "samples": self._samples, "seconds": self._seconds}
+        self.rows.append({**passed, **self.measure(trainer, module)})
         self._since = time.perf_counter()
 
     def measure(self, trainer: L.Trainer, module: Any) -> Row:
@@ -89,7 +104,7 @@ class AccuracyCurve(Curve):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure if it is this epoch's turn."""
         if trainer.current_epoch + 1 in self.epochs:
-            self.add(trainer, pl_module, trainer.global_step)
+            self.add(trainer, pl_module)
 
     def measure(self, trainer: L.Trainer, module: Any) -> Row:
         """Return accuracies in [0, 1]."""
@@ -123,7 +138,7 @@ class GradientCurve(Curve):
         """Measure if it is this step's turn: the weights are those of the step's gradient."""
         total = int(trainer.estimated_stepping_batches)
         if trainer.global_step % max(1, total // self.points) == 0 or trainer.global_step == total - 1:
-            self.add(trainer, pl_module, trainer.global_step)
+            self.add(trainer, pl_module)
 
     def measure(self, trainer: L.Trainer, module: Any) -> Row:
         """Return the exact numbers; the step's gradient is put back."""
@@ -148,6 +163,13 @@ class GradientCurve(Curve):
             "error": float(sum(squares)),
             "collapsed": math.log(views.num_views * (views.num_samples - 1)),
         }
+
+
+def _peak_memory_mb() -> float:
+    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        return round(peak / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
 
 
 def _at_most(images: ImageDataset, count: int | None) -> ImageDataset:

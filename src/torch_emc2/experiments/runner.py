@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
-import torch_emc2
 from torch_emc2.config import Config
 from torch_emc2.experiments.cells import Cell, Row, run_cells
-from torch_emc2.experiments.definitions import EXPERIMENTS, METHODS, SCALES, Tuned, base_config
+from torch_emc2.experiments.definitions import EXPERIMENTS, METHODS, SCALES, Tuned, Variant, base_config
 from torch_emc2.experiments.figure import accuracy_panels, draw_panels, gradient_panels, group, markdown, sweep_panels
 from torch_emc2.experiments.measure import read_curve
 from torch_emc2.files import whole_file
@@ -73,8 +73,10 @@ def run_experiment(
     if jobs < 1 or not seeds:
         raise ValueError(f"jobs must be at least 1 and seeds not empty, got {jobs} and {list(seeds)}")
     experiment, size = EXPERIMENTS[name], SCALES[scale]
-    dataset = dataset or experiment.dataset
-    base: Config = base_config(dataset, scale, overrides or [])
+    dataset, tuned, overrides = dataset or experiment.dataset, tuned or {}, overrides or []
+    base = base_config(dataset, scale, overrides)
+    variants = list(experiment.variants(base, tuned))
+    _refuse_ignored(name, overrides, base, variants)
     cells = [
         Cell(
             variant.series,
@@ -85,10 +87,10 @@ def run_experiment(
             labelled=size.labelled,
             part="validation" if name == "search" else "test",
         )
-        for variant in experiment.variants(base, tuned or {})
+        for variant in variants
         for seed in seeds
     ]
-    shared = out / f"{Path(dataset).name.removeprefix('folder:')}-{scale}"
+    shared = out / f"{_folder_name(dataset)}-{scale}"
     folder = shared / name
     rows = run_cells(cells, shared / "cells", jobs, folder / "results.csv")
     if experiment.figure == "sweep":
@@ -103,7 +105,7 @@ def run_experiment(
             file.write_text(yaml.safe_dump(_best(cells, rows), allow_unicode=True, sort_keys=False))
     table = markdown(rows, experiment.axis, _GRADIENT if experiment.figure == "gradient" else _ACCURACY)
     with whole_file(folder / "table.md") as file:
-        file.write_text(f"{experiment.title}. {_circumstances(dataset, scale)}\n\n{table}")
+        file.write_text(f"{experiment.title}. {_circumstances(rows, dataset, scale, overrides, tuned)}\n\n{table}")
     return folder
 
 
@@ -119,6 +121,13 @@ def read_tuned(file: Path) -> Tuned:
     return content
 
 
+def _folder_name(dataset: str) -> str:
+    if not dataset.startswith("folder:"):
+        return dataset
+    path = Path(dataset.removeprefix("folder:")).expanduser().absolute()
+    return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"  # another folder may have its name
+
+
 def _best(cells: Sequence[Cell], rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """For every method the settings whose probe is best on the validation part, mean over seeds."""
     configs = {cell.key: cell.config for cell in cells}
@@ -130,7 +139,20 @@ def _best(cells: Sequence[Cell], rows: Sequence[Row]) -> dict[str, dict[str, flo
     return best
 
 
-def _circumstances(dataset: str, scale: str) -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    versions = f"torch-emc2 {torch_emc2.__version__}, torch {torch.__version__}"
-    return f"{dataset}, scale {scale}; {versions}, {device}. Mean ± standard deviation over seeds."
+def _refuse_ignored(name: str, overrides: Sequence[str], base: Config, variants: Sequence[Variant]) -> None:
+    """Raise ValueError for a field given by the user that the experiment sets itself, in all of its runs."""
+    for field in (argument.removeprefix("--").partition("=")[0] for argument in overrides if argument.startswith("--")):
+        get = operator.attrgetter(field)
+        if field in ("loss", "seed", "out") or all(get(variant.config) != get(base) for variant in variants):
+            raise ValueError(f"--{field} is what {name} sets for its runs itself: leave it out")
+
+
+def _circumstances(rows: Sequence[Row], dataset: str, scale: str, overrides: Sequence[str], tuned: Tuned) -> str:
+    """Say what the rows are of, and where they were measured."""
+    made = {
+        f"torch-emc2 {row['torch_emc2']}, torch {row['torch']}, {row['device']}, {row['threads']} threads a run"
+        for row in rows
+    }
+    searched = ", ".join(f"{name} {dict(fields)}" for name, fields in tuned.items())
+    settings = " ".join([f"scale {scale}", *overrides]) + (f"; from a search: {searched}" if searched else "")
+    return f"{dataset}, {settings}. Measured with {'; and '.join(sorted(made))}. Mean ± standard deviation over seeds."

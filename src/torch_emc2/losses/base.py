@@ -31,7 +31,11 @@ __all__ = [
 ]
 
 Encode = Callable[[Tensor], Tensor]
-"""``encode(ids)``: embeddings (k, d) of the samples (or views) ``ids`` (k,) with today's weights, with gradient."""
+"""``encode(ids)``: embeddings (k, d) of the samples (or views) ``ids`` (k,) with today's weights, with gradient.
+
+Under DDP it must call the wrapped module itself (``ddp.module``): ranks have different ids to encode, one perhaps none,
+and would wait for one another in the wrapper's exchange of buffers.
+"""
 
 
 class CheckedEncode(Protocol):
@@ -113,6 +117,7 @@ class ContrastiveLoss(nn.Module, ABC):
 
         Under an initialised process group of several ranks the batch is gathered; the mean over ranks of value and
         gradient is what one process computes on the whole batch. Where one rank's input is not usable, all raise.
+        The loss can be differentiated once: ``create_graph=True`` raises RuntimeError.
         """
         checked = None if encode is None else _checked(encode, z1)
         with torch.autocast(z1.device.type, enabled=False):
@@ -137,7 +142,8 @@ class ContrastiveLoss(nn.Module, ABC):
             self.last.update(global_loss=global_loss, positive_similarity=positive.sum() * (share * self.temperature))
             value = global_loss if weights.value is None else weights.value.sum() * share
             surrogate = _weighted_sum(pairs, weights) * (share / self.temperature)
-            return value + (surrogate - surrogate.detach())
+            loss: Tensor = _DifferentiableOnce.apply(value + (surrogate - surrogate.detach()))
+            return loss
 
     @abstractmethod
     def _weigh(
@@ -236,6 +242,20 @@ def require_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return int(value)
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """The weights are constants: a second derivative would be wrong, not missing."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the loss can be differentiated once: take its gradient without create_graph=True")
+        return gradients[0]
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class EMC2Loss(StatefulLoss):
         kernel: how a chain moves. ``"metropolis"`` is the paper's. ``"isir"`` chooses among the batch and the carried
             negative by their softmax, which are its weights too: no burn-in, less variance, and exact in the long run
             although batches are drawn without replacement. There ``encode(ids)`` may return (k, views, d), all views of
-            the ids' samples, which are then carried together.
+            the ids' samples, which are then carried together; with an id a view, ids must then be
+            ``sample · views + view``.
         seed: of the chains' noise, which is a function of (seed, number of the call).
 
     Notes:
@@ -197,6 +198,11 @@ class EMC2Loss(StatefulLoss):
                 raise ValueError(
                     f'encode gave {views} views an id: only kernel="isir" with carry="encode" carries more than one; '
                     f"here they are {self.kernel!r} and {self.carry!r}"
+                )
+            if views != 1 and self.num_samples is None and pairs.index is not None and pairs.index.ndim == 2:
+                raise ValueError(
+                    f"encode gave {views} views an id: views are carried together where their ids are sample · {views} "
+                    "+ view, so give num_samples"
                 )
         first = torch.zeros_like(carried).masked_scatter_(wanted, place * views)
         place = (first[:, :, None] + torch.arange(views, device=first.device)).flatten(1)

@@ -82,6 +82,8 @@ class NegativeCacheLoss(StatefulLoss):
         views = self.views_per_sample if pairs.index is not None and pairs.index.ndim == 2 else 1
         entries = torch.arange(len(written), device=written.device)
         scores.masked_fill_((written < 0) | (entries // views == row_ids // views), -torch.inf)
+        if bool((scores.amax(1) == -torch.inf).any()):
+            raise ValueError("the cache has no entry of another sample for some row: train on more samples first")
         w_pos = (positive - torch.logaddexp(positive, log_sum_exp(scores))).exp()
 
         noise = exponential_noise(pairs, scores.shape[1:], self.seed, self._calls).view_as(scores)

@@ -20,8 +20,8 @@ class SogCLRLoss(StatefulLoss):
     """Stochastic optimisation of the global contrastive loss (Yuan et al. 2022, algorithm 1).
 
     With ``g_a = mean_j exp(β s_j)`` over the batch's negatives, ``u_a <- (1 - γ) u_a + γ g_a`` (``u_a <- g_a`` at the
-    first visit) and ``w_j = exp(β s_j) / (N u_a)``. ``u`` is kept as its logarithm, which no temperature overflows: 4
-    bytes a view.
+    first visit) and ``w_j = exp(β s_j) / (N u_a)``. ``u`` is kept as its logarithm, which no temperature overflows: 8
+    bytes an id, a number for each of its two views.
 
     Args:
         num_samples: size of the data set: ids are below it. None: ids are any int64 but -1, and the table grows.
