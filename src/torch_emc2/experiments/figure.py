@@ -23,8 +23,15 @@ __all__ = [
 
 Row = dict[str, Any]
 
-_COLOURS = ("#8a8a8a", "#b07aa1", "#e39c37", "#5aa469", "#3b6ea8", "#d1453b", "#4a4a4a", "#76b7b2")
-_MARKERS = "osD^vPX*"
+# Colours and markers of the methods, the same in every figure; other series take them in turn.
+_STYLES = {
+    "InfoNCE": ("#8a8a8a", "o"),
+    "DCL": ("#b07aa1", "s"),
+    "SogCLR": ("#e39c37", "D"),
+    "Negative Cache": ("#5aa469", "^"),
+    "EMC²": ("#3b6ea8", "v"),
+    "EMC², isir": ("#d1453b", "P"),
+}
 
 
 class Line(NamedTuple):
@@ -94,7 +101,7 @@ def draw_panels(panels: Sequence[Panel], title: str, out: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, line in enumerate(panel.lines):
-            colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+            colour, marker = _STYLES.get(line.label) or [*_STYLES.values()][number % len(_STYLES)]
             mean = line.y.mean(0)
             spread = line.y.std(0, ddof=1) if len(line.y) > 1 else np.zeros_like(mean)
             axes.plot(line.x, mean, color=colour, marker=marker, markersize=4, linewidth=1.5, label=line.label)
