@@ -725,7 +725,7 @@ def test_what_results_do_not_depend_on_may_change(
     # As many samples a step on more devices are the same run, more samples another.
     versions = json.loads((moved / "versions.json").read_text())
     (moved / "versions.json").write_text(json.dumps(versions | {"processes": 2}))
-    with pytest.raises(ValueError, match=r"config differs \(batch_size on all devices: 16, now 32\)"):
+    with pytest.raises(ValueError, match=r"config differs \(batch_size on all devices: 32, now 16\)"):
         train(replace(tiny, out=str(moved)), resume=True)
     text = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(text.replace("batch_size: 16", "batch_size: 8"))
