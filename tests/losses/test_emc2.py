@@ -223,7 +223,9 @@ class SlowISIR:
         size, ids, total = len(z1), index.tolist() * 2, torch.zeros((), dtype=torch.float64)
         columns = [F.normalize(z, dim=0) for z in (*z1, *z2)]
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.calls, 0))
-        uniform = 1 - torch.empty(2, size, self.num_chains, dtype=torch.float64).uniform_(generator=generator)
+        drawn = torch.empty(2, size, 2, self.num_chains, dtype=torch.float64).uniform_(generator=generator)
+        parts = drawn[:, :, 1].argsort(-1)  # which part of (0, 1] each chain draws from
+        uniform = (parts + 1 - drawn[:, :, 0]) / self.num_chains
         after = dict(self.chains)
         for sample in range(size):
             for chain in range(self.num_chains):

@@ -166,7 +166,9 @@ class EMC2Loss(StatefulLoss):
         present = torch.isin(carried // together, pairs.column_ids // together)  # in the batch: not to be counted twice
         views = views.masked_fill(present[:, :, None], -torch.inf)
         score = views.logsumexp(2)
-        uniform = exponential_noise(pairs, (self.num_chains,), self.seed, self._calls).neg_().exp_()
+        # A sample's chains draw from different parts of (0, 1], in random order: each uniform, together well spread.
+        noise = exponential_noise(pairs, (2, self.num_chains), self.seed, self._calls)
+        uniform = (noise[:, :, 0].neg().exp_() + noise[:, :, 1].argsort(-1)) / self.num_chains
         by_walk = [tensor.view(walks, -1, tensor.shape[-1]) for tensor in (logits, score, uniform)]
 
         weights, carried_weights = [], []
