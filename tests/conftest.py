@@ -1,10 +1,13 @@
 """What several tests start from."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from torch_emc2.config import Config, read_config
+from outcomes import Outcome, outcome
+from torch_emc2.config import Config, read_config, to_yaml
 from torch_emc2.training import train
 
 
@@ -25,3 +28,18 @@ def tiny(tmp_path: Path) -> Config:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That run, done; tests that only read it share it."""
     return train(_tiny(tmp_path_factory.mktemp("finished")))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Config], Outcome]:
+    """Give the outcome of the same run in one go; tests that differ in how a run is stopped share it."""
+    known: dict[str, Outcome] = {}
+
+    def look_up(config: Config) -> Outcome:
+        plain = replace(config, checkpoint_every_steps=None, data=replace(config.data, num_workers=0), out="")
+        key = to_yaml(plain)
+        if key not in known:
+            known[key] = outcome(train(replace(plain, out=str(tmp_path_factory.mktemp("whole")))))
+        return known[key]
+
+    return look_up

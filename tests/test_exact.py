@@ -65,6 +65,16 @@ def test_bad_shapes_are_named(shape: tuple[int, ...]) -> None:
         global_contrastive_loss(torch.randn(shape), 0.1)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         global_contrastive_loss(torch.randn(3, 2, 4), 0.1, chunk_size=0)
+    with pytest.raises(ValueError, match="temperature must be a positive number, got 0"):
+        global_contrastive_loss(torch.randn(3, 2, 4), 0.0)
+
+
+@pytest.mark.parametrize(("value", "what"), [(torch.nan, "is not finite"), (0.0, "has length 0 and so no direction")])
+def test_an_embedding_without_direction_is_named(value: float, what: str) -> None:
+    z = torch.ones(3, 2, 4)
+    z[2, 1] = value
+    with pytest.raises(ValueError, match=rf"z\[2, 1\] {what}"):
+        global_contrastive_loss(z, 0.1)
 
 
 def test_autocast_does_not_touch_it() -> None:

@@ -172,5 +172,16 @@ def test_foreign_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"other\.safetensors does not say how its model is built"):
+    with pytest.raises(ValueError, match=r"other\.safetensors' cannot be loaded.* does not say how its model is built"):
         load_backbone(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("name", ["encoder.safetensors", "head.safetensors"])
+def test_a_damaged_file_is_named(name, tmp_path):
+    save_encoder(build_encoder(ModelConfig("test_resnet"), 3, 32), tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:99])
+    with pytest.raises(ValueError, match=rf"{name}' cannot be loaded, it is damaged"):
+        load_encoder(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        load_encoder(tmp_path)

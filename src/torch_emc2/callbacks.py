@@ -6,6 +6,7 @@ import contextlib
 import csv
 import os
 import signal
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
@@ -94,35 +96,59 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class StopOnSIGTERM(L.Callback):
-    """What ends a run early, on all ranks.
+    """What ends a run early, on all ranks; a callback, and a context for the whole run.
 
-    After SIGTERM the step at hand is finished and saved. Lightning's own handler would save nothing, and broadcasts in
-    the middle of whatever the ranks are exchanging.
+    After SIGTERM the step at hand is finished and saved, and a line says how to go on; before training has begun there
+    is nothing to finish. Lightning's own handler would save nothing, and broadcasts in the middle of whatever the ranks
+    are exchanging.
     """
 
-    def __init__(self, last: Path) -> None:
-        self.last, self.asked = last, False
+    def __init__(self, run: Path) -> None:
+        self.run, self.last = run, run / "checkpoints" / "last.ckpt"
+        self.handles = threading.current_thread() is threading.main_thread()  # others may not
+        self.asked = False
 
-    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """Take the place of Lightning's handler, which puts back the one before both."""
-        self.steps, self.asked = trainer.global_step, trainer.received_sigterm
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask)
+    def __enter__(self) -> None:
+        if self.handles:
+            self.before = signal.signal(signal.SIGTERM, self._leave)
+
+    def __exit__(self, kind: type[BaseException] | None, *args: Any) -> None:
+        if self.handles:
+            signal.signal(signal.SIGTERM, self.before)
+        if kind is SIGTERMException:
+            config = self.run / "config.yaml"
+            how = f"emc2 train {config} --resume goes on" if config.exists() else "the run had not begun"
+            rank_zero_only(print)(f"emc2: stopped by SIGTERM; {how}", file=sys.stderr)
+
+    def _leave(self, *args: Any) -> None:
+        if dist.is_available() and dist.is_initialized():
+            self.asked = True  # the others wait for this rank: they leave together, after the first step
+        else:
+            raise SIGTERMException
 
     def _ask(self, *args: Any) -> None:
         self.asked = True
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Take the place of Lightning's handler, which puts back the one before both."""
+        self.steps = trainer.global_step
+        self.asked |= trainer.received_sigterm
+        if self.handles:
+            signal.signal(signal.SIGTERM, self._ask)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Stop if this batch completed a step and any rank was asked to."""
         if trainer.global_step > self.steps:
             self.steps = trainer.global_step
-            if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+            self.asked = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+            if self.asked:
                 trainer.save_checkpoint(self.last)
                 raise SIGTERMException
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """End the other ranks where this one, which alone writes files, cannot: they would wait for it."""
-        if isinstance(exception, OSError) and trainer.strategy.launcher is not None:
+        """End the other ranks where this one leaves alone: they would wait for it."""
+        alone = isinstance(exception, OSError) or (isinstance(exception, SIGTERMException) and not self.asked)
+        if alone and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)
 
 

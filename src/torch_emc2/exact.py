@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from torch_emc2.unit import unit_vectors
 
 __all__ = ["global_backward", "global_contrastive_loss"]
 
@@ -28,15 +29,20 @@ def global_contrastive_loss(
         temperature: 1 / β.
         chunk_size: rows and columns at a time; memory beyond ``z`` and its gradient is O(chunk_size²). Default: all.
         include_positive: put the sample's own other views into the denominator too, as InfoNCE does.
+
+    Raises:
+        ValueError: shapes or sizes do not fit, or an embedding is not finite or zero.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"z must be (m, views, d) with m >= 2 and views >= 2, got {tuple(z.shape)}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
     m, views, _ = z.shape
     with torch.autocast(z.device.type, enabled=False):
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=2)
-        flat = z.flatten(0, 1)
+        flat = unit_vectors(z.flatten(0, 1), lambda row: f"z[{row // views}, {row % views}]")
+        z = flat.view(m, views, -1)
         siblings = (z.sum(1, keepdim=True) - z).flatten(0, 1) / (views - 1)
         positive = (flat * siblings).sum(1).mean() / temperature
         log_mass: Tensor = _MeanLogMass.apply(flat, views, 1 / temperature, chunk_size or m * views, include_positive)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and how to say what is wrong with one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["whole_file"]
+__all__ = ["one_line", "whole_file"]
 
 
 @contextmanager
@@ -25,6 +25,13 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(f"{path} was not written, what was there is kept: {error.strerror or error}") from error
+        failure = OSError(f"{path} was not written, what was there is kept: {error.strerror or error}")
+        failure.errno = error.errno
+        raise failure from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error as one line of text, to be quoted in another."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -3,7 +3,8 @@
 import difflib
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers.norm_act import BatchNormAct2d, GroupNormAct
 from torch import Tensor, nn
 
-from torch_emc2.files import whole_file
+from torch_emc2.files import one_line, whole_file
 
 Norm = Literal["batch", "group", "none"]
 
@@ -107,9 +108,15 @@ def save_backbone(encoder: Encoder, path: str | Path) -> None:
 
 
 def load_backbone(path: str | Path) -> nn.Module:
-    """Rebuild the backbone that `save_backbone` wrote, (b, c, s, s) -> (b, width), in training mode on the CPU."""
-    backbone = _build_backbone(*_read_recipe(path))
-    backbone.load_state_dict(load_file(path))
+    """Rebuild the backbone that `save_backbone` wrote, (b, c, s, s) -> (b, width), in training mode on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or of another model.
+    """
+    with _naming(path):
+        backbone = _build_backbone(*_read_recipe(path))
+        backbone.load_state_dict(load_file(path))
     return backbone
 
 
@@ -120,10 +127,18 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> None:
 
 
 def load_encoder(folder: str | Path) -> Encoder:
-    """Rebuild the encoder that `save_encoder` wrote, in training mode on the CPU."""
-    encoder = build_encoder(*_read_recipe(Path(folder) / "encoder.safetensors"))
-    encoder.backbone.load_state_dict(load_file(Path(folder) / "encoder.safetensors"))
-    encoder.head.load_state_dict(load_file(Path(folder) / "head.safetensors"))
+    """Rebuild the encoder that `save_encoder` wrote, in training mode on the CPU.
+
+    Raises:
+        FileNotFoundError: one of the two files is not there.
+        ValueError: one of them is damaged, or of another model.
+    """
+    backbone, head = Path(folder) / "encoder.safetensors", Path(folder) / "head.safetensors"
+    with _naming(backbone):
+        encoder = build_encoder(*_read_recipe(backbone))
+        encoder.backbone.load_state_dict(load_file(backbone))
+    with _naming(head):
+        encoder.head.load_state_dict(load_file(head))
     return encoder
 
 
@@ -220,10 +235,23 @@ def _save(module: nn.Module, encoder: Encoder, path: str | Path) -> None:
         save_file(weights, file, metadata={"torch_emc2": json.dumps(recipe)})
 
 
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Let whatever a file's content makes go wrong name the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # safetensors, json, timm and torch each have their own for a damaged file
+        raise ValueError(
+            f"{str(path)!r} cannot be loaded, it is damaged or of another model ({one_line(error)})"
+        ) from error
+
+
 def _read_recipe(path: str | Path) -> tuple[ModelConfig, int, int]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     if "torch_emc2" not in metadata:
-        raise ValueError(f"{path} does not say how its model is built; load_backbone reads files of save_backbone only")
+        raise ValueError("it does not say how its model is built: save_backbone and save_encoder write files that do")
     recipe = json.loads(metadata["torch_emc2"])
     return ModelConfig(**recipe["config"]), recipe["channels"], recipe["image_size"]

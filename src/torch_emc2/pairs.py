@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from torch_emc2.unit import unit_vectors
 
 __all__ = ["Pairs", "make_pairs", "unique_ids"]
 
@@ -165,9 +166,8 @@ def _prepare(z1: Tensor, z2: Tensor, index: Tensor | None, needs_index: bool) ->
     _validate_views(z1, z2)
     if index is not None:
         index = _validate_index(index, z1)
-    rows = F.normalize(torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32)), dim=1)
-    _validate_finite(rows)
-    return rows, index
+    size = len(z1)
+    return unit_vectors(torch.cat([z1, z2]), lambda row: f"z{row // size + 1}[{row % size}]"), index
 
 
 def _make_gathered_pairs(
@@ -280,14 +280,6 @@ def _validate_index(index: Tensor, z1: Tensor) -> Tensor:
 def _validate_integers(index: Tensor) -> None:
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"index must hold integers, got {index.dtype}")
-
-
-def _validate_finite(rows: Tensor) -> None:
-    finite = rows.detach().sum(1).isfinite()
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        view, sample = divmod(row, len(rows) // 2)
-        raise ValueError(f"z{view + 1}[{sample}] is not finite: no state has changed; check the encoder's output")
 
 
 def _validate_ids(index: Tensor, num_samples: int | None) -> None:

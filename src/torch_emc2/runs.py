@@ -25,7 +25,6 @@ from torch_emc2.data import (
     image_files,
     open_dataset,
 )
-from torch_emc2.data.images import one_line
 from torch_emc2.diagnosis import Diagnosis, diagnose, embed_views, to_markdown
 from torch_emc2.diagnostics import Staleness, score_staleness
 from torch_emc2.evaluation import evaluate, extract_features, nearest_neighbours, raw_pixels
@@ -182,13 +181,7 @@ def _load(run: Path) -> tuple[Config, Encoder]:
         raise ValueError(f"{str(run)!r} is not a run's folder: it has no config.yaml")
     if not (run / "head.safetensors").is_file():
         raise ValueError(f"the run in {str(run)!r} is not finished: emc2 train {run / 'config.yaml'} --resume goes on")
-    config = read_config(str(run / "config.yaml"))
-    try:
-        return config, load_encoder(run)
-    except Exception as error:  # safetensors, json, timm and torch each have their own for a damaged file
-        raise ValueError(
-            f"the encoder in {str(run)!r} cannot be loaded, its files are damaged or of another run ({one_line(error)})"
-        ) from error
+    return read_config(str(run / "config.yaml")), load_encoder(run)
 
 
 def _labelled_parts(config: Config) -> tuple[ImageDataset, ImageDataset]:

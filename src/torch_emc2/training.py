@@ -39,7 +39,7 @@ from torch_emc2.data import (
     make_loader,
     open_dataset,
 )
-from torch_emc2.files import whole_file
+from torch_emc2.files import one_line, whole_file
 from torch_emc2.losses import (
     ContrastiveLoss,
     DCLLoss,
@@ -54,6 +54,7 @@ from torch_emc2.seeds import mix_seed
 __all__ = ["ContrastiveData", "ContrastiveModule", "build_loss", "train"]
 
 _PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-learn", "numpy", "numba")
+_NAMED = 64  # samples, in a message
 
 
 def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
@@ -138,12 +139,15 @@ class ContrastiveModule(L.LightningModule):
             rows = f"; {self._samples(batch.index[broken])}" if broken.any() else ""
             error.args = (f"step {self.trainer.global_step}: {error}{rows}",)
             raise
+        if batch_idx % self.config.accumulate == 0:
+            self._step_index = []
+        self._step_index.append(batch.index)
         numbers = {"loss": loss.detach(), **self.loss.last}
         means = self.trainer.strategy.reduce(torch.stack(list(numbers.values())), reduce_op="mean")  # over ranks
-        self._step = batch.index, dict(zip(numbers, cast(Tensor, means), strict=True))
-        if not self._step[1]["loss"].isfinite():
-            raise self._not_finite("loss")
-        for name, value in self._step[1].items():
+        self._numbers = dict(zip(numbers, cast(Tensor, means), strict=True))
+        if not self._numbers["loss"].isfinite():
+            raise self._not_finite("loss", batch.index, self._numbers)
+        for name, value in self._numbers.items():
             self.log(name, value, prog_bar=name in ("loss", "acceptance", "carried_share"))
         self.log("lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
         if self.config.data.on_bad_image == "skip":
@@ -162,20 +166,19 @@ class ContrastiveModule(L.LightningModule):
             return
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.encoder.parameters() if p.grad is not None])
         if not norm.isfinite():
-            raise self._not_finite("gradient", gradient_norm=norm)
+            raise self._not_finite("gradient", torch.cat(self._step_index), self._numbers | {"gradient_norm": norm})
 
-    def _not_finite(self, what: str, **numbers: Tensor) -> ValueError:
-        index, means = self._step
-        shown = ", ".join(f"{name} {float(value):.4g}" for name, value in (means | numbers).items())
+    def _not_finite(self, what: str, index: Tensor, numbers: dict[str, Tensor]) -> ValueError:
+        shown = ", ".join(f"{name} {float(value):.4g}" for name, value in numbers.items())
         return ValueError(
             f"step {self.trainer.global_step}: the {what} is not finite ({shown}; {self._samples(index)}); "
             "the last checkpoint is from before: look at these images, or start a run with a lower optimizer.lr"
         )
 
     def _samples(self, index: Tensor) -> str:
-        """Name the first few samples of ids of samples or views."""
+        """Name the samples that ids, of them or of their views, belong to; the first of many."""
         ids = index if index.ndim == 1 else index[:, 0] // cast(int, self.config.data.finite_views)
-        return f"samples {', '.join(map(str, ids[:5].tolist()))}{', …' if len(ids) > 5 else ''}"
+        return f"samples {', '.join(map(str, ids[:_NAMED].tolist()))}{', …' if len(ids) > _NAMED else ''}"
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser with linear warm-up and half a cosine, a step at a time."""
@@ -268,6 +271,12 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
         KeyboardInterrupt: by Ctrl-C; what the last checkpoint has is kept. Its message says how to go on.
         SystemExit: by SIGTERM, with status 0: the step at hand is finished and saved, a line says how to go on.
     """
+    stop = StopOnSIGTERM(Path(config.out))
+    with _hushed(), stop:
+        return _train(config, resume, [*callbacks, stop])
+
+
+def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback]) -> Path:
     run, data = Path(config.out), config.data
     images = open_dataset(
         data.name, "train", Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed
@@ -282,43 +291,38 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
     every = min(config.log_every_steps, module.steps_per_epoch())
     own_callbacks = [
         MetricsFile(run / "metrics.csv", every),
-        StopOnSIGTERM(last),
         *_checkpoints(config, last.parent),
         ProgressBar(refresh_rate=10) if sys.stdout.isatty() else EpochLines(),
     ]
-    again = f"emc2 train {run / 'config.yaml'} --resume"
-    with _hushed():
-        try:
-            trainer = L.Trainer(
-                max_epochs=config.epochs,
-                accelerator=config.accelerator,
-                devices=config.devices,
-                precision=config.precision,
-                accumulate_grad_batches=config.accumulate,
-                gradient_clip_val=config.optimizer.clip,
-                log_every_n_steps=every,
-                logger=TensorBoardLogger(run, name="", version="tensorboard"),
-                callbacks=[*own_callbacks, *callbacks],
-                plugins=[WholeCheckpoints()],
-                use_distributed_sampler=False,  # the sampler knows its rank
-                enable_progress_bar=sys.stdout.isatty(),
-                enable_model_summary=False,
-                default_root_dir=run,
-            )
-        except MisconfigurationException as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{reason} (accelerator: {config.accelerator}, devices: {config.devices})") from error
-        if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
-            _prepare_folder(config, run, resume, trainer.world_size)
-        try:
-            trainer.fit(module, datamodule, ckpt_path=_whole(last) if resume else None, weights_only=True)
-        except SIGTERMException:
-            if trainer.is_global_zero:
-                print(f"emc2: stopped by SIGTERM; {again} goes on", file=sys.stderr)
-            raise
-        except SystemExit:  # what Lightning makes of Ctrl-C, after which it ignores any other
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt(f"{again} goes on from the last checkpoint") from None
+    try:
+        trainer = L.Trainer(
+            max_epochs=config.epochs,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision=config.precision,
+            accumulate_grad_batches=config.accumulate,
+            gradient_clip_val=config.optimizer.clip,
+            log_every_n_steps=every,
+            logger=TensorBoardLogger(run, name="", version="tensorboard"),
+            callbacks=[*own_callbacks, *callbacks],
+            plugins=[WholeCheckpoints()],
+            use_distributed_sampler=False,  # the sampler knows its rank
+            enable_progress_bar=sys.stdout.isatty(),
+            enable_model_summary=False,
+            default_root_dir=run,
+        )
+    except MisconfigurationException as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{reason} (accelerator: {config.accelerator}, devices: {config.devices})") from error
+    if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
+        _prepare_folder(config, run, resume, trainer.world_size)
+    try:
+        trainer.fit(module, datamodule, ckpt_path=_whole(last) if resume else None, weights_only=True)
+    except SIGTERMException:
+        raise
+    except SystemExit:  # what Lightning makes of Ctrl-C, after which it ignores any other
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt(f"emc2 train {run / 'config.yaml'} --resume goes on from the last checkpoint") from None
     if trainer.is_global_zero:
         save_encoder(module.encoder, run)
     return run
@@ -362,9 +366,9 @@ def _whole(checkpoint: Path) -> Path | None:
     try:
         torch.load(checkpoint, weights_only=True, mmap=True)["pytorch-lightning_version"]
     except Exception as error:  # whatever unpickling makes of foreign bytes
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
-            f"{checkpoint} is damaged ({reason}): put another checkpoint in its place, or remove it to start again"
+            f"{checkpoint} is damaged ({one_line(error)[:200]}): put another checkpoint in its place, "
+            "or remove it to start again"
         ) from error
     return checkpoint
 
@@ -403,6 +407,7 @@ def _what_counts(text: str, processes: int) -> dict[str, Any]:
         "checkpoint_every_epochs",
         "checkpoint_every_steps",
         "log_every_steps",
+        "data.root",
         "data.num_workers",
     ):
         fields.pop(name, None)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_emc2.data.images import ArrayImages, DataError, FileImages, ImageDataset, RecordImages, one_line
+from torch_emc2.data.images import ArrayImages, DataError, FileImages, ImageDataset, RecordImages
+from torch_emc2.files import one_line
 
 Split = Literal["train", "probe", "test"]
 

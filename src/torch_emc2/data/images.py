@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from torch_emc2.files import one_line
+
 
 class DataError(ValueError):
     """Data that is missing or wrong; the message is one line and says what to do."""
@@ -164,13 +166,9 @@ def decode_image(path: str | os.PathLike[str]) -> Tensor:
             image = _eight_bit(ImageOps.exif_transpose(file)).convert("RGB")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     except Exception as error:  # Pillow's parsers raise whatever a damaged file makes of them, struct.error included
-        reason = one_line(error)
-        raise BadImageError(f"cannot read image {os.fspath(path)!r} ({reason}); repair or remove it") from error
-
-
-def one_line(error: BaseException) -> str:
-    """An error as one line of text, to be quoted in another."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadImageError(
+            f"cannot read image {os.fspath(path)!r} ({one_line(error)}); repair or remove it"
+        ) from error
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_emc2.pairs import Pairs, make_pairs, unique_ids
+from torch_emc2.unit import unit_vectors
 
 __all__ = [
     "Carried",
@@ -97,9 +98,12 @@ class ContrastiveLoss(nn.Module, ABC):
         setting: Any = temperature
         if isinstance(setting, bool) or not isinstance(setting, numbers.Real):
             raise TypeError(f"temperature must be a number, such as 0.07, got {setting!r}")
-        if not 0 < float(setting) < math.inf:
+        try:
+            self.temperature = float(setting)
+        except OverflowError:  # an int or fraction beyond floating point
+            self.temperature = math.inf
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a positive number, got {setting!r}")
-        self.temperature = float(setting)
         self.num_samples: int | None = None
         self.last: dict[str, Tensor] = {}
 
@@ -207,6 +211,23 @@ class StatefulLoss(ContrastiveLoss):
     def get_extra_state(self) -> dict[str, Any]:
         """Return the memory, for ``state_dict()``; DDP does not broadcast it and ``.half()`` does not touch it."""
 
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Return ``state_dict()`` with every table split among the ranks, as `torch.distributed.checkpoint` saves it.
+
+        To be called on all ranks, which then write a part each. ``dcp.load(state_dict, …)`` puts the parts together
+        again, in a world of any size.
+        """
+        from torch.distributed.device_mesh import init_device_mesh  # a second of imports
+        from torch.distributed.tensor import Shard, distribute_tensor
+        from torch.utils._pytree import tree_map_only
+
+        def split(table: Tensor) -> Tensor:
+            ranks = init_device_mesh(table.device.type, (dist.get_world_size(),))
+            return distribute_tensor(table, ranks, [Shard(0)], src_data_rank=None)  # what the ranks have is the same
+
+        sharded: dict[str, Any] = tree_map_only(Tensor, split, self.state_dict())
+        return sharded
+
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over a saved memory: the next call does what would have come next.
 
@@ -303,11 +324,7 @@ def _checked(encode: Encode, z: Tensor) -> CheckedEncode:
             if embeddings.ndim not in (2, 3) or (embeddings.shape[0], embeddings.shape[-1]) != expected:
                 raise ValueError(f"encode must return {expected} for {len(ids)} ids, got {tuple(embeddings.shape)}")
             embeddings = embeddings.to(torch.promote_types(z.dtype, torch.float32))
-            finite = embeddings.detach().flatten(1).sum(1).isfinite()
-            if not finite.all():
-                raise ValueError(
-                    f"encode({int(ids[~finite][0])}) is not finite: no state changed; check the encoder's output"
-                )
-            return F.normalize(embeddings.reshape(-1, z.shape[1]), dim=1)
+            views = embeddings[0].numel() // z.shape[1] if len(ids) else 1
+            return unit_vectors(embeddings.reshape(-1, z.shape[1]), lambda row: f"encode({int(ids[row // views])})")
 
     return encode_unit

@@ -1,0 +1,92 @@
+"""Metrics and checkpoints are whole, in order, and there in time."""
+
+import csv
+import errno
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from outcomes import Stop, outcome
+from torch_emc2.callbacks import MetricsFile, WholeCheckpoints
+from torch_emc2.config import Config
+from torch_emc2.training import train
+
+
+def test_metrics_file_widens_and_cuts(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.csv")
+    file.write({"loss": 1.0}, 0)
+    file.write({"loss": 2.0, "skipped": 1.0}, 1)
+    file.write({"loss": 3.0}, 2)
+    again = MetricsFile(tmp_path / "metrics.csv")
+    again.write({"loss": 4.0}, 1)
+    again.write({"loss": 5.0}, 2)
+    with (tmp_path / "metrics.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert rows == [
+        {"step": "0", "loss": "1", "skipped": ""},
+        {"step": "1", "loss": "4", "skipped": ""},
+        {"step": "2", "loss": "5", "skipped": ""},
+    ]
+
+
+@pytest.mark.parametrize(("accumulate", "every", "steps"), [(1, 3, [2, 5]), (1, 10, [3, 7]), (2, 1, [0, 1, 2, 3])])
+def test_a_row_each_so_many_steps(accumulate: int, every: int, steps: list[int], tiny: Config) -> None:
+    rows = outcome(train(replace(tiny, accumulate=accumulate, log_every_steps=every)))[3]
+    assert [int(row["step"]) for row in rows] == steps
+    assert [int(row["epoch"]) for row in rows] == [step // math.ceil(4 / accumulate) for step in steps]
+
+
+def test_a_row_is_written_before_the_checkpoint_of_its_step(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, seen = WholeCheckpoints.save_checkpoint, []
+
+    def spy(self: WholeCheckpoints, checkpoint: Any, path: Path, **options: Any) -> None:
+        with (Path(tiny.out) / "metrics.csv").open(newline="") as file:
+            seen.append((checkpoint["global_step"], len(list(csv.DictReader(file)))))
+        save(self, checkpoint, path)
+
+    monkeypatch.setattr(WholeCheckpoints, "save_checkpoint", spy)
+    train(replace(tiny, checkpoint_every_steps=1, epochs=1))
+    assert seen == [(1, 1), (2, 2), (3, 3), (4, 4), (4, 4)]
+
+
+def test_a_full_disk_leaves_no_half_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.csv"
+    file = MetricsFile(path)
+    file.write({"loss": 1.0}, 0)
+    whole = path.read_text()
+
+    class Full(csv.DictWriter):  # type: ignore[type-arg]
+        def __init__(self, stream: Any, *args: Any) -> None:
+            super().__init__(stream, *args)
+            self.stream = stream
+
+        def writerow(self, row: Any) -> None:
+            self.stream.write("1,")
+            self.stream.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(csv, "DictWriter", Full)
+    with pytest.raises(OSError, match=rf"{path}: row 1 was not written: No space left on device"):
+        file.write({"loss": 2.0}, 1)
+    assert path.read_text() == whole
+
+
+def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, path = WholeCheckpoints(), tmp_path / "checkpoints" / "last.ckpt"
+    files.save_checkpoint({"step": 1}, path)
+
+    def killed(checkpoint: Any, file: Any) -> None:
+        file.write(b"half")
+        assert Path(file.name).parent == path.parent  # on another file system the last step would be a copy
+        raise Stop
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(Stop):
+        files.save_checkpoint({"step": 2}, path)
+    assert files.load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert list(path.parent.iterdir()) == [path]

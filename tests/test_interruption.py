@@ -1,0 +1,313 @@
+"""A run that is stopped, whatever stops it, goes on bit for bit; two runs do not get mixed up."""
+
+import csv
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from outcomes import Outcome, assert_same, interrupt, outcome, started
+from torch_emc2 import training
+from torch_emc2.cli import main
+from torch_emc2.config import Config, LossName, to_yaml
+from torch_emc2.training import train
+
+
+@pytest.mark.parametrize("loss", ["emc2", "infonce", "dcl", "sogclr", "negative-cache"])
+def test_resumes_bit_for_bit_in_mid_epoch(
+    loss: LossName, tiny: Config, uninterrupted: Callable[[Config], Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Four batches an epoch: the checkpoint is of step 5, the stop after step 6, both in the second epoch.
+    tiny = replace(tiny, loss=loss, checkpoint_every_steps=5)
+    interrupt(tiny, 6, monkeypatch)
+    assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
+
+
+# Four batches an epoch. With accumulate 3 the second step of an epoch is of the one that is left.
+@pytest.mark.parametrize(
+    ("accumulate", "every", "stop"),
+    [(1, None, 2), (1, None, 4), (1, None, 6), (1, 4, 7), (2, 1, 1), (2, 2, 3), (2, 3, 3), (3, 1, 3)],
+)
+def test_resumes_from_any_checkpoint(
+    accumulate: int,
+    every: int | None,
+    stop: int,
+    tiny: Config,
+    uninterrupted: Callable[[Config], Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny = replace(tiny, checkpoint_every_steps=every, accumulate=accumulate, epochs=2 if accumulate == 1 else 3)
+    interrupt(tiny, stop, monkeypatch)
+    assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
+
+
+@pytest.mark.parametrize(("loss", "num_workers"), [("emc2", 0), ("emc2", 2), ("negative-cache", 0), ("sogclr", 0)])
+def test_finite_views_resume_bit_for_bit(
+    loss: LossName,
+    num_workers: int,
+    tiny: Config,
+    uninterrupted: Callable[[Config], Outcome],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = tmp_path_factory.getbasetemp() / "finite"  # one for all, as the runs that are compared must have
+    data = replace(tiny.data, root=str(root), finite_views=4, num_workers=num_workers)
+    tiny = replace(tiny, loss=loss, data=data, checkpoint_every_steps=5)
+    interrupt(tiny, 6, monkeypatch)
+    assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
+
+
+def test_carried_policies_resume_too(
+    tiny: Config, uninterrupted: Callable[[Config], Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for carry in ("cache", "encode_if_used"):
+        config = replace(
+            tiny, emc2=replace(tiny.emc2, carry=carry), checkpoint_every_steps=5, out=f"{tiny.out}-{carry}"
+        )
+        interrupt(config, 6, monkeypatch)
+        assert_same(outcome(train(config, resume=True)), uninterrupted(config))
+
+
+@pytest.mark.parametrize(("end", "num_workers"), [(signal.SIGKILL, 0), (signal.SIGKILL, 2), (signal.SIGINT, 2)])
+def test_a_stopped_process_resumes_bit_for_bit(
+    end: signal.Signals, num_workers: int, tiny: Config, uninterrupted: Callable[[Config], Outcome], tmp_path: Path
+) -> None:
+    tiny = replace(tiny, epochs=4, checkpoint_every_steps=3, data=replace(tiny.data, num_workers=num_workers))
+    last = Path(tiny.out) / "checkpoints" / "last.ckpt"
+    with started(tiny, tmp_path / "config.yaml", last.exists) as process:
+        os.killpg(process.pid, end)  # as a terminal does: the loader's workers too
+        _, err = process.communicate(timeout=60)
+    if end == signal.SIGINT:
+        assert process.returncode == 130
+        (line,) = err.strip().splitlines()
+        assert line.startswith(f"emc2: interrupted; emc2 train {tiny.out}/config.yaml --resume")
+    assert torch.load(last, weights_only=True)["global_step"] < 16
+    assert not (Path(tiny.out) / "encoder.safetensors").exists()
+    assert main(["train", f"{tiny.out}/config.yaml", "--resume"]) == 0
+    assert_same(outcome(Path(tiny.out)), uninterrupted(tiny))
+
+
+@pytest.mark.parametrize(("end", "ranks"), [("KILL", "1"), ("TERM", "2")])
+def test_killed_at_random_moments(end: str, ranks: str) -> None:
+    loop = Path(__file__).parents[1] / "benchmarks" / "kill_loop.py"
+    command = [sys.executable, str(loop), "--kills", "3", "--ranks", ranks, "--signal", end]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"3 kills by SIG{end}, 3 resumes, {ranks} rank(s), 88 steps: ")
+    assert "0 differences" in done.stdout
+
+
+class Send(L.Callback):
+    """Sends SIGTERM in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and trainer.is_global_zero:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_sigterm_saves_the_step_at_hand(
+    accumulate: int, tiny: Config, uninterrupted: Callable[[Config], Outcome], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = replace(tiny, accumulate=accumulate)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        train(tiny, callbacks=[Send(2)])
+    assert end.value.code is None  # which Python makes 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == f"emc2: stopped by SIGTERM; emc2 train {tiny.out}/config.yaml --resume goes on\n"
+    assert torch.load(Path(tiny.out) / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_sigterm_to_all_processes_or_to_the_first(devices: int, tiny: Config, tmp_path: Path) -> None:
+    tiny = replace(tiny, epochs=200, devices=devices, batch_size=16 // devices)
+    tiny = replace(tiny, data=replace(tiny.data, num_workers=2 - devices + 1), model=replace(tiny.model, norm="group"))
+    run = Path(tiny.out)
+    with started(tiny, tmp_path / "tiny.yaml", (run / "metrics.csv").exists) as process:
+        if devices == 1:
+            os.killpg(process.pid, signal.SIGTERM)  # the loader's workers too
+        else:
+            process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert err == f"emc2: stopped by SIGTERM; emc2 train {run}/config.yaml --resume goes on\n"
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert steps == len(rows) < 800  # nothing is lost
+    assert not (run / "encoder.safetensors").exists()
+
+
+class SendAtSetup(L.Callback):
+    """Sends SIGTERM before training starts."""
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_before_the_first_step(
+    tiny: Config,
+    uninterrupted: Callable[[Config], Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "open_dataset", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit) as end:
+            train(tiny)
+    assert end.value.code is None  # which Python makes 0
+    assert capsys.readouterr().err == "emc2: stopped by SIGTERM; the run had not begun\n"
+    assert not Path(tiny.out).exists()
+    with pytest.raises(SystemExit) as end:
+        train(tiny, callbacks=[SendAtSetup()])
+    assert end.value.code is None
+    assert capsys.readouterr().err == f"emc2: stopped by SIGTERM; emc2 train {tiny.out}/config.yaml --resume goes on\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    tiny: Config,
+    uninterrupted: Callable[[Config], Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny = replace(tiny, checkpoint_every_steps=3)
+    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny))
+    last = Path(tiny.out) / "checkpoints" / "last.ckpt"
+    save = torch.save
+
+    def full(checkpoint: Any, file: Any) -> None:
+        if checkpoint["global_step"] == 6:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(checkpoint, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert main(["train", str(tmp_path / "tiny.yaml")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == f"emc2: error: {last} was not written, what was there is kept: No space left on device"
+    assert torch.load(last, weights_only=True)["global_step"] == 4  # the epoch's
+    assert list(last.parent.iterdir()) == [last]
+    assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
+
+
+def test_a_disk_that_is_really_full(tiny: Config, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("a file system of its own needs root")
+    try:
+        tiny = replace(tiny, checkpoint_every_steps=1, out=str(disk / "run"))
+        (tmp_path / "tiny.yaml").write_text(to_yaml(tiny))
+        last = disk / "run" / "checkpoints" / "last.ckpt"
+
+        class Fill(L.Callback):
+            def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+                if trainer.global_step == 3:
+                    free = os.statvfs(disk)
+                    (disk / "other").write_bytes(bytes(free.f_bavail * free.f_frsize - last.stat().st_size // 2))
+
+        with pytest.raises(OSError, match=rf"{last} was not written, .*: No space left on device"):
+            train(tiny, callbacks=[Fill()])
+        assert torch.load(last, weights_only=True)["global_step"] == 3
+        assert list(last.parent.iterdir()) == [last]
+        (disk / "other").unlink()
+        assert outcome(train(tiny, resume=True))[3][-1]["step"] == "7"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_resuming_a_finished_run_keeps_it(tiny: Config) -> None:
+    before = outcome(train(tiny))
+    (Path(tiny.out) / "encoder.safetensors").unlink()  # killed after the last step, before the encoder was written
+    assert_same(outcome(train(tiny, resume=True)), before)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "foreign", "cut"])
+def test_a_damaged_checkpoint_is_named(damage: str, tiny: Config) -> None:
+    last = train(replace(tiny, epochs=1)) / "checkpoints" / "last.ckpt"
+    whole = last.read_bytes()
+    if damage == "foreign":
+        torch.save({"a": 1}, last)
+    else:
+        last.write_bytes({"empty": b"", "text": b"checkpoint", "cut": whole[: len(whole) // 2]}[damage])
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged .*put another checkpoint in its place"):
+        train(replace(tiny, epochs=1), resume=True)
+
+
+def test_two_runs_do_not_share_a_folder(tiny: Config) -> None:
+    run = train(tiny)
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(FileExistsError, match="is not empty"):
+        train(tiny)
+    with pytest.raises(ValueError, match=r"config differs \(temperature: 0\.1, now 0\.3\)"):
+        train(replace(tiny, temperature=0.3), resume=True)
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_the_order_of_a_list_counts_on_resume(tiny: Config) -> None:
+    def jittered(*jitter: float) -> Config:
+        augmentation = replace(tiny.data.augmentation, jitter=jitter)  # type: ignore[arg-type]
+        return replace(tiny, epochs=1, data=replace(tiny.data, augmentation=augmentation))
+
+    train(jittered(0.4, 0.4, 0.0, 0.0))
+    with pytest.raises(ValueError, match=r"data\.augmentation\.jitter: \[0\.4, 0\.4, 0\.0, 0\.0\], now \[0\.0, 0\.0, "):
+        train(jittered(0.0, 0.0, 0.4, 0.4), resume=True)
+
+
+def test_a_run_does_not_go_among_other_files(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        train(tiny)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_what_results_do_not_depend_on_may_change(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(tiny.out)
+    interrupt(replace(tiny, checkpoint_every_steps=5), 6, monkeypatch)
+    capfd.readouterr()
+    moved = tmp_path / "moved"
+    run.rename(moved)
+    words = "--resume --data.num_workers 1 --log_every_steps 2 --checkpoint_every_steps 3 --checkpoint_every_epochs 2"
+    words += " --data.root elsewhere"
+    assert main(["train", f"{moved}/config.yaml", *words.split()]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert out.splitlines()[-1] == f"Run: {moved}. Next: emc2 evaluate {moved}"
+    assert not run.exists()
+    assert [row["step"] for row in outcome(moved)[3]] == ["0", "1", "2", "3", "4", "5", "7"]
+    # As many samples a step on more devices are the same run, more samples another.
+    versions = json.loads((moved / "versions.json").read_text())
+    (moved / "versions.json").write_text(json.dumps(versions | {"processes": 2}))
+    with pytest.raises(ValueError, match=r"config differs \(batch_size on all devices: 32, now 16\)"):
+        train(replace(tiny, out=str(moved)), resume=True)
+    text = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(text.replace("batch_size: 16", "batch_size: 8"))
+    assert train(replace(tiny, out=str(moved)), resume=True) == moved
