@@ -79,7 +79,9 @@ def photos(folder: Path, number: int) -> str:
 
 
 @contextlib.contextmanager
-def started(config: Config, file: Path, until: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
+def started(
+    config: Config, file: Path, until: Callable[[], bool], environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """Start ``emc2 train`` on a config, written to ``file``, and give the process once ``until()`` holds."""
     file.write_text(to_yaml(config))
     with subprocess.Popen(
@@ -87,6 +89,7 @@ def started(config: Config, file: Path, until: Callable[[], bool]) -> Iterator[s
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        env=environment,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell's children ignore it
     ) as process:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -151,6 +152,27 @@ def test_sigterm_to_all_processes_or_to_the_first(devices: int, tiny: Config, tm
     steps = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert steps == len(rows) < 800  # nothing is lost
     assert not (run / "encoder.safetensors").exists()
+
+
+def test_a_rank_left_alone_says_so_in_a_line(tiny: Config, tmp_path: Path) -> None:
+    tiny = replace(tiny, epochs=200, devices=2, batch_size=8, model=replace(tiny.model, norm="group"))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    first, second = (
+        os.environ | world | {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+        for rank in "01"
+    )
+    begun = (Path(tiny.out) / "metrics.csv").exists
+    with (
+        started(tiny, tmp_path / "tiny.yaml", lambda: True, first) as zero,
+        started(tiny, tmp_path / "tiny.yaml", begun, second) as one,
+    ):
+        zero.kill()
+        _, err = one.communicate(timeout=60)
+    assert one.returncode == 2
+    assert err == "emc2: error: rank 1 waited for one that has ended; that one's own error says why\n"
 
 
 class SendAtSetup(L.Callback):

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -267,7 +268,7 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
         FileExistsError: ``config.out`` is not empty and ``resume`` is not set.
         ValueError: the run there has another config, or this machine does not have the accelerator.
             Or a step is not finite: its message has the step, its samples and numbers.
-        OSError: a file cannot be written; those before are kept.
+        OSError: a file cannot be written; those before are kept. Or (ConnectionError) another rank has ended.
         KeyboardInterrupt: by Ctrl-C; what the last checkpoint has is kept. Its message says how to go on.
         SystemExit: by SIGTERM, with status 0: the step at hand is finished and saved, a line says how to go on.
     """
@@ -318,6 +319,11 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback]) -> Pat
         _prepare_folder(config, run, resume, trainer.world_size)
     try:
         trainer.fit(module, datamodule, ckpt_path=_whole(last) if resume else None, weights_only=True)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            rank = f"rank {trainer.global_rank}"
+            raise ConnectionError(f"{rank} waited for one that has ended; that one's own error says why") from error
+        raise
     except SIGTERMException:
         raise
     except SystemExit:  # what Lightning makes of Ctrl-C, after which it ignores any other

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
 from torch_emc2.losses import ContrastiveLoss
@@ -396,6 +397,32 @@ def _random_refresh(sizes: tuple[int, ...], rank: int) -> tuple[Any, int]:
     return loss_fn.state_dict(), sum(calls[::2])
 
 
+class Counting(torch.nn.Linear):
+    """An encoder with a buffer, which DDP exchanges in every forward pass of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(D, D, bias=False, dtype=torch.float64)
+        self.register_buffer("calls", torch.zeros(()))
+        torch.nn.init.eye_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def _wrapped(sizes: tuple[int, ...], rank: int) -> list[Tensor]:
+    """Gradients of an encoder's weights where the batch goes through DDP, and carried negatives through its module."""
+    loss_fn, module = EMC2Loss(M, 0.1, carry="encode_if_used"), Counting()
+    wrapped = DistributedDataParallel(module) if len(sizes) > 1 else module
+    gradients = []
+    for step in range(2 * STEPS):
+        z1, z2, index = (part.split(sizes)[rank] for part in batch(step, sum(sizes)))
+        loss_fn(*wrapped(torch.cat([z1, z2])).chunk(2), index, encode=lambda ids: module(table()[ids])).backward()
+        gradients.append(module.weight.grad.clone())  # type: ignore[union-attr]
+        module.zero_grad()
+    return gradients
+
+
 def _second_derivative(sizes: tuple[int, ...], rank: int) -> str:
     """What a second derivative through the gathered batch raises."""
     part = torch.randn(sizes[rank], D, requires_grad=True)
@@ -417,9 +444,14 @@ def _rank(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
     )
     steps = {(*case, dtype): _train(*case, dtype, sizes, rank) for case in CASES for dtype in DTYPES}
     failures = {case: _fail(*case, sizes, rank) for case in FAILURE_CASES if len(sizes) > 1}
-    torch.save(
-        (steps, failures, _random_refresh(sizes, rank), _second_derivative(sizes, rank)), f"{folder}/rank-{rank}.pt"
-    )
+    results = {
+        "steps": steps,
+        "failures": failures,
+        "refresh": _random_refresh(sizes, rank),
+        "wrapped": _wrapped(sizes, rank),
+        "second derivative": _second_derivative(sizes, rank),
+    }
+    torch.save(results, f"{folder}/rank-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -444,7 +476,7 @@ def _whole(name: str, own_ids: bool, dtype: torch.dtype, size: int) -> tuple[Any
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "own_ids"), CASES)
 def test_ranks_equal_one_process(name: str, own_ids: bool, dtype: torch.dtype, ranks: list[Any]) -> None:
-    parts, close = [steps[name, own_ids, dtype] for steps, *_ in ranks], DTYPES[dtype]
+    parts, close = [results["steps"][name, own_ids, dtype] for results in ranks], DTYPES[dtype]
     steps, state = _whole(name, own_ids, dtype, sum(SIZES[len(ranks)]))
     for whole, *by_rank in zip(steps, *(part[0] for part in parts), strict=True):
         losses, by_z1, by_z2, by_table = zip(*by_rank, strict=True)
@@ -461,13 +493,20 @@ def test_ranks_equal_one_process(name: str, own_ids: bool, dtype: torch.dtype, r
 @on_several_ranks
 @pytest.mark.parametrize(("name", "change"), FAILURE_CASES)
 def test_ranks_fail_together(name: str, change: str, ranks: list[Any]) -> None:
-    for rank, (_, failures, *_) in enumerate(ranks):
-        assert re.match(FAILURES[change][rank != 1], failures[name, change])
+    for rank, results in enumerate(ranks):
+        assert re.match(FAILURES[change][rank != 1], results["failures"][name, change])
+
+
+@on_ranks
+def test_carried_negatives_go_through_the_wrapped_module(ranks: list[Any]) -> None:
+    want = _wrapped((sum(SIZES[len(ranks)]),), 0)
+    for results in ranks:
+        assert_same(results["wrapped"], want, rtol=1e-10, atol=1e-10)
 
 
 @on_ranks
 def test_ranks_share_the_refresh(ranks: list[Any]) -> None:
-    refreshed = [refresh for *_, refresh, _ in ranks]
+    refreshed = [results["refresh"] for results in ranks]
     assert sum(asked for _, asked in refreshed) == 3 * 12  # each entry by one rank
     for state, _ in refreshed:
         assert_same(state, refreshed[0][0])
@@ -475,8 +514,8 @@ def test_ranks_share_the_refresh(ranks: list[Any]) -> None:
 
 @on_ranks
 def test_ranks_refuse_a_second_derivative(ranks: list[Any]) -> None:
-    for *_, raised in ranks:
-        assert "once_differentiable" in raised
+    for results in ranks:
+        assert "once_differentiable" in results["second derivative"]
 
 
 CHECKPOINTED = ("emc2-drop", "emc2-cache", "emc2-keyed", "sogclr", "sogclr-keyed", "negative-cache")
