@@ -42,7 +42,7 @@ def main() -> int:
     moments = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         # Enough steps for every life to take a few: batches of 32 of 1437 images, 44 an epoch.
-        words = f"--batch_size {32 // args.ranks} --epochs {2 + args.kills // 10} --checkpoint_every_steps {EVERY}"
+        words = f"--batch_size {32 // args.ranks} --epochs {2 + args.kills // 6} --checkpoint_every_steps {EVERY}"
         words += f" --devices {args.ranks} --accelerator cpu --log_every_steps 1 --model.norm group"
         words += " --data.augmentation.size 8"
         config = read_config("quickstart", words.split())

@@ -194,7 +194,7 @@ def _gradient_study(base: Config, tuned: Tuned) -> Iterator[Variant]:
 
 def _search(base: Config, tuned: Tuned) -> Iterator[Variant]:
     """A cross around the preset's learning rate and temperature, the same for every method."""
-    for name, (rate, heat) in product(METHODS, ((1, 1), (1 / 3, 1), (3, 1), (1, 0.5), (1, 2))):
+    for name, (rate, heat) in product(METHODS, ((1, 1), (1 / 3, 1), (3, 1), (10, 1), (1, 0.5), (1, 2))):
         lr = base.optimizer.lr if rate == 1 else float(f"{rate * base.optimizer.lr:.2g}")
         temperature = heat * base.temperature
         config = _method(base, {}, name, optimizer__lr=lr, temperature=temperature)
