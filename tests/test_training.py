@@ -334,6 +334,7 @@ def test_torchrun_trains_as_one_process(tiny: Config, tmp_path: Path) -> None:
     command = ["-m", "torch_emc2", "train", str(tmp_path / "tiny.yaml"), "--devices", "2", "--batch_size", "8"]
     done = subprocess.run([*launch, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Run: ") == 1
     two = outcome(Path(tiny.out))[3]
     assert [row.keys() for row in two] == [row.keys() for row in one]
     for name in one[0]:

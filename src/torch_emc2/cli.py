@@ -62,13 +62,15 @@ def _train(argv: list[str]) -> None:
         print("usage: emc2 train PRESET_OR_YAML [--FIELD VALUE …] [--resume]; emc2 presets lists the presets\n")
         config_parser("emc2 train PRESET_OR_YAML").print_help()
         return
+    from lightning.pytorch.utilities import rank_zero_only
+
     from torch_emc2.training import train
 
     preset, *rest = argv
     resume = "--resume" in rest
     config = read_config(preset, [argument for argument in rest if argument != "--resume"])
     run = train(config, resume=resume)
-    print(f"Run: {run}. Next: emc2 evaluate {run}")
+    rank_zero_only(print)(f"Run: {run}. Next: emc2 evaluate {run}")
 
 
 def _quickstart(argv: list[str]) -> None:
