@@ -135,7 +135,7 @@ def _live(config: Config, rank: int, ranks: int, port: int, group: int) -> None:
         train(config, resume=True)
         status = 0
     except SystemExit as end:  # after SIGTERM
-        status = end.code or 0
+        status = int(end.code or 0)
     finally:
         os._exit(status)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
@@ -99,8 +98,8 @@ class StopOnSIGTERM(L.Callback):
     """What ends a run early, on all ranks; a callback, and a context for the whole run.
 
     After SIGTERM the step at hand is finished and saved, and a line says how to go on; before training has begun there
-    is nothing to finish. Lightning's own handler would save nothing, and broadcasts in the middle of whatever the ranks
-    are exchanging.
+    is nothing to finish, and several ranks leave to the system to end them (`meet`). Lightning's own handler would save
+    nothing, and broadcasts in the middle of whatever the ranks are exchanging.
     """
 
     def __init__(self, run: Path) -> None:
@@ -120,19 +119,20 @@ class StopOnSIGTERM(L.Callback):
             how = f"emc2 train {config} --resume goes on" if config.exists() else "the run had not begun"
             rank_zero_only(print)(f"emc2: stopped by SIGTERM; {how}", file=sys.stderr)
 
+    def meet(self) -> None:
+        """Be ready for ranks to meet: they wait for one another, without end, in code that runs no handler."""
+        if self.handles:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def _leave(self, *args: Any) -> None:
-        if dist.is_available() and dist.is_initialized():
-            self.asked = True  # the others wait for this rank: they leave together, after the first step
-        else:
-            raise SIGTERMException
+        raise SIGTERMException
 
     def _ask(self, *args: Any) -> None:
         self.asked = True
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Take the place of Lightning's handler, which puts back the one before both."""
-        self.steps = trainer.global_step
-        self.asked |= trainer.received_sigterm
+        self.steps, self.asked = trainer.global_step, trainer.received_sigterm
         if self.handles:
             signal.signal(signal.SIGTERM, self._ask)
 
@@ -140,15 +140,13 @@ class StopOnSIGTERM(L.Callback):
         """Stop if this batch completed a step and any rank was asked to."""
         if trainer.global_step > self.steps:
             self.steps = trainer.global_step
-            self.asked = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
-            if self.asked:
+            if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
                 trainer.save_checkpoint(self.last)
                 raise SIGTERMException
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """End the other ranks where this one leaves alone: they would wait for it."""
-        alone = isinstance(exception, OSError) or (isinstance(exception, SIGTERMException) and not self.asked)
-        if alone and trainer.strategy.launcher is not None:
+        """End the other ranks where this one, which alone writes files, cannot: they would wait for it."""
+        if isinstance(exception, OSError) and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)
 
 

@@ -270,14 +270,15 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
             Or a step is not finite: its message has the step, its samples and numbers.
         OSError: a file cannot be written; those before are kept. Or (ConnectionError) another rank has ended.
         KeyboardInterrupt: by Ctrl-C; what the last checkpoint has is kept. Its message says how to go on.
-        SystemExit: by SIGTERM, with status 0: the step at hand is finished and saved, a line says how to go on.
+        SystemExit: by SIGTERM, with status 0: the step at hand is finished and saved, a line says how to go on. Of
+            several processes, those that still wait for one another at the start are ended by the signal.
     """
     stop = StopOnSIGTERM(Path(config.out))
     with _hushed(), stop:
-        return _train(config, resume, [*callbacks, stop])
+        return _train(config, resume, callbacks, stop)
 
 
-def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback]) -> Path:
+def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: StopOnSIGTERM) -> Path:
     run, data = Path(config.out), config.data
     images = open_dataset(
         data.name, "train", Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed
@@ -305,7 +306,7 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback]) -> Pat
             gradient_clip_val=config.optimizer.clip,
             log_every_n_steps=every,
             logger=TensorBoardLogger(run, name="", version="tensorboard"),
-            callbacks=[*own_callbacks, *callbacks],
+            callbacks=[*own_callbacks, *callbacks, stop],
             plugins=[WholeCheckpoints()],
             use_distributed_sampler=False,  # the sampler knows its rank
             enable_progress_bar=sys.stdout.isatty(),
@@ -317,6 +318,8 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback]) -> Pat
         raise ValueError(f"{reason} (accelerator: {config.accelerator}, devices: {config.devices})") from error
     if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
         _prepare_folder(config, run, resume, trainer.world_size)
+    if trainer.world_size > 1:
+        stop.meet()
     try:
         trainer.fit(module, datamodule, ckpt_path=_whole(last) if resume else None, weights_only=True)
     except RuntimeError as error:
