@@ -53,7 +53,7 @@ def main() -> int:
             born = time.time_ns()
             pids = _fork(killed, args.ranks)
             if kills < args.kills:
-                _wait(Path(killed.out), born, moments, start_up, training / args.kills)
+                _wait(Path(killed.out), pids, born, moments, start_up, training / args.kills)
                 _kill(pids, end)
             if _finished(pids, Path(killed.out), end):
                 break
@@ -74,18 +74,22 @@ def main() -> int:
         return 0 if kills == args.kills and not different else 1
 
 
-def _wait(run: Path, born: int, moments: random.Random, start_up: float, share: float) -> None:
+def _wait(run: Path, pids: list[int], born: int, moments: random.Random, start_up: float, share: float) -> None:
     """Wait for a random moment: of the start, of its share of the training, or of a checkpoint's writing."""
-    kind, deadline = moments.choice(("start", "training", "writing")), time.monotonic() + 60
+    kind = moments.choice(("start", "training", "writing"))
     if kind == "start":
         time.sleep(moments.uniform(0, start_up))
         return
-    while not _since(run / "metrics.csv", born) and time.monotonic() < deadline:
+    while not _since(run / "metrics.csv", born) and _alive(pids[0]):
         time.sleep(0.001)
     time.sleep(moments.uniform(0, share))
     if kind == "writing":
-        while not _since(run / "checkpoints" / ".last.ckpt.partial", born) and time.monotonic() < deadline:
+        while not _since(run / "checkpoints" / ".last.ckpt.partial", born) and _alive(pids[0]):
             time.sleep(0.0001)
+
+
+def _alive(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def _since(file: Path, born: int) -> bool:
