@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,8 @@ def _live(config: Config, rank: int, ranks: int, port: int, group: int) -> None:
         status = 0
     except SystemExit as end:  # after SIGTERM
         status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 

@@ -34,6 +34,18 @@ def test_metrics_file_widens_and_cuts(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("rest", ["1", "1,0.", "1,0.5,2.0\n", ",\n", "x,1\n"])
+def test_a_line_that_is_not_whole_is_left_out(rest: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    MetricsFile(path).write({"loss": 1.0}, 0)
+    with path.open("a") as file:
+        file.write(rest)
+    again = MetricsFile(path)
+    again.write({"loss": 2.0}, 1)
+    again.write({"loss": 3.0}, 2)
+    assert path.read_text().splitlines() == ["step,loss", "0,1", "1,2", "2,3"]
+
+
 @pytest.mark.parametrize(("accumulate", "every", "steps"), [(1, 3, [2, 5]), (1, 10, [3, 7]), (2, 1, [0, 1, 2, 3])])
 def test_a_row_each_so_many_steps(accumulate: int, every: int, steps: list[int], tiny: Config) -> None:
     rows = outcome(train(replace(tiny, accumulate=accumulate, log_every_steps=every)))[3]

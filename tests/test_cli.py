@@ -1,6 +1,7 @@
 """The command: what it prints, and how it ends."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -51,6 +52,9 @@ def test_usage(argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch:
         (["train", "quickstart", "--accelerator", "cpu", "--devices", "0"], "devices: 0"),
         (["train", "quickstart", "--data.num_workers", "-1"], "num_workers must not be negative, got -1"),
         (["train", "quickstart", "--data.limit", "5"], "5 samples do not fill one global batch of 64"),
+        (["quickstart", "--devices", "2"], "quickstart has one device, got 2: emc2 train quickstart takes more"),
+        (["train", "--loss", "dcl", "quickstart"], "the preset or YAML file comes first, got --loss"),
+        (["presets", "quickstart", "--lss", "dcl"], "--lss"),
         (["evaluate", "nowhere"], "not a run's folder"),
         (["diagnose", "nowhere"], "not a run's folder"),
         (["diagnose", "nowhere", "--samples", "1"], "samples must be at least 2, got 1"),
@@ -78,6 +82,12 @@ def test_a_preset_is_printed_as_yaml_to_start_from(capsys: pytest.CaptureFixture
     (tmp_path / "my.yaml").write_text(capsys.readouterr().out)
     assert read_config(str(tmp_path / "my.yaml")) == read_config("stl10-b32")
     assert main(["presets", "nothing"]) == 2
+    capsys.readouterr()
+    assert main(["presets", "stl10-b32", "--epochs", "30"]) == 0
+    (tmp_path / "my.yaml").write_text(capsys.readouterr().out)
+    assert read_config(str(tmp_path / "my.yaml")).epochs == 30
+    assert main(["presets", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: emc2 presets")
 
 
 def test_help_lists_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,6 +129,8 @@ def test_quickstart_train_evaluate_embed(
     out = capsys.readouterr().out
     assert out.startswith((tmp_path / "other" / "diagnosis.md").read_text())
     assert out.endswith("Written: other/diagnosis.json, other/diagnosis.md, other/diagnosis.png\n")
+    assert main(["embed", "other", str(tmp_path / "runs"), "-o", "runs"]) == 2
+    assert "runs is no file that could be written anew: give another name" in capsys.readouterr().err
     assert main(["embed", "other", str(tmp_path / "runs"), "-o", "out.parquet"]) == 0  # the run's own pictures
     assert "2 images embedded, 0 skipped" in capsys.readouterr().out
 
@@ -126,6 +138,16 @@ def test_quickstart_train_evaluate_embed(
 def test_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "torch_emc2", "presets"], capture_output=True, text=True, check=True)
     assert "stl10-b32" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_that_has_enough_is_no_error(buffered: str) -> None:
+    command = f"{sys.executable} -m torch_emc2 train --help | head -n 1"
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": buffered}
+    )
+    assert done.stdout.startswith("usage: emc2 train")
     assert done.stderr == ""
 
 

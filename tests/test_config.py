@@ -72,6 +72,8 @@ def test_the_papers_settings() -> None:
         ),
         ("optimizer: {clip: 0.0}", "clip must be positive, or null for none, got 0.0"),
         ("data: {num_workers: -2}", "num_workers must not be negative, got -2"),
+        ("seed: -1", r"seed must be at least 0 and below 2\*\*32, got -1"),
+        ("model: {out_dim: 0}", "out_dim must be at least 1, got 0"),
         ("data: {finite_views: 1}", "finite_views must be at least 2, or null for none, got 1"),
         ("checkpoint_every_steps: 0", "checkpoint_every_steps must be positive, got 0"),
     ],
@@ -92,6 +94,26 @@ def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path, monkey
 def test_wrong_words_are_refused(words: list[str]) -> None:
     with pytest.raises(ValueError, match=words[0].strip("-")):
         read_config("quickstart", words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data", "evil.yaml"],
+        ["--data.augmentation=evil_module.Class"],
+        ["--data.augmentation.class_path", "evil_module.Class"],
+        ["--optimizer", '{"class_path": "evil_module.Class"}'],
+        ["--emc2", "evil_module.Class"],
+    ],
+)
+def test_words_cannot_import_a_module(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil_module.py").write_text("open('hacked', 'w')")
+    (tmp_path / "evil.yaml").write_text("class_path: evil_module.Class")
+    with pytest.raises(ValueError, match=r"must be a field of a group and its value, as --optimizer\.lr 0\.1"):
+        read_config("quickstart", words)
+    assert not (tmp_path / "hacked").exists()
 
 
 def test_an_unknown_preset_is_named_with_the_known() -> None:

@@ -17,7 +17,7 @@ import lightning as L
 import pytest
 import torch
 
-from outcomes import Outcome, assert_same, interrupt, outcome, started
+from outcomes import Outcome, assert_same, interrupt, outcome, photos, started
 from torch_emc2 import training
 from torch_emc2.cli import main
 from torch_emc2.config import Config, LossName, to_yaml
@@ -301,6 +301,43 @@ def test_the_order_of_a_list_counts_on_resume(tiny: Config) -> None:
         train(jittered(0.0, 0.0, 0.4, 0.4), resume=True)
 
 
+def test_the_images_count_on_resume(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = photos(tmp_path / "photos", 40)
+    tiny = replace(tiny, loss="infonce", data=replace(tiny.data, name=name, limit=None, on_bad_image="skip"))
+    interrupt(tiny, 3, monkeypatch)
+    (tmp_path / "photos" / "7.png").unlink()
+    with pytest.raises(ValueError, match=r"config differs \(images: 40, [0-9a-f]{16}, now 39, [0-9a-f]{16}\)"):
+        train(tiny, resume=True)
+    versions = Path(tiny.out) / "versions.json"
+    versions.write_text(json.dumps(json.loads(versions.read_text()) | {"processes": 2}))
+    with pytest.raises(ValueError, match=r"config differs .*processes: 2, now 1"):  # norms see a process's part
+        train(tiny, resume=True)
+
+
+def test_files_of_a_run_that_are_not_its_own_are_named(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(replace(tiny, epochs=1))
+    last, saved = run / "checkpoints" / "last.ckpt", (run / "versions.json").read_text()
+    for text in ("[1]", "null", "{"):
+        (run / "versions.json").write_text(text)
+        with pytest.raises(ValueError, match=r"versions\.json is damaged"):
+            train(replace(tiny, epochs=1), resume=True)
+    (run / "versions.json").write_text(saved)
+    checkpoint = torch.load(last, weights_only=True)
+    name = next(name for name in checkpoint["state_dict"] if name.startswith("encoder."))
+    checkpoint["state_dict"][name] = torch.zeros(3)
+    torch.save(checkpoint, last)
+    with pytest.raises(ValueError, match=r"last\.ckpt is of another encoder"):
+        train(replace(tiny, epochs=1), resume=True)
+    last.unlink()
+    (run / "config.yaml").write_text("loss: emc2")  # the rest are defaults
+    with pytest.raises(ValueError, match="config differs"):
+        train(replace(tiny, epochs=1), resume=True)
+    (run / "config.yaml").unlink()
+    capsys.readouterr()
+    train(replace(tiny, epochs=1), resume=True)
+    assert capsys.readouterr().err == f"emc2: {run} has no checkpoint to go on from: starting\n"
+
+
 def test_a_run_does_not_go_among_other_files(tiny: Config, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("")
@@ -312,13 +349,13 @@ def test_a_run_does_not_go_among_other_files(tiny: Config, tmp_path: Path) -> No
 def test_what_results_do_not_depend_on_may_change(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = Path(tiny.out)
+    run, tiny = Path(tiny.out), replace(tiny, model=replace(tiny.model, norm="group"))
     interrupt(replace(tiny, checkpoint_every_steps=5), 6, monkeypatch)
     capfd.readouterr()
     moved = tmp_path / "moved"
     run.rename(moved)
     words = "--resume --data.num_workers 1 --log_every_steps 2 --checkpoint_every_steps 3 --checkpoint_every_epochs 2"
-    words += " --data.root elsewhere"
+    words += " --data.root elsewhere --probe sgd"
     assert main(["train", f"{moved}/config.yaml", *words.split()]) == 0
     out, err = capfd.readouterr()
     assert err == ""

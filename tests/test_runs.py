@@ -1,6 +1,7 @@
 """What a finished run is used for, against the same done by hand."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,13 @@ def test_a_diagnosis_is_that_of_the_run_s_views_and_weights(finished: Path) -> N
     assert diagnosis.staleness is not None
     assert 4 * diagnosis.staleness.chains == len(differences)
     assert diagnosis.staleness.median == pytest.approx(float(torch.tensor(differences).quantile(0.5)), rel=1e-3)
+
+
+def test_a_damaged_checkpoint_is_not_diagnosed(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    torch.save({"a": 1}, run / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged"):
+        diagnose_run(run, samples=16, epochs=1)
 
 
 def test_samples_must_fill_a_batch(finished: Path) -> None:

@@ -327,8 +327,9 @@ def test_training_from_python_is_quiet(tiny: Config, capfd: pytest.CaptureFixtur
 
 
 def test_torchrun_trains_as_one_process(tiny: Config, tmp_path: Path) -> None:
-    tiny = replace(tiny, model=replace(tiny.model, norm="group"), precision="64-true", epochs=1)
+    tiny = replace(tiny, model=replace(tiny.model, norm="group"), precision="64-true", log_every_steps=9)
     one = outcome(train(replace(tiny, out=tiny.out + "-one")))[3]
+    assert [row["step"] for row in one] == ["3", "7"]  # one an epoch, at least
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "torch_emc2", "train", str(tmp_path / "tiny.yaml"), "--devices", "2", "--batch_size", "8"]

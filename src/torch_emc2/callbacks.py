@@ -25,18 +25,21 @@ __all__ = ["EpochLines", "MetricsFile", "ProgressBar", "StopOnSIGTERM", "WholeCh
 
 
 class MetricsFile(L.Callback):
-    """metrics.csv of a run, a row each so many steps; a resumed run goes on in the same file.
+    """metrics.csv of a run, a row each ``trainer.log_every_n_steps``; a resumed run goes on in the same file.
 
     A callback, since Lightning's loggers are served after the step's checkpoint: a process killed between the two would
     resume without the row.
     """
 
-    def __init__(self, path: Path, every: int = 1) -> None:
-        self.path, self.every = path, every
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.rows: list[dict[str, str]] = []
+        self.torn = False  # a last line that is not whole, which a machine that lost its power may leave
         if path.exists():
-            with path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
+            text = path.read_text()
+            whole = text[: text.rfind("\n") + 1]
+            self.rows = [row for row in csv.DictReader(whole.splitlines()) if _is_whole(row)]
+            self.torn = len(self.rows) + bool(text) != text.count("\n") or whole != text
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Count from the steps that a resumed run has already taken."""
@@ -47,7 +50,7 @@ class MetricsFile(L.Callback):
         """Write a row if this batch completed a step whose turn it is."""
         if trainer.global_step > self.steps:
             self.steps = trainer.global_step
-            if self.steps % self.every == 0:
+            if self.steps % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
                 numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
                 self.write(numbers | {"epoch": trainer.current_epoch}, self.steps - 1)
 
@@ -59,7 +62,8 @@ class MetricsFile(L.Callback):
         if again:
             self.rows = [old for old in self.rows if int(old["step"]) < step]
         self.rows.append(row)
-        if again or list(row) != known:
+        if again or self.torn or list(row) != known:
+            self.torn = False
             self.rows = [dict.fromkeys(row, "") | old for old in self.rows]
             with whole_file(self.path) as path, path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(row))
@@ -73,6 +77,10 @@ class MetricsFile(L.Callback):
             except OSError as error:
                 os.truncate(self.path, size)  # half a row is none
                 raise OSError(f"{self.path}: row {step} was not written: {error.strerror or error}") from error
+
+
+def _is_whole(row: Mapping[str | None, Any]) -> bool:
+    return row.get("step", "").isdigit() and None not in row and None not in row.values()
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -109,7 +117,7 @@ class StopOnSIGTERM(L.Callback):
 
     def __enter__(self) -> None:
         if self.handles:
-            self.before = signal.signal(signal.SIGTERM, self._leave)
+            self.before = signal.signal(signal.SIGTERM, self._stop_at_once)
 
     def __exit__(self, kind: type[BaseException] | None, *args: Any) -> None:
         if self.handles:
@@ -124,17 +132,17 @@ class StopOnSIGTERM(L.Callback):
         if self.handles:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def _leave(self, *args: Any) -> None:
+    def _stop_at_once(self, *args: Any) -> None:
         raise SIGTERMException
 
-    def _ask(self, *args: Any) -> None:
+    def _stop_after_step(self, *args: Any) -> None:
         self.asked = True
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Take the place of Lightning's handler, which puts back the one before both."""
         self.steps, self.asked = trainer.global_step, trainer.received_sigterm
         if self.handles:
-            signal.signal(signal.SIGTERM, self._ask)
+            signal.signal(signal.SIGTERM, self._stop_after_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Stop if this batch completed a step and any rank was asked to."""

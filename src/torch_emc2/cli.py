@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ usage: emc2 COMMAND …
   embed RUN FOLDER -o OUT.parquet    embed your own images
   experiment NAME [--dataset D] [--scale smoke|small|full] [--seeds 0 1 2]
                                      run one of the paper's experiments, or ours; emc2 experiment lists them
-  presets [NAME]                     list the presets, or print one as YAML to start from
+  presets [NAME [--FIELD VALUE …]]   list the presets, or print one as YAML to start from
 """
 
 
@@ -42,9 +43,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         commands[command](rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
-        # The last line: an error of a loader's worker carries the worker's traceback before its own words.
-        print(f"emc2: error: {(str(error).strip() or repr(error)).splitlines()[-1]}", file=sys.stderr)
+        text = str(error).strip() or repr(error)
+        if "Traceback (most recent call last)" in text:  # a worker's, before the error's own words
+            text = text.splitlines()[-1]
+        print(f"emc2: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f'emc2: error: {error}; python -m pip install "torch-emc2[train]" installs it', file=sys.stderr)
@@ -58,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 def _train(argv: list[str]) -> None:
     from torch_emc2.config import config_parser, read_config
 
-    if not argv or argv[0].startswith("-"):
+    if not argv or "-h" in argv or "--help" in argv:
         print("usage: emc2 train PRESET_OR_YAML [--FIELD VALUE …] [--resume]; emc2 presets lists the presets\n")
         config_parser("emc2 train PRESET_OR_YAML").print_help()
         return
@@ -66,9 +73,11 @@ def _train(argv: list[str]) -> None:
 
     from torch_emc2.training import train
 
-    preset, *rest = argv
-    resume = "--resume" in rest
-    config = read_config(preset, [argument for argument in rest if argument != "--resume"])
+    resume = "--resume" in argv
+    preset, *rest = [argument for argument in argv if argument != "--resume"] or [""]
+    if preset.startswith("-"):
+        raise ValueError(f"the preset or YAML file comes first, got {preset}")
+    config = read_config(preset, rest)
     run = train(config, resume=resume)
     rank_zero_only(print)(f"Run: {run}. Next: emc2 evaluate {run}")
 
@@ -78,6 +87,8 @@ def _quickstart(argv: list[str]) -> None:
 
     start = time.monotonic()
     config = read_config("quickstart", argv, prog="emc2 quickstart")
+    if config.devices != 1:
+        raise ValueError(f"quickstart has one device, got {config.devices}: emc2 train quickstart takes more")
     config.out = _free(config.out)
     from torch_emc2.runs import compare_with_baselines, draw
     from torch_emc2.training import train
@@ -174,8 +185,11 @@ def _experiment(argv: list[str]) -> None:
 def _presets(argv: list[str]) -> None:
     from torch_emc2.config import presets, read_config, to_yaml
 
+    if argv and argv[0] in ("-h", "--help"):
+        print("usage: emc2 presets [NAME [--FIELD VALUE …]]: list the presets, or print one as YAML")
+        return
     if argv:
-        print(to_yaml(read_config(argv[0])), end="")
+        print(to_yaml(read_config(argv[0], argv[1:], prog="emc2 presets")), end="")
         return
     for name, file in presets().items():
         print(f"{name:16s} {file.read_text().splitlines()[0].removeprefix('# ')}")

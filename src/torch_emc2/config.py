@@ -170,6 +170,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}: a lone sample has no negatives")
         if self.optimizer.warmup_epochs > self.epochs:
@@ -206,6 +208,7 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
     parser = config_parser(prog)
     try:
         _refuse_classes(_load(file))
+        _refuse_groups(overrides or [])
         from_file = parser.parse_string(file.read_text() or "{}")
         if file.name == "config.yaml" and (file.parent / "versions.json").is_file():
             from_file.out = str(file.parent)
@@ -230,6 +233,15 @@ def _refuse_classes(tree: Any) -> None:
     for path, value in _leaves(tree):
         if "class_path" in path or (path in groups and value is not None):
             raise ValueError(f"{'.'.join(path)} must be fields and their values, got {value!r}")
+
+
+def _refuse_groups(overrides: list[str]) -> None:
+    """Refuse a file or class in the place of a group of fields on the command line, for the same reason."""
+    groups = {".".join(path) for path in _groups(Config)}
+    for word in overrides:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and (name in groups or "class_path" in name.split(".")):
+            raise ValueError(f"{word} must be a field of a group and its value, as --optimizer.lr 0.1")
 
 
 def _groups(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

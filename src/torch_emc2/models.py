@@ -46,6 +46,11 @@ class ModelConfig:
     hidden_layers: int = 1
     feature: Literal["backbone", "hidden"] = "backbone"
 
+    def __post_init__(self) -> None:
+        for name, least in (("hidden_dim", 1), ("out_dim", 1), ("hidden_layers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
 
 class Encoder(nn.Module):
     """Images to embeddings through `backbone` and `head`; made by `build_encoder`."""

@@ -29,7 +29,7 @@ def plot_curves(metrics: Sequence[Mapping[str, float]] | str | Path, out: str | 
 
     Args:
         metrics: one mapping a logged row, with "step" (or "epoch") and any of the numbers; a row may miss some. Or the
-            path of the metrics.csv that Lightning's `CSVLogger` writes.
+            path of a run's metrics.csv, or of one that Lightning's `CSVLogger` writes.
         out: the file to write.
 
     Raises:

@@ -28,7 +28,7 @@ from torch_emc2.data import (
 from torch_emc2.diagnosis import Diagnosis, diagnose, embed_views, to_markdown
 from torch_emc2.diagnostics import Staleness, score_staleness
 from torch_emc2.evaluation import evaluate, extract_features, nearest_neighbours, raw_pixels
-from torch_emc2.files import whole_file
+from torch_emc2.files import load_checkpoint, whole_file
 from torch_emc2.models import Encoder, build_encoder, load_encoder
 from torch_emc2.report import plot_curves, plot_errors, plot_neighbours
 
@@ -119,12 +119,13 @@ def embed_folder(
             raise DataError(f"the name {path!r} is not UTF-8, which a table's text must be: rename the file")
     device = _device(config)
     images = ImageDataset(FileImages(good), channels=encoder.channels)
-    embeddings = _extract(encoder.to(device), config, images, device)
-    table = pa.table({
-        "path": good,
-        "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embeddings.flatten().numpy()), embeddings.shape[1]),
-    })  # fmt: skip
     with whole_file(out) as file:
+        file.touch()  # fails now where it cannot be written, not after the work
+        embeddings = _extract(encoder.to(device), config, images, device)
+        table = pa.table({
+            "path": good,
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embeddings.flatten().numpy()), embeddings.shape[1]),
+        })  # fmt: skip
         pq.write_table(table, file)
     return len(good), len(paths) - len(good)
 
@@ -217,7 +218,7 @@ def _staleness(
     file = run / "checkpoints" / "last.ckpt"
     if not file.is_file():
         return None
-    loss = torch.load(file, map_location="cpu", weights_only=True)["state_dict"].get("loss._extra_state", {})
+    loss = load_checkpoint(file)["state_dict"].get("loss._extra_state", {})
     if "chains" not in loss:
         return None
     ids, scores = (loss["chains"][name][index] for name in ("ids", "scores"))

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from torch_emc2.callbacks import EpochLines, MetricsFile, ProgressBar, StopOnSIGTERM, WholeCheckpoints
-from torch_emc2.config import Config, to_yaml
+from torch_emc2.config import Config, read_config, to_yaml
 from torch_emc2.data import (
     Batch,
     ContrastiveDataset,
@@ -37,10 +37,11 @@ from torch_emc2.data import (
     FiniteDataset,
     ImageDataset,
     finite_views,
+    identity,
     make_loader,
     open_dataset,
 )
-from torch_emc2.files import one_line, whole_file
+from torch_emc2.files import load_checkpoint, one_line, whole_file
 from torch_emc2.losses import (
     ContrastiveLoss,
     DCLLoss,
@@ -290,9 +291,8 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
         carried_ids = module.loss.chains.ids.share_memory()  # where the loader's workers read them
     datamodule = ContrastiveData(config, images, carried_ids)
     last = run / "checkpoints" / "last.ckpt"
-    every = min(config.log_every_steps, module.steps_per_epoch())
     own_callbacks = [
-        MetricsFile(run / "metrics.csv", every),
+        MetricsFile(run / "metrics.csv"),
         *_checkpoints(config, last.parent),
         ProgressBar(refresh_rate=10) if sys.stdout.isatty() else EpochLines(),
     ]
@@ -304,7 +304,6 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
             precision=config.precision,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.optimizer.clip,
-            log_every_n_steps=every,
             logger=TensorBoardLogger(run, name="", version="tensorboard"),
             callbacks=[*own_callbacks, *callbacks, stop],
             plugins=[WholeCheckpoints()],
@@ -316,12 +315,19 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     except MisconfigurationException as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{reason} (accelerator: {config.accelerator}, devices: {config.devices})") from error
+    every = min(config.log_every_steps, module.steps_per_epoch(trainer.world_size))
+    trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
+    checkpoint = last if resume and last.exists() else None
+    if checkpoint is not None:
+        _validate_checkpoint(checkpoint, module)
     if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
-        _prepare_folder(config, run, resume, trainer.world_size)
+        _prepare_folder(config, run, resume, {"processes": trainer.world_size, "images": identity(images)})
+        if resume and checkpoint is None:
+            print(f"emc2: {run} has no checkpoint to go on from: starting", file=sys.stderr)
     if trainer.world_size > 1:
         stop.meet()
     try:
-        trainer.fit(module, datamodule, ckpt_path=_whole(last) if resume else None, weights_only=True)
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             rank = f"rank {trainer.global_rank}"
@@ -368,49 +374,46 @@ def _checkpoints(config: Config, folder: Path) -> list[L.Callback]:
     return callbacks
 
 
-def _whole(checkpoint: Path) -> Path | None:
-    """Return a checkpoint that there is; raise ValueError where it cannot be read."""
-    if not checkpoint.exists():
-        return None
-    try:
-        torch.load(checkpoint, weights_only=True, mmap=True)["pytorch-lightning_version"]
-    except Exception as error:  # whatever unpickling makes of foreign bytes
-        raise ValueError(
-            f"{checkpoint} is damaged ({one_line(error)[:200]}): put another checkpoint in its place, "
-            "or remove it to start again"
-        ) from error
-    return checkpoint
+def _validate_checkpoint(file: Path, module: ContrastiveModule) -> None:
+    """Raise ValueError where a checkpoint cannot be read, or is one of another encoder."""
+    saved, own = load_checkpoint(file)["state_dict"], module.state_dict()
+    shapes = [{name: value.shape for name, value in state.items() if "encoder." in name} for state in (saved, own)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{file} is of another encoder: put this run's in its place, or remove it to start again")
 
 
-def _prepare_folder(config: Config, run: Path, resume: bool, processes: int) -> None:
-    """Write down what is run; refuse to mix two runs in one folder."""
+def _prepare_folder(config: Config, run: Path, resume: bool, facts: dict[str, Any]) -> None:
+    """Write down what is run, and what else its results depend on; refuse to mix two runs in one folder."""
     if not resume and run.exists() and any(run.iterdir()):
         raise FileExistsError(f"{run} is not empty: --resume goes on with the run there, --out FOLDER starts another")
-    text = to_yaml(config)
     file, versions_file = run / "config.yaml", run / "versions.json"
     if file.exists():
-        then = json.loads(versions_file.read_text()) if versions_file.exists() else {}
-        before = then.get("processes", processes)
-        had, has = _what_counts(file.read_text(), before), _what_counts(text, processes)
-        different = [name for name in {**had, **has} if had.get(name) != has.get(name)]
-        if different:
-            changes = "; ".join(f"{name}: {had.get(name)}, now {has.get(name)}" for name in different)
+        had, has = _what_counts(read_config(str(file)), facts | _read_facts(versions_file)), _what_counts(config, facts)
+        if different := [name for name in has if had[name] != has[name]]:
+            changes = "; ".join(f"{name}: {had[name]}, now {has[name]}" for name in different)
             raise ValueError(f"cannot resume {run}: its config differs ({changes})")
-    versions: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    versions["processes"] = processes
+    versions = {"python": platform.python_version(), "platform": platform.platform(), **facts}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    for target, content in ((versions_file, json.dumps(versions, indent=2) + "\n"), (file, text)):
+    for target, content in ((versions_file, json.dumps(versions, indent=2) + "\n"), (file, to_yaml(config))):
         with whole_file(target) as path:
             path.write_text(content)
 
 
-def _what_counts(text: str, processes: int) -> dict[str, Any]:
-    """Return the fields of a config that a resumed run must share: what its results depend on."""
-    fields = _flat(yaml.safe_load(text))
+def _read_facts(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({one_line(error)}): remove it") from error
+
+
+def _what_counts(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what a resumed run must share: all that its results depend on."""
+    fields = _flat(yaml.safe_load(to_yaml(config)))
     for name in (
         "out",
+        "probe",
         "accelerator",
         "devices",
         "checkpoint_every_epochs",
@@ -419,9 +422,11 @@ def _what_counts(text: str, processes: int) -> dict[str, Any]:
         "data.root",
         "data.num_workers",
     ):
-        fields.pop(name, None)
-    fields["batch_size on all devices"] = fields.pop("batch_size") * processes
-    return fields
+        fields.pop(name)
+    fields["batch_size on all devices"] = fields.pop("batch_size") * facts["processes"]
+    if config.model.norm == "batch":  # its statistics are those of a process's part
+        fields["processes"] = facts["processes"]
+    return fields | {"images": facts["images"]}
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -537,8 +537,8 @@ def test_cold_near_duplicates_stay_finite_and_chains_move(dtype: torch.dtype) ->
         ({"burn_in": -0.1}, "burn_in"),
         ({"num_chains": 0}, "num_chains must be at least 1, got 0"),
         ({"carry": "keep"}, "carry must be one of encode, encode_if_used, cache, drop; got 'keep'"),
-        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
-        ({"temperature": 10**400}, "temperature must be a positive number, got 1000"),
+        ({"temperature": 0.0}, r"temperature must be a positive number \(at least 1e-30\), got 0.0"),
+        ({"temperature": 10**400}, r"temperature must be a positive number \(at least 1e-30\), got 1000"),
         ({"num_samples": 1}, "num_samples must be at least 2"),
     ],
 )

@@ -2,7 +2,15 @@
 
 from torch_emc2.data.datasets import image_files, open_dataset
 from torch_emc2.data.finite import FiniteViews, finite_views
-from torch_emc2.data.images import ArrayImages, BadImageError, DataError, FileImages, ImageDataset, decode_image
+from torch_emc2.data.images import (
+    ArrayImages,
+    BadImageError,
+    DataError,
+    FileImages,
+    ImageDataset,
+    decode_image,
+    identity,
+)
 from torch_emc2.data.loader import Batch, ContrastiveDataset, EpochSampler, FiniteDataset, make_loader
 from torch_emc2.data.views import Augmentation, evaluation_transform, seeded_view, view_seed
 
@@ -21,6 +29,7 @@ __all__ = [
     "decode_image",
     "evaluation_transform",
     "finite_views",
+    "identity",
     "image_files",
     "make_loader",
     "open_dataset",

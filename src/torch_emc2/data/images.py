@@ -1,5 +1,7 @@
 """What a data set of images is: numbered uint8 images, wherever they are kept."""
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,6 +156,16 @@ class ImageDataset:
         return ImageDataset(
             self.source, rows=self.rows[picks], labels=labels, classes=self.classes, channels=self.channels
         )
+
+
+def identity(images: ImageDataset) -> str:
+    """What images these are: their number, and a hash of which of the data set's, and of files' names and sizes."""
+    digest = hashlib.sha256(images.rows.numpy().tobytes())
+    for i in range(len(images)):
+        if (path := images.path(i)) is not None:
+            with contextlib.suppress(OSError):  # unreadable, as decoding it will find
+                digest.update(f"{os.path.basename(path)}\0{os.stat(path).st_size}\0".encode(errors="surrogateescape"))
+    return f"{len(images)}, {digest.hexdigest()[:16]}"
 
 
 def decode_image(path: str | os.PathLike[str]) -> Tensor:

@@ -31,6 +31,8 @@ __all__ = [
     "require_int",
 ]
 
+_COLDEST = 1e-30  # colder, float32 overflows
+
 Encode = Callable[[Tensor], Tensor]
 """``encode(ids)``: embeddings (k, d) of the samples (or views) ``ids`` (k,) with today's weights, with gradient.
 
@@ -102,8 +104,8 @@ class ContrastiveLoss(nn.Module, ABC):
             self.temperature = float(setting)
         except OverflowError:  # an int or fraction beyond floating point
             self.temperature = math.inf
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a positive number, got {setting!r}")
+        if not _COLDEST <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a positive number (at least {_COLDEST:g}), got {setting!r}")
         self.num_samples: int | None = None
         self.last: dict[str, Tensor] = {}
 
@@ -121,7 +123,8 @@ class ContrastiveLoss(nn.Module, ABC):
 
         Under an initialised process group of several ranks the batch is gathered; the mean over ranks of value and
         gradient is what one process computes on the whole batch. Where one rank's input is not usable, all raise.
-        The loss can be differentiated once: ``create_graph=True`` raises RuntimeError.
+        The loss can be differentiated once: ``create_graph=True`` raises RuntimeError. It belongs outside of activation
+        checkpointing, which would call it twice: chains move with every call.
         """
         checked = None if encode is None else _checked(encode, z1)
         with torch.autocast(z1.device.type, enabled=False):
@@ -133,6 +136,7 @@ class ContrastiveLoss(nn.Module, ABC):
                 needs_index=self._needs_index,
                 encode=encode is not None,
                 training=self.training,
+                **self._alike(),
             )
             with torch.no_grad():
                 logits = (pairs.rows @ pairs.columns.T).div_(self.temperature)
@@ -148,6 +152,10 @@ class ContrastiveLoss(nn.Module, ABC):
             surrogate = _weighted_sum(pairs, weights) * (share / self.temperature)
             loss: Tensor = _DifferentiableOnce.apply(value + (surrogate - surrogate.detach()))
             return loss
+
+    def _alike(self) -> dict[str, int]:
+        """Return what else must be the same on all ranks, by name."""
+        return {}
 
     @abstractmethod
     def _weigh(

@@ -93,6 +93,9 @@ class EMC2Loss(StatefulLoss):
         self._calls = 0
         self._embeddings: SampleTable | None = None  # carry="cache"; made when d is known
 
+    def _alike(self) -> dict[str, int]:
+        return {"seed": self.seed % 2**63, "number of the call": self._calls}
+
     def _weigh(
         self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
     ) -> Weights:

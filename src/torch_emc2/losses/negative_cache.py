@@ -62,6 +62,9 @@ class NegativeCacheLoss(StatefulLoss):
         self._written = SampleTable(num_samples, (), torch.int64, _NEVER)  # the call at which an entry was last encoded
         self._calls = 0
 
+    def _alike(self) -> dict[str, int]:
+        return {"seed": self.seed % 2**63, "number of the call": self._calls}
+
     def _weigh(
         self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
     ) -> Weights:

@@ -40,26 +40,27 @@ class SogCLRLoss(StatefulLoss):
     def _weigh(
         self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
     ) -> Weights:
-        log_n = math.log(pairs.num_negatives)
-        log_u = []
-        ids = pairs.column_ids
+        shared = pairs.index is not None and pairs.index.ndim == 1  # by two views, which have an average each
+        ids = pairs.view_ids(0) if shared else pairs.column_ids
+        slots = self._slots.place(ids) if self.training else self._slots.find(ids)
+        own = pairs.mine(slots) if shared else torch.cat([pairs.mine(view) for view in slots.view(2, -1)])
+        entry = self._log_u.read(own).to(log_mass.dtype)  # (local, 2), or (rows, 2) of which the first counts
+
+        log_g = log_mass - math.log(pairs.num_negatives)
+        before = entry.T.flatten() if shared else entry[:, 0]
+        log_u = math.log(self.gamma) + log_g
+        if self.gamma < 1:
+            before = torch.where(before == -torch.inf, log_g, before)
+            log_u = torch.logaddexp(log_u, math.log1p(-self.gamma) + before)
         if self.training:
-            slots = self._slots.place(ids)
             self._log_u.make_room(slots)
+            if shared:
+                entry = pairs.gather(log_u.view(2, -1).T.contiguous())
+            else:
+                entry = pairs.gather_rows(torch.stack([log_u, entry[:, 1]], 1))
             self._slots.keep(ids, slots)
-        else:
-            slots = self._slots.find(ids)
-        for view, (log_g, at) in enumerate(zip((log_mass - log_n).view(2, -1), slots.view(2, -1), strict=True)):
-            place = view if pairs.index is not None and pairs.index.ndim == 1 else 0
-            entry = self._log_u.read(pairs.mine(at)).to(log_g.dtype)
-            before = torch.where(entry[:, place] == -torch.inf, log_g, entry[:, place])
-            entry[:, place] = math.log(self.gamma) + log_g
-            if self.gamma < 1:
-                entry[:, place] = torch.logaddexp(entry[:, place], math.log1p(-self.gamma) + before)
-            log_u.append(entry[:, place])
-            if self.training:
-                self._log_u.write(at, pairs.gather(entry))
-        return Weights(negatives=logits.sub_(log_n + torch.cat(log_u)[:, None]).exp_())
+            self._log_u.write(slots, entry)
+        return Weights(negatives=logits.sub_(math.log(pairs.num_negatives) + log_u[:, None]).exp_())
 
     def _forget(self, ids: Tensor) -> None:
         self._log_u.erase(self._slots.forget(ids))
