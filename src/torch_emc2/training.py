@@ -291,39 +291,16 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
         carried_ids = module.loss.chains.ids.share_memory()  # where the loader's workers read them
     datamodule = ContrastiveData(config, images, carried_ids)
     last = run / "checkpoints" / "last.ckpt"
-    own_callbacks = [
-        MetricsFile(run / "metrics.csv"),
-        *_checkpoints(config, last.parent),
-        ProgressBar(refresh_rate=10) if sys.stdout.isatty() else EpochLines(),
-    ]
-    try:
-        trainer = L.Trainer(
-            max_epochs=config.epochs,
-            accelerator=config.accelerator,
-            devices=config.devices,
-            precision=config.precision,
-            accumulate_grad_batches=config.accumulate,
-            gradient_clip_val=config.optimizer.clip,
-            logger=TensorBoardLogger(run, name="", version="tensorboard"),
-            callbacks=[*own_callbacks, *callbacks, stop],
-            plugins=[WholeCheckpoints()],
-            use_distributed_sampler=False,  # the sampler knows its rank
-            enable_progress_bar=sys.stdout.isatty(),
-            enable_model_summary=False,
-            default_root_dir=run,
-        )
-    except MisconfigurationException as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{reason} (accelerator: {config.accelerator}, devices: {config.devices})") from error
+    trainer = _trainer(config, run, [*_checkpoints(config, last.parent), *callbacks, stop])
     every = min(config.log_every_steps, module.steps_per_epoch(trainer.world_size))
     trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
     checkpoint = last if resume and last.exists() else None
-    if checkpoint is not None:
-        _validate_checkpoint(checkpoint, module)
     if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
         _prepare_folder(config, run, resume, {"processes": trainer.world_size, "images": identity(images)})
         if resume and checkpoint is None:
             print(f"emc2: {run} has no checkpoint to go on from: starting", file=sys.stderr)
+    if checkpoint is not None:
+        _validate_checkpoint(checkpoint, module)
     if trainer.world_size > 1:
         stop.meet()
     try:
@@ -341,6 +318,35 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     if trainer.is_global_zero:
         save_encoder(module.encoder, run)
     return run
+
+
+def _trainer(config: Config, run: Path, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    """Build Lightning's trainer.
+
+    Raises:
+        ValueError: this machine does not have the accelerator, or so many devices.
+    """
+    interactive = sys.stdout.isatty()
+    shown = ProgressBar(refresh_rate=10) if interactive else EpochLines()
+    try:
+        return L.Trainer(
+            max_epochs=config.epochs,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision=config.precision,
+            accumulate_grad_batches=config.accumulate,
+            gradient_clip_val=config.optimizer.clip,
+            logger=TensorBoardLogger(run, name="", version="tensorboard"),
+            callbacks=[MetricsFile(run / "metrics.csv"), shown, *callbacks],
+            plugins=[WholeCheckpoints()],
+            use_distributed_sampler=False,  # the sampler knows its rank
+            enable_progress_bar=interactive,
+            enable_model_summary=False,
+            default_root_dir=run,
+        )
+    except MisconfigurationException as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{reason} (accelerator: {config.accelerator}, devices: {config.devices})") from error
 
 
 @contextlib.contextmanager
