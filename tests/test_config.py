@@ -89,7 +89,14 @@ def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path, monkey
 
 @pytest.mark.parametrize(
     "words",
-    [["--lss", "infonce"], ["--loss", "simclr"], ["--data.limt", "3"], ["--epochs"], ["--emc2.num_chains", "two"]],
+    [
+        ["--lss", "infonce"],
+        ["--los", "infonce"],
+        ["--loss", "simclr"],
+        ["--data.limt", "3"],
+        ["--epochs"],
+        ["--emc2.num_chains", "two"],
+    ],
 )
 def test_wrong_words_are_refused(words: list[str]) -> None:
     with pytest.raises(ValueError, match=words[0].strip("-")):

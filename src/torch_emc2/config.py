@@ -188,7 +188,7 @@ def presets() -> dict[str, Path]:
 
 def config_parser(prog: str) -> ArgumentParser:
     """Return a parser of every field of `Config`; unknown ones are errors."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(Config)
     return parser
 

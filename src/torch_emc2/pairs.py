@@ -201,6 +201,7 @@ def _make_gathered_pairs(
 
 def unique_ids(ids: Tensor, num_samples: int | None) -> Tensor:
     """Validate ids of any shape, as a loss is called with, and return the different ones (k,), int64."""
+    _validate_tensor(ids)
     _validate_integers(ids)
     ids = torch.unique(ids.to(torch.int64))
     if len(ids):
@@ -271,10 +272,16 @@ def _validate_views(z1: Tensor, z2: Tensor) -> None:
 
 def _validate_index(index: Tensor, z1: Tensor) -> Tensor:
     size = len(z1)
+    _validate_tensor(index)
     if index.shape not in ((size,), (size, 2)):
         raise ValueError(f"index must be ({size},), or ({size}, 2) with an id a view, got {tuple(index.shape)}")
     _validate_integers(index)
     return index.to(z1.device, torch.int64)
+
+
+def _validate_tensor(index: object) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"index must be a tensor of integers, got {type(index).__name__}")
 
 
 def _validate_integers(index: Tensor) -> None:

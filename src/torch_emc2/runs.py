@@ -104,7 +104,10 @@ def embed_folder(
 
     Raises:
         DataError: there is no image; or, unless they are to be skipped, one cannot be read.
+        ValueError: the folder is no finished run, or the table's name is not one of a Parquet file.
     """
+    if out.suffix != ".parquet":
+        raise ValueError(f"{out} will be a Parquet file: give it a name that ends in .parquet")
     config, encoder = _load(run)
     paths = image_files(folder)
     if not paths:

@@ -23,6 +23,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import Tensor
@@ -281,6 +282,8 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
 
 def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: StopOnSIGTERM) -> Path:
     run, data = Path(config.out), config.data
+    if not resume:
+        _refuse_used(run)  # before the work: views may have to be drawn
     images = open_dataset(
         data.name, "train", Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed
     )
@@ -296,7 +299,7 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
     checkpoint = last if resume and last.exists() else None
     if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
-        _prepare_folder(config, run, resume, {"processes": trainer.world_size, "images": identity(images)})
+        _prepare_folder(config, run, {"processes": trainer.world_size, "images": identity(images)})
         if resume and checkpoint is None:
             print(f"emc2: {run} has no checkpoint to go on from: starting", file=sys.stderr)
     if checkpoint is not None:
@@ -388,16 +391,20 @@ def _validate_checkpoint(file: Path, module: ContrastiveModule) -> None:
         raise ValueError(f"{file} is of another encoder: put this run's in its place, or remove it to start again")
 
 
-def _prepare_folder(config: Config, run: Path, resume: bool, facts: dict[str, Any]) -> None:
-    """Write down what is run, and what else its results depend on; refuse to mix two runs in one folder."""
-    if not resume and run.exists() and any(run.iterdir()):
+@rank_zero_only
+def _refuse_used(run: Path) -> None:
+    if run.exists() and any(run.iterdir()):
         raise FileExistsError(f"{run} is not empty: --resume goes on with the run there, --out FOLDER starts another")
+
+
+def _prepare_folder(config: Config, run: Path, facts: dict[str, Any]) -> None:
+    """Write down what is run, and what else its results depend on; refuse to go on with a run that was another."""
     file, versions_file = run / "config.yaml", run / "versions.json"
     if file.exists():
         had, has = _what_counts(read_config(str(file)), facts | _read_facts(versions_file)), _what_counts(config, facts)
         if different := [name for name in has if had[name] != has[name]]:
             changes = "; ".join(f"{name}: {had[name]}, now {has[name]}" for name in different)
-            raise ValueError(f"cannot resume {run}: its config differs ({changes})")
+            raise ValueError(f"cannot resume {run}: its config differs ({changes}); emc2 train {file} --resume has it")
     versions = {"python": platform.python_version(), "platform": platform.platform(), **facts}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

@@ -137,6 +137,7 @@ def test_bad_views_are_named(name: str, change: dict[str, Tensor], error: type[E
         (None, ValueError, "needs index"),
         (torch.arange(5), ValueError, r"index must be \(6,\), or \(6, 2\).*got \(5,\)"),
         (torch.arange(6.0), TypeError, "integers, got torch.float32"),
+        ([0, 1, 2, 3, 4, 5], TypeError, "index must be a tensor of integers, got list"),
         (torch.tensor([0, 1, 2, 3, 4, M]), IndexError, f"below num_samples={M}, got {M}"),
         (torch.tensor([0, 1, 2, 3, 4, -1]), IndexError, "at least 0.*got -1"),
         (torch.tensor([0, 1, 2, 3, 4, 3]), ValueError, "index 3 occurs more than once"),
