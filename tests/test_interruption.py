@@ -288,6 +288,9 @@ def test_two_runs_do_not_share_a_folder(tiny: Config) -> None:
         train(tiny)
     with pytest.raises(ValueError, match=r"config differs \(temperature: 0\.1, now 0\.3\)"):
         train(replace(tiny, temperature=0.3), resume=True)
+    for norm in ("none", "group"):
+        with pytest.raises(ValueError, match=rf"config differs \(model\.norm: batch, now {norm}"):
+            train(replace(tiny, model=replace(tiny.model, norm=norm)), resume=True)  # type: ignore[arg-type]
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
 
 

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-import platform
 import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
 import torch.distributed as dist
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from torch_emc2.callbacks import EpochLines, MetricsFile, ProgressBar, StopOnSIGTERM, WholeCheckpoints
-from torch_emc2.config import Config, read_config, to_yaml
+from torch_emc2.config import Config
 from torch_emc2.data import (
     Batch,
     ContrastiveDataset,
@@ -42,7 +37,6 @@ from torch_emc2.data import (
     make_loader,
     open_dataset,
 )
-from torch_emc2.files import load_checkpoint, one_line, whole_file
 from torch_emc2.losses import (
     ContrastiveLoss,
     DCLLoss,
@@ -52,11 +46,11 @@ from torch_emc2.losses import (
     SogCLRLoss,
 )
 from torch_emc2.models import build_encoder, save_encoder
+from torch_emc2.run_folder import prepare_folder, refuse_used, validate_checkpoint
 from torch_emc2.seeds import mix_seed
 
 __all__ = ["ContrastiveData", "ContrastiveModule", "build_loss", "train"]
 
-_PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-learn", "numpy", "numba")
 _NAMED = 64  # samples, in a message
 
 
@@ -283,7 +277,7 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
 def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: StopOnSIGTERM) -> Path:
     run, data = Path(config.out), config.data
     if not resume:
-        _refuse_used(run)  # before the work: views may have to be drawn
+        refuse_used(run)  # before the work: views may have to be drawn
     images = open_dataset(
         data.name, "train", Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed
     )
@@ -299,11 +293,11 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
     checkpoint = last if resume and last.exists() else None
     if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
-        _prepare_folder(config, run, {"processes": trainer.world_size, "images": identity(images)})
+        prepare_folder(config, run, {"processes": trainer.world_size, "images": identity(images)})
         if resume and checkpoint is None:
             print(f"emc2: {run} has no checkpoint to go on from: starting", file=sys.stderr)
     if checkpoint is not None:
-        _validate_checkpoint(checkpoint, module)
+        validate_checkpoint(checkpoint, module)
     if trainer.world_size > 1:
         stop.meet()
     try:
@@ -381,70 +375,3 @@ def _checkpoints(config: Config, folder: Path) -> list[L.Callback]:
     if config.checkpoint_every_epochs is not None:
         callbacks.append(keep(every_n_epochs=config.checkpoint_every_epochs, save_on_train_epoch_end=True))
     return callbacks
-
-
-def _validate_checkpoint(file: Path, module: ContrastiveModule) -> None:
-    """Raise ValueError where a checkpoint cannot be read, or is one of another encoder."""
-    saved, own = load_checkpoint(file)["state_dict"], module.state_dict()
-    shapes = [{name: value.shape for name, value in state.items() if "encoder." in name} for state in (saved, own)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"{file} is of another encoder: put this run's in its place, or remove it to start again")
-
-
-@rank_zero_only
-def _refuse_used(run: Path) -> None:
-    if run.exists() and any(run.iterdir()):
-        raise FileExistsError(f"{run} is not empty: --resume goes on with the run there, --out FOLDER starts another")
-
-
-def _prepare_folder(config: Config, run: Path, facts: dict[str, Any]) -> None:
-    """Write down what is run, and what else its results depend on; refuse to go on with a run that was another."""
-    file, versions_file = run / "config.yaml", run / "versions.json"
-    if file.exists():
-        had, has = _what_counts(read_config(str(file)), facts | _read_facts(versions_file)), _what_counts(config, facts)
-        if different := [name for name in has if had[name] != has[name]]:
-            changes = "; ".join(f"{name}: {had[name]}, now {has[name]}" for name in different)
-            raise ValueError(f"cannot resume {run}: its config differs ({changes}); emc2 train {file} --resume has it")
-    versions = {"python": platform.python_version(), "platform": platform.platform(), **facts}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    for target, content in ((versions_file, json.dumps(versions, indent=2) + "\n"), (file, to_yaml(config))):
-        with whole_file(target) as path:
-            path.write_text(content)
-
-
-def _read_facts(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text())) if file.exists() else {}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({one_line(error)}): remove it") from error
-
-
-def _what_counts(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what a resumed run must share: all that its results depend on."""
-    fields = _flat(yaml.safe_load(to_yaml(config)))
-    for name in (
-        "out",
-        "probe",
-        "accelerator",
-        "devices",
-        "checkpoint_every_epochs",
-        "checkpoint_every_steps",
-        "log_every_steps",
-        "data.root",
-        "data.num_workers",
-    ):
-        fields.pop(name)
-    fields["batch_size on all devices"] = fields.pop("batch_size") * facts["processes"]
-    if config.model.norm == "batch":  # its statistics are those of a process's part
-        fields["processes"] = facts["processes"]
-    return fields | {"images": facts["images"]}
-
-
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Name nested fields as the command line does."""
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
