@@ -44,6 +44,8 @@ def test_a_line_that_is_not_whole_is_left_out(rest: str, tmp_path: Path) -> None
     again.write({"loss": 2.0}, 1)
     again.write({"loss": 3.0}, 2)
     assert path.read_text().splitlines() == ["step,loss", "0,1", "1,2", "2,3"]
+    path.write_text("loss,step\n1\n")
+    assert MetricsFile(path).rows == []
 
 
 @pytest.mark.parametrize(("accumulate", "every", "steps"), [(1, 3, [2, 5]), (1, 10, [3, 7]), (2, 1, [0, 1, 2, 3])])

@@ -80,7 +80,7 @@ class MetricsFile(L.Callback):
 
 
 def _is_whole(row: Mapping[str | None, Any]) -> bool:
-    return row.get("step", "").isdigit() and None not in row and None not in row.values()
+    return str(row.get("step")).isdigit() and None not in row and None not in row.values()
 
 
 class WholeCheckpoints(TorchCheckpointIO):
