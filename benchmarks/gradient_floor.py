@@ -41,13 +41,12 @@ def descend(loss_fn: ContrastiveLoss, batch_size: int, epochs: int, seed: int) -
     optimizer = torch.optim.SGD(net.parameters(), lr=STEP_SIZE)
     steps = epochs * (SAMPLES // batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    both = isinstance(loss_fn, EMC2Loss) and loss_fn.kernel == "isir"  # which carries both views of a sample
     for _ in range(epochs):
         for index in torch.randperm(SAMPLES).split(batch_size):
             z = net(inputs)
 
             def encode(carried: Tensor, z: Tensor = z) -> Tensor:
-                return z[carried // 2] if both else z[carried // 2, carried % 2]
+                return z[carried // 2, carried % 2]
 
             optimizer.zero_grad()
             ids = torch.stack([2 * index, 2 * index + 1], 1)

@@ -58,13 +58,13 @@ class EMC2Config:
     """EMC²'s own settings, as `torch_emc2.EMC2Loss` takes them.
 
     Attributes:
-        burn_in: share of a visit's steps that are not counted.
+        burn_in: share of a walk's steps that are not counted; null for the kernel's own, one half for metropolis.
         num_chains: chains a sample.
         carry: who supplies the carried negative's embedding.
         kernel: how a chain moves.
     """
 
-    burn_in: float = 0.5
+    burn_in: float | None = None
     num_chains: int = 1
     carry: Carry = "encode"
     kernel: Kernel = "metropolis"

@@ -62,20 +62,20 @@ def estimators(
     ids = 2 * num_samples
 
     def emc2(**settings: Any) -> Callable[[int], ContrastiveLoss]:
-        return lambda seed: EMC2Loss(ids, temperature, burn_in=burn_in, seed=seed, **settings)
+        return lambda seed: EMC2Loss(ids, temperature, seed=seed, **{"carry": "encode", **settings})
 
     return {
         "InfoNCE": lambda _: InfoNCELoss(temperature),
         "DCL": lambda _: DCLLoss(temperature),
         "SogCLR, γ = 0.9": lambda _: SogCLRLoss(ids, temperature, 0.9),
         "SogCLR, γ = 0.1": lambda _: SogCLRLoss(ids, temperature, 0.1),
-        "EMC², encode": emc2(carry="encode"),
-        "EMC², encode, 4 chains": emc2(carry="encode", num_chains=4),
-        "EMC², encode_if_used": emc2(carry="encode_if_used"),
-        "EMC², cache": emc2(carry="cache"),
-        "EMC², drop": emc2(carry="drop"),
-        "EMC², isir": emc2(carry="encode", kernel="isir"),
-        "EMC², isir, 4 chains": emc2(carry="encode", kernel="isir", num_chains=4),
+        "EMC², encode": emc2(burn_in=burn_in),
+        "EMC², encode, 4 chains": emc2(burn_in=burn_in, num_chains=4),
+        "EMC², encode_if_used": emc2(burn_in=burn_in, carry="encode_if_used"),
+        "EMC², cache": emc2(burn_in=burn_in, carry="cache"),
+        "EMC², drop": emc2(burn_in=burn_in, carry="drop"),
+        "EMC², isir": emc2(kernel="isir"),
+        "EMC², isir, 4 chains": emc2(kernel="isir", num_chains=4),
     }
 
 

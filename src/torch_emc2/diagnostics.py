@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-IdsOf = Literal["sample", "view", "both"]
+IdsOf = Literal["sample", "view"]
 
 _CHUNK = 4096  # rows and columns of similarities in memory at a time
 
@@ -74,14 +74,13 @@ def gradient_error(
     runs: int = 4,
     to_parameters: Callable[[Tensor], Tensor] | None = None,
 ) -> GradientError:
-    """Measure the gradient at fixed embeddings of two views, averaged over epochs of random batches.
+    """Measure the gradient at fixed embeddings, averaged over epochs of random batches.
 
     Args:
         make_loss: a fresh loss for a seed.
-        z: (m, 2, d) embeddings.
+        z: (m, views, d) embeddings; of more than two views, each visit of a sample draws two.
         batch_size: samples a batch; each epoch is a random order, what does not fill a batch is left out.
-        ids: ``"sample"`` gives the loss an ``index`` (b,); ``"view"`` one of (b, 2), ids 2 · sample + view; ``"both"``
-            as well, and ``encode`` returns both views of an id's sample.
+        ids: ``"sample"`` gives the loss an ``index`` (b,); ``"view"`` one of (b, 2), ids views · sample + view.
         epochs: averaged in each run, after ``mixing_epochs`` that let chains and averages settle.
         runs: independent in their batches and in their loss's seed; at least 2.
         to_parameters: the linear map from gradients at ``z`` to flat ones at the parameters, as `parameter_gradient`
@@ -160,7 +159,7 @@ class Target:
         steps: after which a chain with uniform proposals is within total variation ½ of the target, whatever its start,
             by λ = 1 - 1 / (N max p) (docs/theory.md); mean.
         steps_max: the same; largest.
-        visits: the same mean in visits of 2b - 2 steps.
+        visits: the same mean in visits, which take b - 1 steps.
         visits_max: the largest.
     """
 
@@ -192,7 +191,7 @@ def target_statistics(z: Tensor, temperature: float, batch_size: int) -> Target:
     negatives = (m - 1) * views
     peak = (torch.cat(peaks) * negatives).clamp(min=1.0)  # rounding can leave it below
     steps = math.log(2) / -torch.log1p(-1 / peak)
-    visit = 2 * batch_size - 2
+    visit = batch_size - 1
     return Target(
         negatives=negatives,
         perplexity=torch.cat(entropies).exp().mean().item(),
@@ -255,9 +254,11 @@ def clustered_embeddings(
     clusters: int = 15,
     spread: float = 1.0,
     view_spread: float = 0.5,
+    views: int = 2,
     seed: int = 0,
 ) -> Tensor:
-    """Two unit vectors a sample around random centres: a data set with hard negatives, (num_samples, 2, dim).
+    """Unit vectors of each sample's views around random centres: a data set with hard negatives, (num_samples, views,
+    dim).
 
     ``spread`` is the length of a sample's random offset from its unit centre, ``view_spread`` of a view's from its
     sample.
@@ -269,8 +270,8 @@ def clustered_embeddings(
 
     centres = F.normalize(offset(clusters), dim=1)
     samples = F.normalize(centres[torch.arange(num_samples) % clusters] + spread * offset(num_samples), dim=1)
-    views: Tensor = F.normalize(samples[:, None] + view_spread * offset(num_samples, 2), dim=2)
-    return views
+    embeddings: Tensor = F.normalize(samples[:, None] + view_spread * offset(num_samples, views), dim=2)
+    return embeddings
 
 
 class _Errors:
@@ -306,26 +307,29 @@ def _exact_gradient(z: Tensor, temperature: float) -> Tensor:
 def _epochs(
     loss_fn: ContrastiveLoss, z: Tensor, batch_size: int, ids: IdsOf, epochs: int, seed: int
 ) -> Iterator[tuple[Tensor, dict[str, float]]]:
-    """Yield the mean over each epoch's batches of the gradient (m, 2, d), and of the loss's own numbers."""
+    """Yield the mean over each epoch's batches of the gradient (m, views, d), and of the loss's own numbers."""
     generator = torch.Generator().manual_seed(seed)
     z = z.detach().requires_grad_()
     batches = len(z) // batch_size
 
+    views = z.shape[1]
+
     def encode(carried: Tensor) -> Tensor:
-        if ids == "both":
-            return z[carried // 2]
         if ids == "view":
-            return z[carried // 2, carried % 2]
+            return z[carried // views, carried % views]
         # A sample's id stands for any of its views: one is drawn, as an augmentation would.
-        return z[carried, torch.randint(2, carried.shape, generator=generator)]
+        return z[carried, torch.randint(views, carried.shape, generator=generator)]
 
     for _ in range(epochs):
         order = torch.randperm(len(z), generator=generator)[: batches * batch_size]
         z.grad = None
         last: dict[str, float] = defaultdict(float)
         for index in torch.split(order, batch_size):
-            given = index if ids == "sample" else torch.stack([2 * index, 2 * index + 1], 1)
-            loss_fn(z[index, 0], z[index, 1], given, encode=encode).backward()
+            met = torch.arange(2).expand(batch_size, 2)
+            if views > 2:
+                met = torch.rand(batch_size, views, generator=generator).argsort(1)[:, :2]
+            given = index if ids == "sample" else views * index[:, None] + met
+            loss_fn(z[index, met[:, 0]], z[index, met[:, 1]], given, encode=encode).backward()
             for name, number in loss_fn.last.items():
                 last[name] += number.item() / batches
         assert z.grad is not None

@@ -21,9 +21,9 @@ class Resampling(NamedTuple):
     """Probabilities and choices.
 
     Attributes:
-        weights: (rows, N) probability of each proposal, mean over the row's chains.
+        weights: (rows, sets, n) probability of each proposal, mean over the row's chains.
         carried_weights: (rows, chains) probability of the carried state.
-        state: (rows, chains) int64 proposal chosen, -1 for the carried state.
+        state: (rows, chains) int64 proposal chosen in the set drawn, -1 for the carried state.
     """
 
     weights: Tensor
@@ -31,23 +31,27 @@ class Resampling(NamedTuple):
     state: Tensor
 
 
-def resample(log_scores: Tensor, carried_score: Tensor, uniform: Tensor) -> Resampling:
-    """Choose the next state of several chains a row among the row's proposals and the chain's carried state.
+def resample(log_scores: Tensor, carried_score: Tensor, share: Tensor, in_set: Tensor, uniform: Tensor) -> Resampling:
+    """Choose the next state of several chains a row, in one of the row's sets: a proposal or the carried state.
 
     Args:
-        log_scores: (rows, N) log scores of the proposals; -inf for those that may not be chosen, but not all of a row.
-        carried_score: (rows, chains) log scores of the carried states; -inf where there is none, or where it is among
-            the proposals, which must not count it twice.
+        log_scores: (rows, sets, n) log scores of the proposals; -inf for those that may not be chosen, but not all of a
+            set.
+        carried_score: (rows, sets, chains) log scores of the carried states; -inf where there is none, or where it is
+            among the set's proposals, which must not count it twice.
+        share: (rows, sets, chains) probability of each set for the chain.
+        in_set: (rows, chains) int64, the set drawn.
         uniform: (rows, chains) independent draws in (0, 1].
     """
-    peak = log_scores.amax(1, keepdim=True)
+    num_proposals = log_scores.shape[2]
+    peak = log_scores.amax(2, keepdim=True)
     scores = (log_scores - peak).exp()
-    cumulative = scores.cumsum(1)
-    mass = cumulative[:, -1:]
-    log_mass = mass.log() + peak
-    carried_weights = torch.sigmoid(carried_score - log_mass)
+    cumulative = scores.cumsum(2)
+    mass = cumulative[..., -1:]
+    carried_weights = torch.sigmoid(carried_score - (mass.log() + peak))
     rest = (1 - carried_weights) / mass  # of each chain, for a unit of score
-    weights = scores * rest.mean(1, keepdim=True)
-    beyond = ((uniform - carried_weights) / rest).clamp(max=mass)  # place on the cumulative scores; not positive: stay
-    chosen = torch.searchsorted(cumulative, beyond.contiguous()).clamp(max=log_scores.shape[1] - 1)
-    return Resampling(weights, carried_weights, torch.where(beyond > 0, chosen, -1))
+    weights = scores * (share * rest).mean(2, keepdim=True)
+    beyond = ((uniform[:, None] - carried_weights) / rest).clamp(max=mass)  # place on the scores; not positive: stay
+    chosen = torch.searchsorted(cumulative, beyond.contiguous()).clamp(max=num_proposals - 1)
+    state = torch.where(beyond > 0, chosen, -1)
+    return Resampling(weights, (share * carried_weights).sum(1), state.gather(1, in_set[:, None])[:, 0])

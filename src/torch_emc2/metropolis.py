@@ -34,17 +34,15 @@ class Walk(NamedTuple):
     """Walks in summary.
 
     Attributes:
-        steps: (walks, rows, N) counted steps spent at each proposal, summed over a row's chains.
-        carried_steps: (walks, rows, chains) counted steps spent at the carried state.
+        steps: (rows, N) counted steps spent at each proposal, summed over a row's chains.
+        carried_steps: (rows, chains) counted steps spent at the carried state.
         state: (rows, chains) int64 proposal each chain ends at, -1 for the carried state.
-        score: (rows, chains) log score each chain ends with.
         accepted: () int64 number of proposals accepted by all chains.
     """
 
     steps: Tensor
     carried_steps: Tensor
     state: Tensor
-    score: Tensor
     accepted: Tensor
 
 
@@ -91,26 +89,22 @@ def metropolis_hastings(
     return MHResult(state.masked_fill_(~moved, -1), torch.where(moved[:, -1], score[:, -1], entry_score))
 
 
-def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor, order: Tensor) -> Walk:
-    """Take several chains a row over the same proposals, one walk after the other, and count where they spend their
-    steps.
+def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
+    """Take several chains a row over its proposals, and count where they spend their steps.
 
-    The chains are those of `metropolis_hastings`. In each walk the proposals are the same and their scores are others:
-    a chain that has left its carried state comes to the next walk at the proposal where it stopped, scored as there. On
-    the CPU, where numba is installed, one compiled pass over memory takes the place of the scan's many; states and
-    counts are the same.
+    The chains are those of `metropolis_hastings`. On the CPU, where numba is installed, one compiled pass over memory
+    takes the place of the scan's many; states and counts are the same.
 
     Args:
-        log_scores: (walks, rows, N) log scores of the proposals, -inf for those that may not be accepted.
-        carried_score: (walks, rows, chains) log score of the state each chain comes in with.
-        noise: (walks, rows, chains, N) independent Exp(1) draws, one a step.
-        counted: (walks, rows, N) bool, the steps that count.
-        order: (N,) int64, the proposal of each step: a permutation.
+        log_scores: (rows, N) log scores of the proposals, -inf for those that may not be accepted.
+        carried_score: (rows, chains) log score of the state each chain comes in with.
+        noise: (rows, chains, N) independent Exp(1) draws.
+        counted: (rows, N) bool, the steps that count.
     """
     log_scores, carried_score, noise = log_scores.detach(), carried_score.detach(), noise.detach()
     if log_scores.device.type == "cpu" and (compiled := _compiled_walk()) is not None:
-        return Walk(*compiled(log_scores, carried_score, noise, counted, order))
-    return _walk_by_scan(log_scores, carried_score, noise, counted, order)
+        return Walk(*compiled(log_scores, carried_score, noise, counted))
+    return _walk_by_scan(log_scores, carried_score, noise, counted)
 
 
 @cache
@@ -123,24 +117,14 @@ def _compiled_walk() -> Callable[..., tuple[Tensor, ...]] | None:
     return _compiled.walk
 
 
-def _walk_by_scan(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor, order: Tensor) -> Walk:
-    rows, num_chains = carried_score.shape[1:]
-    at = torch.full((rows, num_chains), -1, device=log_scores.device)  # steps, until the end
-    all_steps, carried_steps, accepted = [], [], torch.zeros((), dtype=torch.int64, device=at.device)
-    for x, entry, e, counts in zip(log_scores[..., order], carried_score, noise, counted, strict=True):
-        column = at.clamp(min=0)
-        entry = torch.where(at < 0, entry, x.gather(1, column))
-        x, counts = (tensor.repeat_interleave(num_chains, 0) for tensor in (x, counts))
-        path, score = metropolis_hastings(x, entry.flatten(), e.flatten(0, 1))
-        accepted += (path == torch.arange(path.shape[1], device=path.device)).sum()
-        path = torch.where(path < 0, at.view(-1, 1), path)
-        steps = x.new_zeros(len(path), path.shape[1] + 1).scatter_add_(1, path + 1, counts.to(x.dtype))
-        all_steps.append(steps[:, 1:].unflatten(0, (rows, num_chains)).sum(1))
-        carried_steps.append(steps[:, 0].view_as(at))
-        at = path[:, -1].view_as(at)
-    by_proposal = torch.empty_like(log_scores).index_copy_(2, order, torch.stack(all_steps))
-    state = torch.where(at < 0, at, order[at])
-    return Walk(by_proposal, torch.stack(carried_steps), state, score.view_as(at), accepted)
+def _walk_by_scan(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
+    rows, num_chains, num_proposals = noise.shape
+    x, counts = (tensor.repeat_interleave(num_chains, 0) for tensor in (log_scores, counted))
+    path, _ = metropolis_hastings(x, carried_score.flatten(), noise.flatten(0, 1))
+    accepted = (path == torch.arange(num_proposals, device=path.device)).sum()
+    steps = x.new_zeros(len(path), num_proposals + 1).scatter_add_(1, path + 1, counts.to(x.dtype))
+    steps, state = steps.view(rows, num_chains, -1), path[:, -1].view(rows, num_chains)
+    return Walk(steps[..., 1:].sum(1), steps[..., 0], state, accepted)
 
 
 def _validate(log_scores: Tensor, entry_score: Tensor, noise: Tensor, valid: Tensor | None) -> None:

@@ -166,7 +166,7 @@ def diagnose_run(
         pairs,
         config.temperature,
         config.batch_size if batch_size is None else batch_size,
-        burn_in=config.emc2.burn_in,
+        burn_in=0.5 if config.emc2.burn_in is None else config.emc2.burn_in,
         epochs=epochs,
         # Finite views have chains of their own, which met other views than these two.
         staleness=None if data.finite_views else _staleness(run, encoder, views, index, pairs, config.temperature),

@@ -75,7 +75,7 @@ def test_exact_backward_of_an_encoder_that_gives_nonsense() -> None:
 
 @fuzz(60)
 @given(
-    st.integers(2, 8), st.integers(2, 4), st.integers(1, 10), st.sampled_from(["sample", "view", "both"]),
+    st.integers(2, 8), st.integers(2, 4), st.integers(1, 10), st.sampled_from(["sample", "view"]),
     st.integers(1, 2), st.integers(2, 3),
 )  # fmt: skip
 def test_gradient_error(samples: int, dim: int, batch_size: int, ids: str, epochs: int, runs: int) -> None:

@@ -85,13 +85,13 @@ SCALES = {
     "full": Scale((), labelled=None, points=20),
 }
 
-METHODS: dict[str, dict[str, str]] = {
+METHODS: dict[str, dict[str, str | None]] = {
     "InfoNCE": {"loss": "infonce"},
     "DCL": {"loss": "dcl"},
     "SogCLR": {"loss": "sogclr"},
     "Negative Cache": {"loss": "negative-cache"},
     "EMC²": {"loss": "emc2", "emc2.kernel": "metropolis"},
-    "EMC², isir": {"loss": "emc2", "emc2.kernel": "isir"},
+    "EMC², isir": {"loss": "emc2", "emc2.kernel": "isir", "emc2.burn_in": None},
 }
 _KERNELS = ("EMC²", "EMC², isir")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch_emc2.chains import EMPTY, ChainTable
 from torch_emc2.isir import resample
 from torch_emc2.losses.base import Carried, CheckedEncode, StatefulLoss, Weights, require_int
-from torch_emc2.losses.noise import exponential_noise, proposal_order
+from torch_emc2.losses.noise import exponential_noise, fair_coins, proposal_sets
 from torch_emc2.metropolis import walk
 from torch_emc2.pairs import Pairs
 from torch_emc2.slots import Slots
@@ -32,11 +31,15 @@ class EMC2Loss(StatefulLoss):
     burn-in that the chain spends at each negative; what it spends at the negative it came in with is the carried
     negative's weight.
 
+    A batch holds two sets of proposals, each with one view of every sample. A visit walks over each of them, from the
+    negative it came in with; its weights are the mean of both, and it goes on from the end of one, by a fair coin.
+
     Args:
         num_samples: size of the data set (of its views, with an id a view): ids are below it. None: ids are any int64
             but -1, and the tables grow with every new one.
         temperature: 1 / β.
-        burn_in: share of a visit's steps that are not counted, in [0, 1).
+        burn_in: share of a walk's b - 1 steps that are not counted, in [0, 1); of ``kernel="metropolis"``, there by
+            default one half.
         num_chains: chains a sample; they share the proposals, and their mean has less variance.
         carry: who supplies the carried negative's embedding.
             ``"encode"``: ``encode(ids)`` does, with today's weights and before the walk, so the entry score is fresh
@@ -47,15 +50,17 @@ class EMC2Loss(StatefulLoss):
             ``"drop"``: nobody; its term is left out and the estimate is biased.
         kernel: how a chain moves. ``"metropolis"`` is the paper's. ``"isir"`` chooses among the batch and the carried
             negative by their softmax, which are its weights too: no burn-in, less variance, and exact in the long run
-            although batches are drawn without replacement. There ``encode(ids)`` may return (k, views, d), all views of
-            the ids' samples, which are then carried together; with an id a view, ids must then be
-            ``sample · views + view``.
+            although batches are drawn without replacement.
         seed: of the chains' noise, which is a function of (seed, number of the call).
 
     Notes:
-        With ``index`` (b,) both views of a sample share its chain: the second view's walk starts where the first one's
-        ended, rescored. That is the paper's form, for views that are drawn anew each time. With ``index`` (b, 2) every
-        view has its own chain, which is less biased where the views are fixed.
+        With ``index`` (b,) both views of a sample share its chain, the paper's form, for views that are drawn anew each
+        time: both views' walks start at the carried negative, and the end of one of them is kept. With ``index`` (b, 2)
+        every view has its own chain, which is less biased where the views are fixed.
+
+        The authors let the second view's walk start where the first one's ended, and each walk propose both views of
+        every sample: the same batch once more to a state just drawn from it, which biases what is drawn
+        (docs/method.md has the numbers).
 
     Example::
 
@@ -68,22 +73,24 @@ class EMC2Loss(StatefulLoss):
         num_samples: int | None,
         temperature: float = 0.07,
         *,
-        burn_in: float = 0.5,
+        burn_in: float | None = None,
         num_chains: int = 1,
         carry: Carry = "cache",
         kernel: Kernel = "metropolis",
         seed: int = 0,
     ) -> None:
         super().__init__(num_samples, temperature)
-        if not 0 <= burn_in < 1:
+        if burn_in is not None and not 0 <= burn_in < 1:
             raise ValueError(f"burn_in must be in [0, 1), the share of steps left out; got {burn_in}")
+        if burn_in is not None and kernel == "isir":
+            raise ValueError(f'kernel="isir" has no burn-in, got burn_in={burn_in}: leave it out')
         if require_int("num_chains", num_chains) < 1:
             raise ValueError(f"num_chains must be at least 1, got {num_chains}")
         if carry not in get_args(Carry):
             raise ValueError(f"carry must be one of {', '.join(get_args(Carry))}; got {carry!r}")
         if kernel not in get_args(Kernel):
             raise ValueError(f"kernel must be one of {', '.join(get_args(Kernel))}; got {kernel!r}")
-        self.burn_in = burn_in
+        self.burn_in = 0.5 if burn_in is None else burn_in
         self.num_chains = num_chains
         self.carry = carry
         self.kernel = kernel
@@ -110,108 +117,104 @@ class EMC2Loss(StatefulLoss):
             met, encoded, place = self._encode(pairs, carried, carried != EMPTY, encode)
         elif self.carry == "cache":
             met = self._recall(carried, pairs)
-        if met is None:  # the entry score (rows, chains · carried views) is that of the last visit …
+        if met is None:  # the entry score (rows, chains) is that of the last visit …
             score = self.chains.scores.read(slots).to(logits.dtype)
         else:  # … or fresh
-            score = self._log_scores(pairs, met)
-            score.masked_fill_((carried == EMPTY).repeat_interleave(score.shape[1] // self.num_chains, 1), -torch.inf)
+            score = self._log_scores(pairs, met).masked_fill_(carried == EMPTY, -torch.inf)
 
+        sets = proposal_sets(pairs, self.seed, self._calls)  # of columns: each holds a view of every sample
+        coins = fair_coins(pairs, self.num_chains, self.seed, self._calls)
         move = self._walk if self.kernel == "metropolis" else self._resample
-        in_batch, at_carried, end, end_score = move(pairs, logits, carried, score)
+        in_sets, at_carried, end = move(pairs, logits[:, sets], carried, score, sets, coins[:2].flatten(0, 1))
+        in_batch = torch.empty_like(logits).index_copy_(1, sets.flatten(), in_sets.flatten(1))
+        end_score = torch.where(end < 0, score, logits.gather(1, end.clamp(min=0)))
 
         if self.carry == "encode_if_used":
             met, encoded, place = self._encode(pairs, carried, at_carried > 0, encode)
             if met is not None:  # a score that stayed as it was could hold its chain for ever
-                stayed = (end < 0) & (at_carried[-len(end) :] > 0)
-                end_score = torch.where(stayed, self._log_scores(pairs, met)[-len(end) :], end_score)
+                end_score = torch.where((end < 0) & (at_carried > 0), self._log_scores(pairs, met), end_score)
         if self.training:
-            self._remember(pairs, carried, end, end_score)
+            self._remember(pairs, carried, end, end_score, coins[2] == 1)
         self.last["carried_share"] = at_carried.sum() / carried.numel()
         if met is None:
             return Weights(in_batch)
         return Weights(in_batch, carried=Carried(met, at_carried.div_(self.num_chains), encoded, place))
 
     def _walk(
-        self, pairs: Pairs, logits: Tensor, carried: Tensor, carried_score: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Walk all chains over the batch: where views share a chain one view after the other, else all at once.
+        self, pairs: Pairs, logits: Tensor, carried: Tensor, carried_score: Tensor, sets: Tensor, in_set: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Walk all chains of every row over each of two sets of proposals, from where they came in.
 
-        Returns, with a row's steps after burn-in as the whole, the share of each column (rows, columns), mean over its
-        chains, and the share of the carried negative (rows, chains); and for each chain (local or rows, chains) the
-        column at which it ends, -1 for the carried negative, and its log score.
+        Args:
+            pairs: the batch.
+            logits: (rows, 2, size) of the proposals, in the order of the steps.
+            carried: (rows, chains) ids of the carried negatives.
+            carried_score: (rows, chains) their log scores.
+            sets: (2, size) the proposals' columns.
+            in_set: (rows, chains) the set in which each chain's end is kept.
+
+        Returns:
+            With a row's steps after burn-in as the whole the share of each proposal (rows, 2, size), mean over its
+            chains, and of the carried negative (rows, chains); and the column at which each chain ends (rows, chains),
+            -1 for the carried negative.
         """
-        assert pairs.index is not None
-        walks = 2 if pairs.index.ndim == 1 else 1
-        burnt = int(self.burn_in * pairs.num_negatives)
-        counted = _counted(pairs.start, pairs.local, pairs.size, burnt, logits.device)
-        noise = exponential_noise(pairs, (self.num_chains, logits.shape[1]), self.seed, self._calls)
-        x, entry, e, counts = (
-            rows.view(walks, -1, *rows.shape[1:]) for rows in (logits, carried_score, noise.flatten(0, 1), counted)
+        num_steps = pairs.size - 1
+        burnt = int(self.burn_in * num_steps)
+        step = torch.arange(pairs.size, device=logits.device)
+        own = pairs.mine(sets[0].remainder(pairs.size).argsort())[:, None]  # where a row's own sample comes, as no step
+        counted = (step >= burnt + (own <= burnt).long()) & (step != own)
+        noise = exponential_noise(pairs, (2, self.num_chains, pairs.size), self.seed, self._calls)
+        done = walk(
+            logits.flatten(0, 1),
+            carried_score.repeat_interleave(2, 0),
+            noise.flatten(0, 2),
+            counted[:, None].expand(2, -1, 2, -1).flatten(0, 2),
         )
-        done = walk(x, entry, e, counts, proposal_order(pairs, self.seed, self._calls))
-        self.last["acceptance"] = done.accepted / (carried.numel() * pairs.num_negatives)
-        num_counted = pairs.num_negatives - burnt
+        self.last["acceptance"] = done.accepted / (2 * num_steps * carried.numel())
+        state, carried_steps = (tensor.view(-1, 2, self.num_chains) for tensor in (done.state, done.carried_steps))
+        state = state.gather(1, in_set[:, None])[:, 0]
         return (
-            done.steps.flatten(0, 1).div_(num_counted * self.num_chains),
-            done.carried_steps.flatten(0, 1).div_(num_counted),
-            done.state,
-            done.score,
+            done.steps.view_as(logits).div_(2 * self.num_chains * (num_steps - burnt)),
+            carried_steps.sum(1).div_(2 * (num_steps - burnt)),
+            torch.where(state < 0, -1, sets[in_set, state]),
         )
 
     def _resample(
-        self, pairs: Pairs, logits: Tensor, carried: Tensor, carried_score: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Choose among the batch and the carried negative; takes and returns what `_walk` does."""
-        assert pairs.index is not None
-        walks = 2 if pairs.index.ndim == 1 else 1
-        views = carried_score.view(len(carried), self.num_chains, -1)
-        together = views.shape[2] if pairs.index.ndim == 2 else 1  # ids of views that are carried as one
-        present = torch.isin(carried // together, pairs.column_ids // together)  # in the batch: not to be counted twice
-        views = views.masked_fill(present[:, :, None], -torch.inf)
-        score = views.logsumexp(2)
-        # A sample's chains draw from different parts of (0, 1], in random order: each uniform, together well spread.
-        noise = exponential_noise(pairs, (2, self.num_chains), self.seed, self._calls)
-        uniform = (noise[:, :, 0].neg().exp_() + noise[:, :, 1].argsort(-1)) / self.num_chains
-        by_walk = [tensor.view(walks, -1, tensor.shape[-1]) for tensor in (logits, score, uniform)]
+        self, pairs: Pairs, logits: Tensor, carried: Tensor, carried_score: Tensor, sets: Tensor, in_set: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose among a set of proposals and the carried negative; takes and returns what `_walk` does.
 
-        weights, carried_weights = [], []
-        at = torch.full_like(by_walk[1][0], -1, dtype=torch.int64)
-        for x, carried_x, u in zip(*by_walk, strict=True):
-            done = resample(x, carried_x.masked_fill(at >= 0, -torch.inf), u)
-            weights.append(done.weights)
-            carried_weights.append(done.carried_weights)
-            at = torch.where(done.state < 0, at, done.state)
-        end_score = torch.where(at < 0, by_walk[1][-1], by_walk[0][-1].gather(1, at.clamp(min=0)))
-        self.last["acceptance"] = 1 - torch.stack(carried_weights).mean()
-        share_of_view = (views - score[:, :, None]).exp().nan_to_num(nan=0.0)  # none carried: -inf less -inf
-        at_carried = (torch.cat(carried_weights)[:, :, None] * share_of_view).flatten(1)
-        return torch.cat(weights), at_carried, at, end_score
+        Where the carried negative is one view of a sample in the batch, the set that holds the other is left out.
+        """
+        inside = torch.stack([torch.isin(carried, pairs.column_ids[columns]) for columns in sets], 1)
+        candidates = inside | ~inside.any(1, keepdim=True)  # (rows, 2, chains)
+        in_set = torch.where(candidates.all(1), in_set, candidates[:, 1].long())
+        # A sample's chains draw from different parts of (0, 1], in random order: each uniform, together well spread.
+        noise = exponential_noise(pairs, (2, self.num_chains), self.seed, self._calls).flatten(0, 1)
+        uniform = (noise[:, 0].neg().exp_() + noise[:, 1].argsort(-1)) / self.num_chains
+        done = resample(
+            logits,
+            torch.where(inside, -torch.inf, carried_score[:, None]),
+            candidates / candidates.sum(1, keepdim=True),
+            in_set,
+            uniform,
+        )
+        self.last["acceptance"] = 1 - done.carried_weights.mean()
+        return done.weights, done.carried_weights, torch.where(done.state < 0, -1, sets[in_set, done.state])
 
     def _encode(self, pairs: Pairs, carried: Tensor, wanted: Tensor, encode: CheckedEncode | None) -> _Encoded:
         """Encode each wanted id of (rows, chains) once: what each row meets, the vectors themselves, and the places.
 
-        Shapes (rows, chains · views, d), (k · views, d) and (rows, chains · views), as in `Carried`; None without ids.
+        Shapes (rows, chains, d), (k, d) and (rows, chains), as in `Carried`; None without ids.
         """
-        ids, place = torch.unique(carried[wanted], return_inverse=True)
+        ids, place_of_wanted = torch.unique(carried[wanted], return_inverse=True)
         with pairs.together():
             if len(ids) == 0:
                 return None, None, None
             assert encode is not None
             encoded = encode(ids)
-            views = len(encoded) // len(ids)
-            if views != 1 and (self.kernel != "isir" or self.carry != "encode"):
-                raise ValueError(
-                    f'encode gave {views} views an id: only kernel="isir" with carry="encode" carries more than one; '
-                    f"here they are {self.kernel!r} and {self.carry!r}"
-                )
-            if views != 1 and self.num_samples is None and pairs.index is not None and pairs.index.ndim == 2:
-                raise ValueError(
-                    f"encode gave {views} views an id: views are carried together where their ids are sample · {views} "
-                    "+ view, so give num_samples"
-                )
-        first = torch.zeros_like(carried).masked_scatter_(wanted, place * views)
-        place = (first[:, :, None] + torch.arange(views, device=first.device)).flatten(1)
-        return encoded.index_select(0, place.flatten()).view(*place.shape, -1), encoded, place
+        place = torch.zeros_like(carried).masked_scatter_(wanted, place_of_wanted)
+        return encoded[place], encoded, place
 
     def _recall(self, carried: Tensor, pairs: Pairs) -> Tensor | None:
         """Look up the cached embeddings (rows, chains, d) of carried negatives; None before the first visit."""
@@ -230,11 +233,17 @@ class EMC2Loss(StatefulLoss):
         """Score what each row meets: (rows, met a row)."""
         return torch.bmm(met, pairs.rows[:, :, None])[:, :, 0].div_(self.temperature)
 
-    def _remember(self, pairs: Pairs, carried: Tensor, end: Tensor, end_score: Tensor) -> None:
-        """Write back where the chains ended. Last of all, so that a call that fails changes nothing."""
-        column_ids = pairs.column_ids
-        end_ids = torch.where(end < 0, carried[: len(end)], column_ids.take(end.clamp(min=0)))
-        chain_ids = column_ids[: len(end) * pairs.size // pairs.local]  # a shared chain goes by its first view
+    def _remember(self, pairs: Pairs, carried: Tensor, end: Tensor, end_score: Tensor, second: Tensor) -> None:
+        """Write back where the chains ended. Last of all, so that a call that fails changes nothing.
+
+        Of a shared chain the end in its second view's walk is kept where ``second`` (local, chains) says so.
+        """
+        assert pairs.index is not None
+        end_ids = torch.where(end < 0, carried, pairs.column_ids.take(end.clamp(min=0)))
+        chain_ids = pairs.column_ids
+        if pairs.index.ndim == 1:
+            end_ids, end_score = (torch.where(second, *rows.chunk(2)[::-1]) for rows in (end_ids, end_score))  # type: ignore[assignment]
+            chain_ids = pairs.index
         slots = self._slots.place(chain_ids)
         if self.carry == "cache":
             if self._embeddings is None:
@@ -290,11 +299,3 @@ class EMC2Loss(StatefulLoss):
         self._slots.check(keys, embeddings)
         table.load(embeddings)
         return table
-
-
-@lru_cache(maxsize=8)
-def _counted(start: int, local: int, size: int, first_counted: int, device: torch.device) -> Tensor:
-    """(rows, columns) bool: the column is a negative, and not among the row's first ``first_counted`` ones."""
-    column, sample = torch.arange(2 * size, device=device), torch.arange(start, start + local, device=device)[:, None]
-    step = column - (column > sample).long() - (column > sample + size).long()  # the own sample's columns are no steps
-    return ((step >= first_counted) & (column % size != sample)).repeat(2, 1)

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch_emc2.pairs import Pairs
 from torch_emc2.seeds import mix_seed
 
-__all__ = ["exponential_noise", "proposal_order"]
+__all__ = ["exponential_noise", "fair_coins", "proposal_sets"]
 
-_ORDER = -1  # the place of no block
+_SETS, _COINS = -1, -2  # places of no block
 _BLOCK = 256  # samples that share a seed: a rank draws the noise of the blocks that hold its samples, and no more
 
 
@@ -30,12 +30,18 @@ def exponential_noise(pairs: Pairs, shape: tuple[int, ...], seed: int, call: int
     return noise if pairs.local == last - first else noise[:, pairs.start - first :][:, : pairs.local].contiguous()
 
 
-def proposal_order(pairs: Pairs, seed: int, call: int) -> Tensor:
-    """The column (columns,) that each step proposes: of each sample one view among the first half, the other among the
-    last, which of them by a fair coin. It is its own inverse.
-
-    In a fixed order a burn-in of one half would count second views only.
+def proposal_sets(pairs: Pairs, seed: int, call: int) -> Tensor:
+    """Columns (2, size) of two sets that hold one view of every sample each, by a fair coin; the samples in random
+    order, the same in both.
     """
-    generator = torch.Generator(pairs.rows.device).manual_seed(mix_seed(seed, call, _ORDER))
-    swap = torch.randint(2, (pairs.size,), generator=generator, device=pairs.rows.device) * pairs.size
-    return torch.arange(2 * pairs.size, device=swap.device) + torch.cat([swap, -swap])
+    generator = torch.Generator(pairs.rows.device).manual_seed(mix_seed(seed, call, _SETS))
+    sample = torch.randperm(pairs.size, generator=generator, device=pairs.rows.device)
+    view = torch.randint(2, (pairs.size,), generator=generator, device=pairs.rows.device)
+    return sample + torch.stack([view, 1 - view]) * pairs.size
+
+
+def fair_coins(pairs: Pairs, num_chains: int, seed: int, call: int) -> Tensor:
+    """Three throws of 0 or 1, int64 (3, local, num_chains), for each chain of this rank's samples."""
+    generator = torch.Generator(pairs.rows.device).manual_seed(mix_seed(seed, call, _COINS))
+    coins = torch.randint(2, (pairs.size, 3, num_chains), generator=generator, device=pairs.rows.device)
+    return pairs.mine(coins).transpose(0, 1)
