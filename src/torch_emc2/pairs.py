@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,15 +66,17 @@ class Pairs:
         """Negatives of each row."""
         return 2 * self.size - 2
 
-    @property
-    def own(self) -> Tensor:
-        """(rows, columns) bool: the column is a view of the row's own sample."""
-        return _own(self.start, self.local, self.size, self.rows.device)
+    @cached_property
+    def own_columns(self) -> Tensor:
+        """(rows, 2) columns of the row's own sample, itself and its positive: the ones that are no negatives."""
+        first = torch.arange(self.start, self.start + self.local, device=self.rows.device)
+        both = torch.stack([first, first + self.size], 1)
+        return torch.cat([both, both.flip(1)])
 
     @property
     def positive(self) -> Tensor:
         """(rows,) column of each row's positive."""
-        return _positive(self.start, self.local, self.size, self.rows.device)
+        return self.own_columns[:, 1]
 
     def view_ids(self, view: int) -> Tensor:
         """(size,) ids of the samples, or with (size, 2) ids, of their first (0) or second (1) views."""
@@ -207,18 +209,6 @@ def unique_ids(ids: Tensor, num_samples: int | None) -> Tensor:
     if len(ids):
         _validate_range(ids, num_samples)
     return ids
-
-
-@lru_cache(maxsize=8)
-def _own(start: int, local: int, size: int, device: torch.device) -> Tensor:
-    sample = torch.arange(size, device=device)
-    return (sample[start : start + local, None] == sample).repeat(2, 2)
-
-
-@lru_cache(maxsize=8)
-def _positive(start: int, local: int, size: int, device: torch.device) -> Tensor:
-    mine = torch.arange(start, start + local, device=device)
-    return torch.cat([mine + size, mine])
 
 
 def _exchange(numbers: list[int], device: torch.device) -> list[list[int]]:

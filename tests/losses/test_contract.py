@@ -3,6 +3,7 @@
 import copy
 import datetime
 import functools
+import gc
 import re
 import subprocess
 import sys
@@ -159,6 +160,20 @@ def test_stateless_losses_ignore_index(name: str) -> None:
     z1, z2, _ = batch(0, 6)
     loss_fn = MAKERS[name]()
     assert_same(loss_fn(z1, z2, torch.zeros(3)), loss_fn(z1, z2))
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if getattr(MAKERS[name](), "kernel", None) != "metropolis"])
+def test_nothing_of_the_size_of_the_similarities_outlives_a_step(name: str) -> None:
+    def large() -> int:
+        gc.collect()
+        return sum(type(each) is Tensor and each.numel() >= (2 * M - 2) ** 2 for each in gc.get_objects())
+
+    before = large()
+    for size in (M, M - 1):  # as a last batch is smaller, or one with images left out
+        z1, z2, index = batch(0, M)
+        loss_fn = MAKERS[name]()
+        loss_fn(z1[:size].requires_grad_(), z2[:size], index[:size], encode=table().__getitem__).backward()
+    assert large() == before
 
 
 CASES = [(name, own_ids) for name in MAKERS for own_ids in (False, True)]

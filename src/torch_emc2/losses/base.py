@@ -141,7 +141,7 @@ class ContrastiveLoss(nn.Module, ABC):
             with torch.no_grad():
                 logits = (pairs.rows @ pairs.columns.T).div_(self.temperature)
                 positive = logits.gather(1, pairs.positive[:, None])[:, 0]
-                logits.masked_fill_(pairs.own, -torch.inf)
+                logits.scatter_(1, pairs.own_columns, -torch.inf)
                 log_mass = log_sum_exp(logits)
                 estimate = log_mass - positive - math.log(pairs.num_negatives)
                 weights = self._weigh(pairs, logits, log_mass, positive, checked)
