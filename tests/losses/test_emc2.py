@@ -150,9 +150,9 @@ def test_equals_the_slow_version(carry: str, num_chains: int, own_chains: bool, 
     ids = fast.chains.ids.data
     assert {(i, c): int(ids[i, c]) for i, c in slow.chains} == {key: end for key, (end, _) in slow.chains.items()}
     assert int((ids >= 0).sum()) == len(slow.chains)
-    scores = fast.chains.scores.data
+    similarities = fast.chains.similarities.data
     for (i, c), (_, score) in slow.chains.items():
-        assert float(scores[i, c]) == pytest.approx(score, rel=1e-6)
+        assert float(similarities[i, c]) == pytest.approx(0.2 * score, rel=1e-6)
 
 
 @pytest.mark.parametrize("own_chains", [False, True])
@@ -282,7 +282,7 @@ def test_isir_with_shared_chains_equals_the_slow_version(num_chains: int, carry:
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
         for (i, c), (end, score) in slow.chains.items():
             assert int(fast.chains.ids.data[i, c]) == end
-            assert float(fast.chains.scores.data[i, c]) == pytest.approx(score, rel=1e-6)
+            assert float(fast.chains.similarities.data[i, c]) == pytest.approx(0.3 * score, rel=1e-6)
 
 
 def test_views_carried_as_one_are_not_met_twice() -> None:
@@ -306,12 +306,12 @@ def test_views_carried_as_one_are_not_met_twice() -> None:
 def test_a_stale_score_does_not_hold_its_chain() -> None:
     loss_fn = EMC2Loss(M, 0.1, burn_in=0.0, carry="encode_if_used")
     index, rows = torch.arange(B), torch.randn(M, D)
-    loss_fn.chains.write(index, torch.full((B, 1), M - 1), torch.full((B, 1), 1e6))  # a score that nothing can reach
+    loss_fn.chains.write(index, torch.full((B, 1), M - 1), torch.full((B, 1), 1e6))  # which nothing can reach
     z = torch.randn(2, B, D)
     loss_fn(*z, index, encode=rows.__getitem__)
-    fresh = F.normalize(z[1], dim=1) @ F.normalize(rows[-1], dim=0) / 0.1
+    fresh = F.normalize(z[1], dim=1) @ F.normalize(rows[-1], dim=0)
     assert (loss_fn.chains.ids.data[:B, 0] == M - 1).all()
-    torch.testing.assert_close(loss_fn.chains.scores.data[:B, 0], fresh)
+    torch.testing.assert_close(loss_fn.chains.similarities.data[:B, 0], fresh)
 
 
 @pytest.mark.parametrize("saved", ["encode", "drop"])
@@ -402,9 +402,9 @@ def test_keys_equal_a_fixed_table(own_chains: bool, carry: Carry, kernel: Kernel
     ids = torch.tensor([id_of[each] for each in state["keys"].tolist()])
     carried = fixed.chains.ids.data[ids].long()
     assert torch.equal(state["chains"]["ids"], torch.where(carried < 0, -1, key_of[carried]))
-    assert torch.equal(state["chains"]["scores"], fixed.chains.scores.data[ids])
+    assert torch.equal(state["chains"]["similarities"], fixed.chains.similarities.data[ids])
     assert (fixed.chains.ids.data >= 0).sum() == (state["chains"]["ids"] != -1).sum()
-    assert sum(len(each) for each in (state["keys"], state["chains"]["ids"], state["chains"]["scores"])) == 3 * len(ids)
+    assert sum(len(each) for each in (state["keys"], *state["chains"].values())) == 3 * len(ids)
     if carry == "cache":
         assert torch.equal(state["embeddings"], fixed._embeddings.data[ids])
 
@@ -419,9 +419,9 @@ def test_a_forgotten_sample_leaves_nothing(num_samples: int | None) -> None:
     assert len(slots) > 3
     assert not torch.isin(loss_fn.chains.ids.data, gone).any()
     assert (loss_fn.chains.ids.data[slots] == -1).all()
-    assert (loss_fn.chains.scores.data[slots] == -torch.inf).all()
+    assert (loss_fn.chains.similarities.data[slots] == -torch.inf).all()
     assert (loss_fn._embeddings.data[slots] == 0).all()
-    assert (loss_fn.chains.scores.data == -torch.inf).equal(loss_fn.chains.ids.data == -1)
+    assert (loss_fn.chains.similarities.data == -torch.inf).equal(loss_fn.chains.ids.data == -1)
 
 
 def test_chains_are_emptied_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +431,7 @@ def test_chains_are_emptied_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> N
     loss_fn.forget(torch.tensor([5, 9, 9]))
     want = [-1 if i in (5, 9) or i // 2 in (5, 9) else i // 2 for i in range(M)]
     assert loss_fn.chains.ids.data[:, 0].tolist() == want
-    assert loss_fn.chains.scores.data[:, 0].tolist() == [-math.inf if at < 0 else 0.0 for at in want]
+    assert loss_fn.chains.similarities.data[:, 0].tolist() == [-math.inf if at < 0 else 0.0 for at in want]
 
 
 class _Largest(TorchDispatchMode):
@@ -466,12 +466,12 @@ def test_saving_copies_nothing_and_loading_fills_the_table() -> None:
     for loss_fn in (first, second):
         loss_fn(*torch.randn(2, B, D), torch.arange(B))
     state = first.get_extra_state()
-    before = [second.chains.ids.data, second.chains.scores.data, second._embeddings.data]
-    tables = [first.chains.ids, first.chains.scores, first._embeddings]
+    before = [second.chains.ids.data, second.chains.similarities.data, second._embeddings.data]
+    tables = [first.chains.ids, first.chains.similarities, first._embeddings]
     saved = [*state["chains"].values(), state["embeddings"]]
     assert all(a is table.data for a, table in zip(saved, tables, strict=True))
     second.set_extra_state(state)
-    after = [second.chains.ids.data, second.chains.scores.data, second._embeddings.data]
+    after = [second.chains.ids.data, second.chains.similarities.data, second._embeddings.data]
     assert all(a is b for a, b in zip(before, after, strict=True))
     torch.testing.assert_close(after, saved, rtol=0, atol=0)
 
@@ -489,7 +489,7 @@ def test_a_state_of_another_kind_of_ids_changes_nothing() -> None:
 
 def test_a_chain_costs_eight_bytes() -> None:
     chains = EMC2Loss(1000, num_chains=3).chains
-    assert sum(table.data.nbytes for table in (chains.ids, chains.scores)) == 8 * 3 * 1000
+    assert sum(table.data.nbytes for table in (chains.ids, chains.similarities)) == 8 * 3 * 1000
 
 
 def test_noise_is_exponential_and_finite() -> None:
@@ -527,7 +527,7 @@ def test_cold_near_duplicates_stay_finite_and_chains_move(dtype: torch.dtype) ->
         moved += int((loss_fn.chains.ids.data != before).sum())
     visits = 60 * 16 * 2
     assert moved > 0.5 * visits  # among 14 near-duplicates in the batch, most visits end elsewhere
-    assert loss_fn.chains.scores.data[loss_fn.chains.ids.data >= 0].isfinite().all()
+    assert loss_fn.chains.similarities.data[loss_fn.chains.ids.data >= 0].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -577,3 +577,24 @@ def test_views_carried_as_one_need_ids_in_order() -> None:
         ValueError, match=r"carried together where their ids are sample · 2 \+ view, so give num_samples"
     ):
         loss_fn(*z, index, encode=lambda ids: torch.randn(len(ids), 2, D))
+
+
+@pytest.mark.parametrize("carry", ["drop", "encode_if_used"])
+def test_a_stored_similarity_is_scored_at_the_temperature_of_the_visit(carry: Carry) -> None:
+    """Chains of isir, whose weight at the carried negative is a softmax, over three temperatures."""
+    loss_fn, generator = EMC2Loss(2 * M, 0.05, carry=carry, kernel="isir"), torch.Generator().manual_seed(0)
+    views = F.normalize(torch.randn(2 * M, D, dtype=torch.float64, generator=generator), dim=1)
+    for temperature in (0.05, 1.0, 0.2):
+        loss_fn.temperature = temperature
+        for samples in torch.randperm(M, generator=generator).split(M // 4):
+            index = torch.stack([2 * samples, 2 * samples + 1], 1)
+            rows = index.T.flatten()
+            carried, stored = (table.data[rows, 0] for table in (loss_fn.chains.ids, loss_fn.chains.similarities))
+            logits = views[rows] @ views[rows].T / temperature
+            logits[rows[:, None] // 2 == rows // 2] = -torch.inf
+            at_carried = (stored.double() / temperature).masked_fill(torch.isin(carried // 2, samples), -torch.inf)
+            shares = torch.cat([at_carried[:, None], logits], 1).softmax(1)[:, 0]
+            loss_fn(views[index[:, 0]], views[index[:, 1]], index, encode=views.__getitem__)
+            assert float(loss_fn.last["carried_share"]) == pytest.approx(float(shares.mean()), abs=1e-6)
+            met = (views[rows] * views[loss_fn.chains.ids.data[rows, 0].long()]).sum(1)
+            torch.testing.assert_close(loss_fn.chains.similarities.data[rows, 0], met.float(), rtol=0, atol=1e-6)

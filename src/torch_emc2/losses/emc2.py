@@ -10,8 +10,9 @@ from torch import Tensor
 
 from torch_emc2.chains import EMPTY, ChainTable
 from torch_emc2.isir import resample
-from torch_emc2.losses.base import Carried, CheckedEncode, StatefulLoss, Weights, require_int
+from torch_emc2.losses.base import Carried, CheckedEncode, Weights, require_int
 from torch_emc2.losses.noise import exponential_noise, proposal_order
+from torch_emc2.losses.stateful import StatefulLoss
 from torch_emc2.metropolis import walk
 from torch_emc2.pairs import Pairs
 from torch_emc2.slots import Slots
@@ -42,7 +43,7 @@ class EMC2Loss(StatefulLoss):
             ``"encode"``: ``encode(ids)`` does, with today's weights and before the walk, so the entry score is fresh
             too.
             ``"encode_if_used"``: ``encode(ids)`` does, for chains that stayed at it after burn-in; the entry score is
-            the stored one, renewed where the chain stays to the end.
+            of the similarity stored at the last visit, renewed where the chain stays to the end.
             ``"cache"``: the loss keeps every sample's last embedding, 4·d bytes each; it gets no gradient itself.
             ``"drop"``: nobody; its term is left out and the estimate is biased.
         kernel: how a chain moves. ``"metropolis"`` is the paper's. ``"isir"`` chooses among the batch and the carried
@@ -90,11 +91,11 @@ class EMC2Loss(StatefulLoss):
         self.seed = require_int("seed", seed)
         self._slots = Slots(self.num_samples)
         self.chains = ChainTable(self.num_samples, num_chains)
-        self._calls = 0
         self._embeddings: SampleTable | None = None  # carry="cache"; made when d is known
 
-    def _alike(self) -> dict[str, int]:
-        return {"seed": self.seed % 2**63, "number of the call": self._calls}
+    def _alike(self) -> dict[str, object]:
+        own = {name: getattr(self, name) for name in ("burn_in", "num_chains", "carry", "kernel", "seed")}
+        return {**super()._alike(), **own}
 
     def _weigh(
         self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
@@ -111,7 +112,7 @@ class EMC2Loss(StatefulLoss):
         elif self.carry == "cache":
             met = self._recall(carried, pairs)
         if met is None:  # the entry score (rows, chains · carried views) is that of the last visit …
-            score = self.chains.scores.read(slots).to(logits.dtype)
+            score = self.chains.similarities.read(slots).to(logits.dtype).div_(self.temperature)
         else:  # … or fresh
             score = self._log_scores(pairs, met)
             score.masked_fill_((carried == EMPTY).repeat_interleave(score.shape[1] // self.num_chains, 1), -torch.inf)
@@ -241,9 +242,9 @@ class EMC2Loss(StatefulLoss):
                 self._embeddings = SampleTable(self.num_samples, (pairs.columns.shape[1],), torch.float32, 0.0)
             self._embeddings.make_room(slots)
         self.chains.make_room(slots)
-        ends, scores = pairs.gather_rows(end_ids), pairs.gather_rows(end_score)
+        ends, similarities = pairs.gather_rows(end_ids), pairs.gather_rows(end_score * self.temperature)
         self._slots.keep(chain_ids, slots)
-        self.chains.write(slots, ends, scores)
+        self.chains.write(slots, ends, similarities)
         if self._embeddings is not None:
             self._embeddings.write(slots, pairs.columns[: len(slots)])
         self._calls += 1
@@ -263,7 +264,7 @@ class EMC2Loss(StatefulLoss):
 
     def _load(self, state: dict[str, Any]) -> None:
         keys, chains, embeddings = state["keys"], state["chains"], state["embeddings"]
-        self._slots.check(keys, chains["ids"], chains["scores"])
+        self._slots.check(keys, chains["ids"], chains["similarities"])
         self.chains.check(chains)
         table = None
         if self.carry == "cache":
