@@ -119,6 +119,17 @@ class Pairs:
         by_sample = part.view(-1, self.local, *part.shape[1:]).transpose(0, 1)
         return self.gather(by_sample).transpose(0, 1).flatten(0, 1)
 
+    def anywhere(self, here: bool) -> bool:
+        """Tell whether something is so on any rank; all ranks must ask."""
+        return here if self.world_size == 1 else any(there for (there,) in exchange([int(here)], self.rows.device))
+
+    def some_ids(self, ids: Tensor) -> Tensor:
+        """Return ``ids``, or where there are none one of this rank's own samples', to be encoded and not used.
+
+        What `encode` calls may be a collective, as a sharded model is: if one rank calls it all must.
+        """
+        return ids if len(ids) else self.row_ids[:1]
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Let a block that one rank alone may fail in, such as a call of ``encode``, fail on all ranks.

@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
@@ -543,6 +545,70 @@ def _wrapped(sizes: tuple[int, ...], rank: int) -> list[Tensor]:
     return gradients
 
 
+class Collective(torch.autograd.Function):
+    """Nothing, at which ranks wait for one another both ways, as they do in a sharded module."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        dist.all_reduce(torch.ones(1))
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        dist.all_reduce(torch.ones(2))
+        return gradients[0]
+
+
+UNEQUAL: dict[str, Callable[[], ContrastiveLoss]] = {  # where a rank may have nothing to encode
+    **{name: MAKERS[name] for name in ("emc2-encode", "emc2-if-used", "emc2-isir")},
+    "negative-cache": lambda: NegativeCacheLoss(M, D, 0.1, refresh_fraction=0.01),  # one entry a step, on one rank
+}
+
+
+def unequal_batch(step: int, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The first rank has the same samples in each step, the others new ones, whose chains are empty."""
+    z1, z2, _ = batch(step, sum(sizes))
+    others = sum(sizes[1:])
+    return z1, z2, torch.cat([torch.arange(sizes[0]), sizes[0] + step * others + torch.arange(others)])
+
+
+def _unequal(name: str, sizes: tuple[int, ...], rank: int, *, alone: bool = False) -> list[tuple[list[Tensor], Any]]:
+    """Loss, gradients, and the numbers of ids that encode was asked for, where it waits for other ranks."""
+    loss_fn, steps = UNEQUAL[name](), []
+    for step in range(7):
+        whole = unequal_batch(step, sizes)
+        z1, z2, index = whole if alone else (part.split(sizes)[rank] for part in whole)
+        inputs, asked = [tensor.clone().requires_grad_() for tensor in (z1, z2, table())], []
+
+        def encode(ids: Tensor, asked: list[int] = asked, rows: Tensor = inputs[2]) -> Tensor:
+            asked.append(len(ids))
+            return rows[ids] if alone else Collective.apply(rows[ids])
+
+        loss = loss_fn(inputs[0], inputs[1], index, encode=encode)
+        steps.append(([loss.detach(), *torch.autograd.grad(loss, inputs, materialize_grads=True)], asked))
+    return steps
+
+
+def _sharded(sizes: tuple[int, ...], rank: int, *, alone: bool = False) -> list[Tensor]:
+    """Gradients of an encoder whose weights are split among the ranks, and that encodes the carried negatives too."""
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(torch.nn.Linear(D, 6), torch.nn.Tanh(), torch.nn.Linear(6, D)).double()
+    if not alone:
+        mesh = init_device_mesh("cpu", (len(sizes),))
+        fully_shard(encoder[2], mesh=mesh)
+        fully_shard(encoder, mesh=mesh)
+    loss_fn, gradients = EMC2Loss(M, 0.1, burn_in=0.1, carry="encode"), []
+    for step in range(STEPS):
+        whole = unequal_batch(step, sizes)
+        z1, z2, index = whole if alone else (part.split(sizes)[rank] for part in whole)
+        z = encoder(torch.cat([z1, z2]))
+        loss_fn(*z.chunk(2), index, encode=lambda ids: encoder(table()[ids])).backward()
+        by_weight = [parameter.grad for parameter in encoder.parameters()]
+        gradients += [grad.clone() if alone else grad.full_tensor() for grad in by_weight]  # type: ignore[union-attr]
+        encoder.zero_grad()
+    return gradients
+
+
 def _second_derivative(sizes: tuple[int, ...], rank: int) -> str:
     """What a second derivative through the gathered batch raises."""
     part = torch.randn(sizes[rank], D, requires_grad=True)
@@ -570,6 +636,8 @@ def _rank(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
         "differences": {case: _differ(*case, sizes, rank) for case in DIFFERENCES if len(sizes) > 1},
         "refresh": _random_refresh(sizes, rank),
         "wrapped": _wrapped(sizes, rank),
+        "unequal": {name: _unequal(name, sizes, rank) for name in UNEQUAL},
+        "sharded": _sharded(sizes, rank),
         "second derivative": _second_derivative(sizes, rank),
     }
     torch.save(results, f"{folder}/rank-{rank}.pt")
@@ -637,6 +705,28 @@ def test_carried_negatives_go_through_the_wrapped_module(ranks: list[Any]) -> No
     want = _wrapped((sum(SIZES[len(ranks)]),), 0)
     for results in ranks:
         assert_same(results["wrapped"], want, rtol=1e-10, atol=1e-10)
+
+
+@on_several_ranks
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_where_one_rank_encodes_all_do(name: str, ranks: list[Any]) -> None:
+    sizes, stand_ins = SIZES[len(ranks)], 0
+    alone = _unequal(name, sizes, 0, alone=True)
+    for (want, asked), *by_rank in zip(alone, *(results["unequal"][name] for results in ranks), strict=True):
+        losses, by_z1, by_z2, by_table = zip(*(got for got, _ in by_rank), strict=True)
+        got = [sum(losses), torch.cat(by_z1), torch.cat(by_z2), sum(by_table)]
+        assert_same([each / len(ranks) for each in got], want, rtol=1e-10, atol=1e-10)
+        calls = [len(each) for _, each in by_rank]
+        assert calls == [len(asked)] * len(ranks)
+        stand_ins += sum(map(sum, (each for _, each in by_rank))) > sum(asked)
+    assert stand_ins > 1, "all ranks had something to encode: this test shows nothing"
+
+
+@on_several_ranks
+def test_an_encoder_may_be_sharded(ranks: list[Any]) -> None:
+    want = _sharded(SIZES[len(ranks)], 0, alone=True)
+    for results in ranks:
+        assert_same(results["sharded"], want, rtol=1e-10, atol=1e-10)
 
 
 @on_ranks

@@ -33,8 +33,9 @@ __all__ = [
 Encode = Callable[[Tensor], Tensor]
 """``encode(ids)``: embeddings (k, d) of the samples (or views) ``ids`` (k,) with today's weights, with gradient.
 
-Under DDP it must call the wrapped module itself (``ddp.module``): ranks have different ids to encode, one perhaps none,
-and would wait for one another in the wrapper's exchange of buffers.
+All ranks call it equally often, with different ids: one that has none to encode where another has is given one of its
+own samples', which then weighs nothing. So it may call a module that `fully_shard` has split among the ranks. Under DDP
+it must call the wrapped module itself (``ddp.module``): the wrapper counts on one forward pass a step.
 """
 
 

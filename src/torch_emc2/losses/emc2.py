@@ -104,11 +104,13 @@ class EMC2Loss(StatefulLoss):
             raise ValueError(
                 f'carry="{self.carry}" needs encode: loss(z1, z2, index, encode=fn) with fn(ids) -> (k, d)'
             )
-        slots = self._slots.find(pairs.row_ids)
-        carried = self.chains.ids.read(slots).long()  # (rows, chains)
+        slots = self._slots.find(pairs.column_ids)
+        carried_by_all = self.chains.ids.read(slots).long()  # (columns, chains), as every rank sees it
+        carried, slots = pairs.own_rows(carried_by_all), pairs.own_rows(slots)  # (rows, …)
         met, encoded, place = None, None, None
         if self.carry == "encode":
-            met, encoded, place = self._encode(pairs, carried, carried != EMPTY, encode)
+            anywhere = bool((carried_by_all != EMPTY).any())
+            met, encoded, place = self._encode(pairs, carried, carried != EMPTY, anywhere, encode)
         elif self.carry == "cache":
             met = self._recall(carried, pairs)
         if met is None:  # the entry score (rows, chains · carried views) is that of the last visit …
@@ -121,9 +123,10 @@ class EMC2Loss(StatefulLoss):
         in_batch, at_carried, end, end_score = move(pairs, logits, carried, score)
 
         if self.carry == "encode_if_used":
-            met, encoded, place = self._encode(pairs, carried, at_carried > 0, encode)
+            used = at_carried > 0
+            met, encoded, place = self._encode(pairs, carried, used, pairs.anywhere(bool(used.any())), encode)
             if met is not None:  # a score that stayed as it was could hold its chain for ever
-                stayed = (end < 0) & (at_carried[-len(end) :] > 0)
+                stayed = (end < 0) & used[-len(end) :]
                 end_score = torch.where(stayed, self._log_scores(pairs, met)[-len(end) :], end_score)
         if self.training:
             self._remember(pairs, carried, end, end_score)
@@ -188,15 +191,19 @@ class EMC2Loss(StatefulLoss):
         at_carried = (torch.cat(carried_weights)[:, :, None] * share_of_view).flatten(1)
         return torch.cat(weights), at_carried, at, end_score
 
-    def _encode(self, pairs: Pairs, carried: Tensor, wanted: Tensor, encode: CheckedEncode | None) -> _Encoded:
+    def _encode(
+        self, pairs: Pairs, carried: Tensor, wanted: Tensor, anywhere: bool, encode: CheckedEncode | None
+    ) -> _Encoded:
         """Encode each wanted id of (rows, chains) once: what each row meets, the vectors themselves, and the places.
 
-        Shapes (rows, chains · views, d), (k · views, d) and (rows, chains · views), as in `Carried`; None without ids.
+        Shapes (rows, chains · views, d), (k · views, d) and (rows, chains · views), as in `Carried`; None where no id
+        is wanted on any rank. Where one is `anywhere`, a rank that wants none has a stand-in that no chain is at.
         """
+        if not anywhere:
+            return None, None, None
         ids, place = torch.unique(carried[wanted], return_inverse=True)
+        ids = pairs.some_ids(ids)
         with pairs.together():
-            if len(ids) == 0:
-                return None, None, None
             assert encode is not None
             encoded = encode(ids)
             views = len(encoded) // len(ids)

@@ -128,9 +128,9 @@ class NegativeCacheLoss(StatefulLoss):
             parts = oldest.tensor_split(pairs.world_size)  # each is encoded once: there may be dropout
             mine = parts[pairs.rank]
             embeddings = pairs.rows.new_empty(0, pairs.rows.shape[1])
-            with pairs.together():
-                if len(mine):
-                    embeddings = _encode_one_each(encode, mine, gradient=False)
+            if len(oldest):
+                with pairs.together():
+                    embeddings = _encode_one_each(encode, pairs.some_ids(mine), gradient=False)[: len(mine)]
             fresh.append((oldest, pairs.gather(embeddings.to(dtype), tuple(len(part) for part in parts))))
             written[oldest] = self._calls
         return fresh, written
