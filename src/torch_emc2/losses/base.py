@@ -110,6 +110,9 @@ class ContrastiveLoss(nn.Module, ABC):
     def _accept_temperature(self, value: Any) -> float:
         return require_temperature(value)
 
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="a loss and its memory are no part of a graph: compile without fullgraph=True, or the encoder alone"
+    )
     def forward(self, z1: Tensor, z2: Tensor, index: Tensor | None = None, encode: Encode | None = None) -> Tensor:
         """Return the loss of a batch, a scalar whose gradient is the estimator's.
 
@@ -121,12 +124,16 @@ class ContrastiveLoss(nn.Module, ABC):
 
         Raises:
             ValueError, IndexError, TypeError: the input is not usable; no state has changed.
+            RuntimeError: it is called under a transform of `torch.func` or in a replica of `nn.DataParallel`, which
+                would change the memory in a trace, or a copy of it; no state has changed.
 
         Under an initialised process group of several ranks the batch is gathered; the mean over ranks of value and
         gradient is what one process computes on the whole batch. Where one rank's input is not usable, all raise.
         The loss can be differentiated once: ``create_graph=True`` raises RuntimeError. It belongs outside of activation
-        checkpointing, which would call it twice: chains move with every call.
+        checkpointing, which would call it twice: chains move with every call. A step that holds it can be compiled: it
+        runs between graphs.
         """
+        _refuse_tracing(self)
         checked = None if encode is None else _checked(encode, z1)
         with torch.autocast(z1.device.type, enabled=False):
             pairs = make_pairs(
@@ -180,6 +187,20 @@ def require_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return int(value)
+
+
+def _refuse_tracing(loss: nn.Module) -> None:
+    """Raise RuntimeError where a call would have no lasting effect, or one on a copy."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "a loss cannot be transformed by torch.func (grad, vmap, …): take its gradient with loss.backward() or "
+            "torch.autograd.grad; no state has changed"
+        )
+    if getattr(loss, "_is_replica", False):
+        raise RuntimeError(
+            "a loss cannot be part of what nn.DataParallel copies to each device: wrap the encoder alone, or use "
+            "DistributedDataParallel; no state has changed"
+        )
 
 
 class _DifferentiableOnce(torch.autograd.Function):
