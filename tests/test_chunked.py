@@ -108,23 +108,6 @@ def test_no_graph_is_larger_than_a_chunk() -> None:
     assert len(first_pass) > 6
 
 
-def test_all_views_of_the_carried_samples() -> None:
-    def run(backward: Any, net: nn.Module) -> None:
-        loss_fn = EMC2Loss(2 * M, 0.1, carry="encode", kernel="isir")
-        for step in range(STEPS):
-            views, index = batch(step)
-            ids = torch.stack([2 * index, 2 * index + 1], 1)
-            backward(
-                loss_fn, net, views, ids, 3, encode=lambda carried: net(IMAGES[carried // 2])[:, None].repeat(1, 2, 1)
-            )
-
-    nets = encoder(), encoder()
-    run(cached_backward, nets[0])
-    run(plain_backward, nets[1])
-    got, want = ([parameter.grad for parameter in net.parameters()] for net in nets)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-
-
 def test_a_constant_encode() -> None:
     nets = encoder(), encoder()
     for backward, net in zip((cached_backward, plain_backward), nets, strict=True):

@@ -163,7 +163,7 @@ def test_a_diagnosis_is_that_of_the_run_s_views_and_weights(finished: Path) -> N
     state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["loss._extra_state"]
     differences = []
     for place, i in enumerate(picks):
-        carried, stored = state["chains"]["ids"][i].item(), state["chains"]["scores"][i].item()
+        carried, stored = state["chains"]["ids"][i].item(), state["chains"]["similarities"][i].item() / 0.1
         if carried >= 0:
             differences += (z[place] @ embed(carried).T / 0.1 - stored).abs().flatten().tolist()
     assert diagnosis.staleness is not None

@@ -48,7 +48,7 @@ def test_shared_memory_stays_shared_over_writes_and_loads() -> None:
 def test_ids_are_narrow_until_they_must_not_be() -> None:
     assert ChainTable(10, 1).ids.data.dtype == torch.int32
     assert ChainTable(None, 1).ids.data.dtype == torch.int64
-    assert ChainTable(10, 1).ids.data.element_size() + ChainTable(10, 1).scores.data.element_size() == 8
+    assert ChainTable(10, 1).ids.data.element_size() + ChainTable(10, 1).similarities.data.element_size() == 8
 
 
 def test_a_read_leaves_the_table_as_it_is() -> None:

@@ -45,7 +45,7 @@ def cached_backward(
         views: the batch's first and second views (b, …), without graph.
         index: (b,) or (b, 2) ids as the loss takes them, or None for a loss that needs none.
         chunk_size: inputs embedded at a time, of a view or of what ``encode`` is asked for.
-        encode: ids (k,) -> embeddings (k, d) or (k, views, d), as the loss takes it; embedded in chunks too.
+        encode: ids (k,) -> embeddings (k, d), as the loss takes it; embedded in chunks too.
 
     Returns:
         The loss, a scalar without graph.

@@ -229,7 +229,7 @@ def score_staleness(stored: Tensor, anchors: Tensor, carried: Tensor, temperatur
     """Compare stored log scores with those of today's embeddings.
 
     Args:
-        stored: (k,) log scores as the chains keep them; at least 2.
+        stored: (k,) log scores of the similarities that the chains keep; at least 2.
         anchors: (k, 2, d) today's embeddings of two views of each chain's sample.
         carried: (k, 2, d) of the sample it carries.
         temperature: 1 / β.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_emc2.temperature import require_temperature
 from torch_emc2.unit import unit_vectors
 
 __all__ = ["global_backward", "global_contrastive_loss"]
@@ -32,13 +33,13 @@ def global_contrastive_loss(
 
     Raises:
         ValueError: shapes or sizes do not fit, or an embedding is not finite or zero.
+        TypeError: the temperature is a tensor or no number.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"z must be (m, views, d) with m >= 2 and views >= 2, got {tuple(z.shape)}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    temperature = require_temperature(temperature)
     m, views, _ = z.shape
     with torch.autocast(z.device.type, enabled=False):
         flat = unit_vectors(z.flatten(0, 1), lambda row: f"z[{row // views}, {row % views}]")

@@ -7,17 +7,24 @@ of another sample is a negative.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from torch_emc2.ranks import (
+    exchange,
+    fingerprint,
+    gather,
+    gather_with_gradient,
+    raise_together,
+    refuse_difference,
+    several_ranks,
+)
 from torch_emc2.unit import unit_vectors
 
 __all__ = ["Pairs", "make_pairs", "unique_ids"]
@@ -66,15 +73,17 @@ class Pairs:
         """Negatives of each row."""
         return 2 * self.size - 2
 
-    @property
-    def own(self) -> Tensor:
-        """(rows, columns) bool: the column is a view of the row's own sample."""
-        return _own(self.start, self.local, self.size, self.rows.device)
+    @cached_property
+    def own_columns(self) -> Tensor:
+        """(rows, 2) columns of the row's own sample, itself and its positive: the ones that are no negatives."""
+        first = torch.arange(self.start, self.start + self.local, device=self.rows.device)
+        both = torch.stack([first, first + self.size], 1)
+        return torch.cat([both, both.flip(1)])
 
     @property
     def positive(self) -> Tensor:
         """(rows,) column of each row's positive."""
-        return _positive(self.start, self.local, self.size, self.rows.device)
+        return self.own_columns[:, 1]
 
     def view_ids(self, view: int) -> Tensor:
         """(size,) ids of the samples, or with (size, 2) ids, of their first (0) or second (1) views."""
@@ -89,17 +98,19 @@ class Pairs:
     @cached_property
     def row_ids(self) -> Tensor:
         """(rows,) ids of the samples, or views, behind the rows."""
-        if self.world_size == 1:
-            return self.column_ids
-        return torch.cat([self.mine(self.view_ids(0)), self.mine(self.view_ids(1))])
+        return self.own_rows(self.column_ids)
 
     def mine(self, whole: Tensor) -> Tensor:
         """Cut this rank's part out of a tensor (size, …) over the whole batch."""
         return whole[self.start : self.start + self.local]
 
+    def own_rows(self, columns: Tensor) -> Tensor:
+        """Cut this rank's rows out of a tensor (columns, …)."""
+        return columns if self.world_size == 1 else torch.cat([self.mine(view) for view in columns.chunk(2)])
+
     def gather(self, part: Tensor, sizes: tuple[int, ...] | None = None) -> Tensor:
         """Put together parts (n, …) of all ranks, without gradient; n is ``sizes[rank]``, by default ``local``."""
-        return part if self.world_size == 1 else _gather(part, sizes or self.sizes)
+        return part if self.world_size == 1 else gather(part, sizes or self.sizes)
 
     def gather_rows(self, part: Tensor) -> Tensor:
         """Put together parts (views · local, …) of all ranks, view by view: (views · size, …), without gradient."""
@@ -107,6 +118,17 @@ class Pairs:
             return part
         by_sample = part.view(-1, self.local, *part.shape[1:]).transpose(0, 1)
         return self.gather(by_sample).transpose(0, 1).flatten(0, 1)
+
+    def anywhere(self, here: bool) -> bool:
+        """Tell whether something is so on any rank; all ranks must ask."""
+        return here if self.world_size == 1 else any(there for (there,) in exchange([int(here)], self.rows.device))
+
+    def some_ids(self, ids: Tensor) -> Tensor:
+        """Return ``ids``, or where there are none one of this rank's own samples', to be encoded and not used.
+
+        What `encode` calls may be a collective, as a sharded model is: if one rank calls it all must.
+        """
+        return ids if len(ids) else self.row_ids[:1]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -120,8 +142,8 @@ class Pairs:
         except Exception as caught:
             error = caught
         if self.world_size > 1:
-            failed = [rank for rank, (ok,) in enumerate(_exchange([int(error is None)], self.rows.device)) if not ok]
-            _raise(error, failed, "failed")
+            failed = [rank for rank, (ok,) in enumerate(exchange([int(error is None)], self.rows.device)) if not ok]
+            raise_together(error, failed, "failed")
         elif error is not None:
             raise error
 
@@ -133,7 +155,7 @@ def make_pairs(
     num_samples: int | None = None,
     *,
     needs_index: bool = False,
-    **alike: int,
+    alike: Mapping[str, object] | None = None,
 ) -> Pairs:
     """Validate two views (b, d), normalise them to unit vectors of at least float32, and gather them across ranks.
 
@@ -145,13 +167,13 @@ def make_pairs(
         index: (b,) or (b, 2) ids, or None.
         num_samples: what ids must be below, or None.
         needs_index: refuse None for the index.
-        alike: further numbers, by name, that must be the same on all ranks.
+        alike: what else, by name, must be the same on all ranks: numbers, strings, None.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not several_ranks():
         rows, index = _prepare(z1, z2, index, needs_index)
         pairs = Pairs(rows, rows, index, (len(z1),), 0)
     else:
-        pairs = _make_gathered_pairs(z1, z2, index, needs_index, alike)
+        pairs = _make_gathered_pairs(z1, z2, index, needs_index, alike or {})
     if pairs.size < 2:
         raise ValueError(f"a batch of {pairs.size} has no negatives: give 2 samples or more (drop_last=True helps)")
     if pairs.index is not None:
@@ -171,32 +193,30 @@ def _prepare(z1: Tensor, z2: Tensor, index: Tensor | None, needs_index: bool) ->
 
 
 def _make_gathered_pairs(
-    z1: Tensor, z2: Tensor, index: Tensor | None, needs_index: bool, alike: dict[str, int]
+    z1: Tensor, z2: Tensor, index: Tensor | None, needs_index: bool, alike: Mapping[str, object]
 ) -> Pairs:
     """Gather what all ranks have found valid; a rank that raised before the others knew would leave them waiting."""
-    error, report = None, [0] * (5 + len(alike))
+    error, report = None, [0, 0, 0]
     try:
         rows, index = _prepare(z1, z2, index, needs_index)
+        size, dim = z1.shape
         ids = 0 if index is None else index.ndim
-        report = [1, len(z1), rows.shape[1], rows.element_size(), ids, *alike.values()]
+        shapes = {"dimension d": dim, "bytes a number of float": rows.element_size(), "dimensions of index": ids}
+        alike = {**alike, **shapes}
+        report = [1, size, fingerprint(alike)]
     except Exception as caught:
         error = caught
-    reports = _exchange(report, z1.device)
-    _raise(error, [rank for rank, (ok, *_) in enumerate(reports) if not ok], "has unusable input")
-    sizes = tuple(size for _, size, *_ in reports)
+    reports = exchange(report, z1.device)
+    raise_together(error, [rank for rank, (ok, *_) in enumerate(reports) if not ok], "has unusable input")
+    sizes = tuple(size for _, size, _ in reports)
     if 0 in sizes:
         raise ValueError(f"rank {sizes.index(0)} has an empty batch: give each rank a sample (drop_last=True helps)")
-    names = ("dimension d", "bytes a number of float", "dimensions of index", *alike)
-    for name, values in zip(names, list(zip(*reports, strict=True))[2:], strict=True):
-        for rank, value in enumerate(values):
-            if value != values[0]:
-                raise ValueError(
-                    f"ranks must agree in {name}: rank 0 has {values[0]}, rank {rank} {value}; no state has changed"
-                )
+    if len({each for *_, each in reports}) > 1:
+        refuse_difference(alike)
     rank = dist.get_rank()
-    views: Tensor = _GatherWithGradient.apply(rows.view(2, len(z1), -1).transpose(0, 1), sizes, rank)  # (size, 2, d)
+    views = gather_with_gradient(rows.view(2, size, dim).transpose(0, 1), sizes, rank)  # (size of the batch, 2, d)
     columns = views.transpose(0, 1).reshape(-1, rows.shape[1])
-    return Pairs(rows, columns, None if index is None else _gather(index, sizes), sizes, rank)
+    return Pairs(rows, columns, None if index is None else gather(index, sizes), sizes, rank)
 
 
 def unique_ids(ids: Tensor, num_samples: int | None) -> Tensor:
@@ -207,60 +227,6 @@ def unique_ids(ids: Tensor, num_samples: int | None) -> Tensor:
     if len(ids):
         _validate_range(ids, num_samples)
     return ids
-
-
-@lru_cache(maxsize=8)
-def _own(start: int, local: int, size: int, device: torch.device) -> Tensor:
-    sample = torch.arange(size, device=device)
-    return (sample[start : start + local, None] == sample).repeat(2, 2)
-
-
-@lru_cache(maxsize=8)
-def _positive(start: int, local: int, size: int, device: torch.device) -> Tensor:
-    mine = torch.arange(start, start + local, device=device)
-    return torch.cat([mine + size, mine])
-
-
-def _exchange(numbers: list[int], device: torch.device) -> list[list[int]]:
-    """Tell all ranks some numbers and return theirs."""
-    mine = torch.tensor(numbers, device=device)
-    all_numbers = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_numbers, mine)
-    return [row.tolist() for row in all_numbers]
-
-
-def _raise(error: Exception | None, failed: list[int], what: str) -> None:
-    """Raise this rank's own error, or that another one has."""
-    if error is not None:
-        raise error
-    if failed:
-        raise ValueError(f"rank {failed[0]} {what} (its own error says what); no state has changed")
-
-
-def _gather(part: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Concatenate tensors of different lengths, padded to the longest: some back ends gather equal shapes only."""
-    padded = part.new_zeros(max(sizes), *part.shape[1:])
-    padded[: len(part)] = part
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-
-class _GatherWithGradient(torch.autograd.Function):
-    """All ranks' tensors; the gradient of a rank's part is the sum of what all ranks send back."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
-        ctx.sizes, ctx.rank = sizes, rank
-        return _gather(part, sizes)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        total = gradients[0].contiguous()
-        dist.all_reduce(total)
-        start = sum(ctx.sizes[: ctx.rank])
-        return total[start : start + ctx.sizes[ctx.rank]], None, None
 
 
 def _validate_views(z1: Tensor, z2: Tensor) -> None:

@@ -217,21 +217,21 @@ def _two_views(views: ContrastiveDataset, ids: Tensor) -> tuple[Tensor, Tensor]:
 def _staleness(
     run: Path, encoder: Encoder, views: ContrastiveDataset, index: Tensor, pairs: Tensor, temperature: float
 ) -> Staleness | None:
-    """Compare the scores in the run's last checkpoint, for the chains of samples ``index`` with views ``pairs``."""
+    """Compare what the run's last checkpoint has stored, for the chains of samples ``index`` with views ``pairs``."""
     file = run / "checkpoints" / "last.ckpt"
     if not file.is_file():
         return None
-    loss = load_checkpoint(file)["state_dict"].get("loss._extra_state", {})
-    if "chains" not in loss:
+    chains = load_checkpoint(file)["state_dict"].get("loss._extra_state", {}).get("chains", {})
+    if "similarities" not in chains:
         return None
-    ids, scores = (loss["chains"][name][index] for name in ("ids", "scores"))
+    ids, similarities = (chains[name][index] for name in ("ids", "similarities"))
     if (ids != EMPTY).sum() < 2:
         return None
     carried_index, carried_pairs = _two_views(views, torch.unique(ids[ids != EMPTY]).long())
     row, chain = torch.isin(ids, carried_index).nonzero(as_tuple=True)
     place = torch.searchsorted(carried_index, ids[row, chain].long())
     anchors, carried = embed_views(encoder, pairs), embed_views(encoder, carried_pairs)
-    return score_staleness(scores[row, chain], anchors[row], carried[place], temperature)
+    return score_staleness(similarities[row, chain] / temperature, anchors[row], carried[place], temperature)
 
 
 def _device(config: Config) -> torch.device:

@@ -3,6 +3,8 @@
 import copy
 import datetime
 import functools
+import gc
+import math
 import re
 import subprocess
 import sys
@@ -16,12 +18,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
 from torch_emc2.losses import ContrastiveLoss
-from torch_emc2.pairs import _GatherWithGradient
+from torch_emc2.ranks import gather_with_gradient
 
 M, D = 40, 8
 
@@ -159,6 +164,65 @@ def test_stateless_losses_ignore_index(name: str) -> None:
     z1, z2, _ = batch(0, 6)
     loss_fn = MAKERS[name]()
     assert_same(loss_fn(z1, z2, torch.zeros(3)), loss_fn(z1, z2))
+
+
+@each_loss
+@pytest.mark.parametrize("value", [torch.nn.Parameter(torch.tensor(0.2)), torch.tensor(0.2), 0.0, math.nan, None])
+def test_a_temperature_that_is_assigned_is_checked(name: str, value: Any) -> None:
+    loss_fn = MAKERS[name]()
+    with pytest.raises((TypeError, ValueError), match="temperature must be a"):
+        loss_fn.temperature = value
+    assert loss_fn.temperature == 0.1
+    assert not list(loss_fn.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if "sogclr" not in name])
+def test_a_schedule_of_temperatures(name: str) -> None:
+    """What was remembered at one temperature is used at the next as if it had never been another."""
+    scheduled = MAKERS[name]()
+    for step, temperature in enumerate((0.05, 1.0, 0.05, 0.3)):
+        scheduled.temperature = temperature
+        fresh = MAKERS[name]()
+        fresh.load_state_dict(scheduled.state_dict(), strict=name in STATEFUL)
+        fresh.temperature = temperature
+        want = step_of(fresh, step)
+        assert_same(step_of(scheduled, step), want)
+        assert_same(scheduled.state_dict(), fresh.state_dict())
+    if name not in STATEFUL:
+        assert_same(step_of(scheduled, 0)[0], step_of(type(scheduled)(0.3), 0)[0])
+
+
+@pytest.mark.parametrize("name", ["sogclr", "sogclr-keyed"])
+def test_averages_of_another_temperature_are_refused(name: str) -> None:
+    loss_fn, other = MAKERS[name](), MAKERS[name]()
+    other.temperature = 0.5  # nothing is remembered yet
+    assert_same(step_of(other, 0), step_of(SogCLRLoss(M, 0.5), 0))
+    step_of(loss_fn, 0)
+    before = copy.deepcopy(loss_fn.state_dict())
+    loss_fn.temperature = 0.1  # is what it was
+    with pytest.raises(ValueError, match=r"are of temperature 0\.1 and cannot be converted to 0\.5: forget\(ids\)"):
+        loss_fn.temperature = 0.5
+    with pytest.raises(ValueError, match=r"saved averages are of temperature 0\.5 and cannot be converted to 0\.1"):
+        loss_fn.load_state_dict(other.state_dict())
+    assert loss_fn.temperature == 0.1
+    assert_same(loss_fn.state_dict(), before)
+    loss_fn.forget(batch(0, 6)[2])  # type: ignore[operator]
+    loss_fn.temperature = 0.5
+    assert_same(step_of(loss_fn, 1), step_of(SogCLRLoss(M, 0.5), 1))
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if getattr(MAKERS[name](), "kernel", None) != "metropolis"])
+def test_nothing_of_the_size_of_the_similarities_outlives_a_step(name: str) -> None:
+    def large() -> int:
+        gc.collect()
+        return sum(type(each) is Tensor and each.numel() >= (2 * M - 2) ** 2 for each in gc.get_objects())
+
+    before = large()
+    for size in (M, M - 1):  # as a last batch is smaller, or one with images left out
+        z1, z2, index = batch(0, M)
+        loss_fn = MAKERS[name]()
+        loss_fn(z1[:size].requires_grad_(), z2[:size], index[:size], encode=table().__getitem__).backward()
+    assert large() == before
 
 
 CASES = [(name, own_ids) for name in MAKERS for own_ids in (False, True)]
@@ -336,10 +400,26 @@ FAILURES = {  # what is wrong on rank 1: what it raises itself, and what the oth
     "index form": ("ValueError: " + AGREE.format("dimensions of index", 1, 2),) * 2,
     "index length": (r"ValueError: index must be \(", f"ValueError: {UNUSABLE}"),
     "id": ("IndexError: index must be at least 0",) * 2,
-    "seed": ("ValueError: " + AGREE.format("seed", 0, 7),) * 2,
-    "no encode": ("ValueError: " + AGREE.format("encode", 1, 0),) * 2,
+    "no encode": ("ValueError: " + AGREE.format("encode", True, False),) * 2,
     "first encode": ("OSError: no such image", "ValueError: rank 1 failed .* no state has changed"),
     "second encode": ("OSError: no such image", "ValueError: rank 1 failed .* no state has changed"),
+}
+SETTINGS = {  # and what rank 1 has otherwise
+    "temperature": 0.1000001,
+    "num_samples": M + 1,
+    "seed": 7,
+    "burn_in": 0.2,
+    "num_chains": 5,
+    "carry": "other",
+    "kernel": "other",
+    "gamma": 0.5,
+    "refresh_fraction": 0.3,
+    "views_per_sample": 3,
+}
+HISTORIES = {  # what rank 1 alone has done, and in what it is then said to differ
+    "called": "number of the call: rank 0 has 1, rank 1 2",
+    "forgot": r"checksum of what was loaded and forgotten: rank 0 has 0, rank 1 \d+",
+    "loaded": r"checksum of what was loaded and forgotten: rank 0 has \d+, rank 1 \d+",
 }
 OF_VIEWS = ("nan", "shape", "empty", "dimension", "dtype")
 OF_CALLS = {  # of encode in one step, for losses that are sure to call it
@@ -352,10 +432,17 @@ FAILURE_CASES = [
     for name in MAKERS
     for change in FAILURES
     if change in OF_VIEWS
-    or (name in STATEFUL and change not in ("first encode", "second encode", "id", "seed"))
-    or (change == "seed" and hasattr(MAKERS[name](), "seed"))
+    or (name in STATEFUL and change not in ("first encode", "second encode", "id"))
     or (change == "id" and name in STATEFUL and "keyed" not in name)  # where all ids are good
     or change in OF_CALLS.get(name, ())
+]
+
+
+DIFFERENCES = [
+    (name, change)
+    for name in MAKERS
+    for change in ("loss", *SETTINGS, *HISTORIES)
+    if change in ("loss", "temperature") or (name in STATEFUL and change in {**vars(MAKERS[name]()), **HISTORIES})
 ]
 
 
@@ -376,8 +463,6 @@ def _fail(name: str, change: str, sizes: tuple[int, ...], rank: int) -> str:
     loss_fn = MAKERS[name]()
     part = [part.split(sizes)[rank] for part in batch(0, sum(sizes))]
     loss_fn(*part, encode=table().__getitem__)
-    if change == "seed" and rank == 1:
-        loss_fn.seed = 7  # type: ignore[assignment]
     before = copy.deepcopy(loss_fn.state_dict())
     bad, encode = _broken(change, part, rank)
     try:
@@ -385,6 +470,38 @@ def _fail(name: str, change: str, sizes: tuple[int, ...], rank: int) -> str:
     except Exception as error:
         assert_same(loss_fn.state_dict(), before)
         return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def _another(name: str) -> type[InfoNCELoss | DCLLoss]:
+    return DCLLoss if name == "infonce" else InfoNCELoss
+
+
+def _differ(name: str, change: str, sizes: tuple[int, ...], rank: int) -> str:
+    """What a good call raises on this rank where rank 1 is otherwise than the others, having changed nothing."""
+    loss_fn = MAKERS[name]()
+    part = [part.split(sizes)[rank] for part in batch(0, sum(sizes))]
+    loss_fn(*part, encode=table().__getitem__)
+    if change == "loaded":
+        state = copy.deepcopy(loss_fn.get_extra_state())
+        if rank == 1:
+            tree_map_only(Tensor, lambda tensor: tensor.view(-1)[-1].fill_(3), {**state, "keys": None})
+        loss_fn.set_extra_state(state)
+    elif rank == 1:
+        if change == "loss":
+            loss_fn = _another(name)(0.1)
+        elif change in SETTINGS:
+            vars(loss_fn)[change] = SETTINGS[change]
+        elif change == "called":
+            loss_fn._calls += 1  # type: ignore[operator]
+        else:
+            loss_fn.forget(part[2][:1])  # type: ignore[operator]
+    before = copy.deepcopy(loss_fn.state_dict())
+    try:
+        loss_fn(*part, encode=table().__getitem__)
+    except ValueError as error:
+        assert_same(loss_fn.state_dict(), before)
+        return str(error)
     return "nothing"
 
 
@@ -428,10 +545,74 @@ def _wrapped(sizes: tuple[int, ...], rank: int) -> list[Tensor]:
     return gradients
 
 
+class Collective(torch.autograd.Function):
+    """Nothing, at which ranks wait for one another both ways, as they do in a sharded module."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        dist.all_reduce(torch.ones(1))
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        dist.all_reduce(torch.ones(2))
+        return gradients[0]
+
+
+UNEQUAL: dict[str, Callable[[], ContrastiveLoss]] = {  # where a rank may have nothing to encode
+    **{name: MAKERS[name] for name in ("emc2-encode", "emc2-if-used", "emc2-isir")},
+    "negative-cache": lambda: NegativeCacheLoss(M, D, 0.1, refresh_fraction=0.01),  # one entry a step, on one rank
+}
+
+
+def unequal_batch(step: int, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The first rank has the same samples in each step, the others new ones, whose chains are empty."""
+    z1, z2, _ = batch(step, sum(sizes))
+    others = sum(sizes[1:])
+    return z1, z2, torch.cat([torch.arange(sizes[0]), sizes[0] + step * others + torch.arange(others)])
+
+
+def _unequal(name: str, sizes: tuple[int, ...], rank: int, *, alone: bool = False) -> list[tuple[list[Tensor], Any]]:
+    """Loss, gradients, and the numbers of ids that encode was asked for, where it waits for other ranks."""
+    loss_fn, steps = UNEQUAL[name](), []
+    for step in range(7):
+        whole = unequal_batch(step, sizes)
+        z1, z2, index = whole if alone else (part.split(sizes)[rank] for part in whole)
+        inputs, asked = [tensor.clone().requires_grad_() for tensor in (z1, z2, table())], []
+
+        def encode(ids: Tensor, asked: list[int] = asked, rows: Tensor = inputs[2]) -> Tensor:
+            asked.append(len(ids))
+            return rows[ids] if alone else Collective.apply(rows[ids])
+
+        loss = loss_fn(inputs[0], inputs[1], index, encode=encode)
+        steps.append(([loss.detach(), *torch.autograd.grad(loss, inputs, materialize_grads=True)], asked))
+    return steps
+
+
+def _sharded(sizes: tuple[int, ...], rank: int, *, alone: bool = False) -> list[Tensor]:
+    """Gradients of an encoder whose weights are split among the ranks, and that encodes the carried negatives too."""
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(torch.nn.Linear(D, 6), torch.nn.Tanh(), torch.nn.Linear(6, D)).double()
+    if not alone:
+        mesh = init_device_mesh("cpu", (len(sizes),))
+        fully_shard(encoder[2], mesh=mesh)
+        fully_shard(encoder, mesh=mesh)
+    loss_fn, gradients = EMC2Loss(M, 0.1, burn_in=0.1, carry="encode"), []
+    for step in range(STEPS):
+        whole = unequal_batch(step, sizes)
+        z1, z2, index = whole if alone else (part.split(sizes)[rank] for part in whole)
+        z = encoder(torch.cat([z1, z2]))
+        loss_fn(*z.chunk(2), index, encode=lambda ids: encoder(table()[ids])).backward()
+        by_weight = [parameter.grad for parameter in encoder.parameters()]
+        gradients += [grad.clone() if alone else grad.full_tensor() for grad in by_weight]  # type: ignore[union-attr]
+        encoder.zero_grad()
+    return gradients
+
+
 def _second_derivative(sizes: tuple[int, ...], rank: int) -> str:
     """What a second derivative through the gathered batch raises."""
     part = torch.randn(sizes[rank], D, requires_grad=True)
-    gathered = _GatherWithGradient.apply(part, sizes, rank)
+    gathered = gather_with_gradient(part, sizes, rank)
     (gradient,) = torch.autograd.grad(gathered.square().sum(), part, create_graph=True)
     try:
         gradient.sum().backward()
@@ -452,8 +633,11 @@ def _rank(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
     results = {
         "steps": steps,
         "failures": failures,
+        "differences": {case: _differ(*case, sizes, rank) for case in DIFFERENCES if len(sizes) > 1},
         "refresh": _random_refresh(sizes, rank),
         "wrapped": _wrapped(sizes, rank),
+        "unequal": {name: _unequal(name, sizes, rank) for name in UNEQUAL},
+        "sharded": _sharded(sizes, rank),
         "second derivative": _second_derivative(sizes, rank),
     }
     torch.save(results, f"{folder}/rank-{rank}.pt")
@@ -502,11 +686,47 @@ def test_ranks_fail_together(name: str, change: str, ranks: list[Any]) -> None:
         assert re.match(FAILURES[change][rank != 1], results["failures"][name, change])
 
 
+@on_several_ranks
+@pytest.mark.parametrize(("name", "change"), DIFFERENCES)
+def test_ranks_that_differ_are_told_in_what(name: str, change: str, ranks: list[Any]) -> None:
+    loss_fn = MAKERS[name]()
+    if change in HISTORIES:
+        told = HISTORIES[change]
+    elif change == "loss":
+        told = f"loss: rank 0 has '{type(loss_fn).__name__}', rank 1 '{_another(name).__name__}'"
+    else:
+        told = re.escape(f"{change}: rank 0 has {getattr(loss_fn, change)!r}, rank 1 {SETTINGS[change]!r}")
+    for results in ranks:
+        assert re.fullmatch(rf"ranks must agree in {told}; no state has changed", results["differences"][name, change])
+
+
 @on_ranks
 def test_carried_negatives_go_through_the_wrapped_module(ranks: list[Any]) -> None:
     want = _wrapped((sum(SIZES[len(ranks)]),), 0)
     for results in ranks:
         assert_same(results["wrapped"], want, rtol=1e-10, atol=1e-10)
+
+
+@on_several_ranks
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_where_one_rank_encodes_all_do(name: str, ranks: list[Any]) -> None:
+    sizes, stand_ins = SIZES[len(ranks)], 0
+    alone = _unequal(name, sizes, 0, alone=True)
+    for (want, asked), *by_rank in zip(alone, *(results["unequal"][name] for results in ranks), strict=True):
+        losses, by_z1, by_z2, by_table = zip(*(got for got, _ in by_rank), strict=True)
+        got = [sum(losses), torch.cat(by_z1), torch.cat(by_z2), sum(by_table)]
+        assert_same([each / len(ranks) for each in got], want, rtol=1e-10, atol=1e-10)
+        calls = [len(each) for _, each in by_rank]
+        assert calls == [len(asked)] * len(ranks)
+        stand_ins += sum(map(sum, (each for _, each in by_rank))) > sum(asked)
+    assert stand_ins > 1, "all ranks had something to encode: this test shows nothing"
+
+
+@on_several_ranks
+def test_an_encoder_may_be_sharded(ranks: list[Any]) -> None:
+    want = _sharded(SIZES[len(ranks)], 0, alone=True)
+    for results in ranks:
+        assert_same(results["sharded"], want, rtol=1e-10, atol=1e-10)
 
 
 @on_ranks

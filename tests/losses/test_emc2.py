@@ -47,14 +47,9 @@ class SlowEMC2:
     """One chain after the other and one step after the other, in Python numbers."""
 
     def __init__(self, temperature: float, burn_in: float, num_chains: int, carry: str, seed: int) -> None:
-        self.beta, self.burn_in, self.num_chains, self.carry, self.seed = (
-            1 / temperature,
-            burn_in,
-            num_chains,
-            carry,
-            seed,
-        )
-        self.chains: dict[tuple[int, int], tuple[int, float]] = {}
+        self.temperature, self.burn_in, self.num_chains = temperature, burn_in, num_chains
+        self.carry, self.seed = carry, seed
+        self.chains: dict[tuple[int, int], tuple[int, float]] = {}  # the carried negative and its similarity
         self.cached: dict[int, Tensor] = {}
         self.calls = 0
 
@@ -72,20 +67,21 @@ class SlowEMC2:
         after, accepted = dict(self.chains), []
         for view, sample, chain in itertools.product(range(2), range(size), range(self.num_chains)):
             row = columns[view * size + sample]
-            logit = [self.beta * float(row.detach() @ column.detach()) for column in columns]
+            logit = [float(row.detach() @ column.detach()) / self.temperature for column in columns]
             positive, key = (1 - view) * size + sample, (ids[view * size + sample], chain)
             negatives = [j for j in range(2 * size) if j % size != sample]
             log_mass = torch.tensor([logit[j] for j in negatives]).logsumexp(0) - math.log(len(negatives))
             estimates.append(float(log_mass) - logit[positive])
             total = total - row @ columns[positive] / self.num_chains
 
-            carried, entry = self.chains.get(key, (None, -math.inf))
+            carried, similarity = self.chains.get(key, (None, -math.inf))
+            entry = similarity / self.temperature
             embedding = None
             if carried is not None and self.carry.startswith("encode"):
                 embedding = F.normalize(table[carried], dim=0)
             elif carried is not None and self.carry == "cache":
                 embedding = self.cached[carried]
-            fresh = None if embedding is None else self.beta * float(row.detach() @ embedding.detach())
+            fresh = None if embedding is None else float(row.detach() @ embedding.detach()) / self.temperature
             if self.carry in ("encode", "cache") and fresh is not None:
                 entry = fresh
             for number, columns_of_set in enumerate(draws.sets):
@@ -106,12 +102,12 @@ class SlowEMC2:
                 if (view, number) == (kept_view, draws.coins[sample][view][chain]):
                     end = carried if state is None else ids[state]
                     assert end is not None
-                    after[key] = (end, score)
+                    after[key] = (end, score * self.temperature)
         self.chains, self.calls, self.acceptance = after, self.calls + 1, sum(accepted) / len(accepted)
         for j in range(size if index.ndim == 1 else 2 * size):
             self.cached[ids[j]] = columns[j].detach()
         value = sum(estimates) / len(estimates)
-        surrogate = self.beta * total / (2 * size)
+        surrogate = total / (2 * size * self.temperature)
         return value + surrogate - surrogate.detach()
 
 
@@ -135,6 +131,8 @@ def test_equals_the_slow_version(carry: str, num_chains: int, own_chains: bool, 
     slow = SlowEMC2(0.2, burn_in, num_chains, carry, seed=5)
     carried = 0.0
     for step, (z1, z2, index) in enumerate(batches(12, own_chains, seed=2)):
+        for loss_fn in (fast, slow):
+            loss_fn.temperature = 0.2 if step < 6 else 0.4
         if step == 8:
             for loss_fn in (fast, slow):
                 loss_fn.forget(torch.arange(0, 2 * M, 3))
@@ -156,9 +154,9 @@ def test_equals_the_slow_version(carry: str, num_chains: int, own_chains: bool, 
     ids = fast.chains.ids.data
     assert {(i, c): int(ids[i, c]) for i, c in slow.chains} == {key: end for key, (end, _) in slow.chains.items()}
     assert int((ids >= 0).sum()) == len(slow.chains)
-    scores = fast.chains.scores.data
-    for (i, c), (_, score) in slow.chains.items():
-        assert float(scores[i, c]) == pytest.approx(score, rel=1e-6)
+    similarities = fast.chains.similarities.data
+    for (i, c), (_, similarity) in slow.chains.items():
+        assert float(similarities[i, c]) == pytest.approx(similarity, rel=1e-6)
 
 
 @pytest.mark.parametrize("own_chains", [False, True])
@@ -191,8 +189,8 @@ class SlowISIR:
     """One chain after the other, in Python numbers."""
 
     def __init__(self, temperature: float, num_chains: int, carry: str, seed: int) -> None:
-        self.beta, self.num_chains, self.carry, self.seed = 1 / temperature, num_chains, carry, seed
-        self.chains: dict[tuple[int, int], tuple[int, float]] = {}
+        self.temperature, self.num_chains, self.carry, self.seed = temperature, num_chains, carry, seed
+        self.chains: dict[tuple[int, int], tuple[int, float]] = {}  # the carried negative and its similarity
         self.calls = 0
 
     def __call__(self, z1: Tensor, z2: Tensor, index: Tensor, table: Tensor) -> Tensor:
@@ -211,16 +209,17 @@ class SlowISIR:
             embedding = None
             if carried is not None and self.carry != "drop":
                 embedding = F.normalize(table[carried], dim=0)
-            fresh = stored if embedding is None else self.beta * float(row.detach() @ embedding.detach())
+            fresh = stored if embedding is None else float(row.detach() @ embedding.detach())
             holding = [number for number in range(2) if carried in [ids[j] for j in draws.sets[number]]]
             used = holding or [0, 1]  # a set with another view of what is carried than the one with itself is not
             number = draws.coins[sample][view][chain] if len(used) == 2 else used[0]
             for candidates in (draws.sets[each] for each in used):
                 negatives = [j for j in candidates if j % size != sample]
-                logits = [self.beta * float(row.detach() @ columns[j].detach()) for j in negatives]
+                similarities = [float(row.detach() @ columns[j].detach()) for j in negatives]
                 outside = carried is not None and not holding
                 entry = fresh if self.carry == "encode" else stored
-                weights = torch.tensor([entry if outside else -math.inf, *logits], dtype=torch.float64).softmax(0)
+                logits = torch.tensor([entry if outside else -math.inf, *similarities], dtype=torch.float64)
+                weights = (logits / self.temperature).softmax(0)
                 stay += float(weights[0]) / (2 * size * self.num_chains * len(used))
                 for met, weight in zip([embedding, *(columns[j] for j in negatives)], weights.tolist(), strict=True):
                     if met is not None:
@@ -231,11 +230,11 @@ class SlowISIR:
                     reach = (weights.cumsum(0) >= float(places[view, sample, chain])).tolist()
                     choice = reach.index(True) if True in reach else len(negatives)
                     if choice:
-                        after[key] = (ids[negatives[choice - 1]], logits[choice - 1])
+                        after[key] = (ids[negatives[choice - 1]], similarities[choice - 1])
                     else:
                         after[key] = (carried, fresh)
         self.chains, self.calls, self.acceptance = after, self.calls + 1, 1 - stay
-        return self.beta * total / (2 * size)
+        return total / (2 * size * self.temperature)
 
 
 @pytest.mark.parametrize("own_chains", [False, True])
@@ -245,7 +244,8 @@ def test_isir_equals_the_slow_version(num_chains: int, carry: Carry, own_chains:
     table = torch.randn(2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     fast = EMC2Loss(2 * M, 0.3, num_chains=num_chains, carry=carry, kernel="isir", seed=5)
     slow = SlowISIR(0.3, num_chains, carry, seed=5)
-    for z1, z2, index in batches(15, own_chains, seed=2):
+    for step, (z1, z2, index) in enumerate(batches(15, own_chains, seed=2)):
+        fast.temperature = slow.temperature = 0.3 if step < 7 else 0.6
         gradients = []
         for loss_fn in (fast, slow):
             a, b, rows = (tensor.clone().requires_grad_() for tensor in (z1, z2, table))
@@ -253,21 +253,21 @@ def test_isir_equals_the_slow_version(num_chains: int, carry: Carry, own_chains:
             gradients.append(torch.autograd.grad(loss, (a, b, rows), materialize_grads=True))
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
         assert float(fast.last["acceptance"]) == pytest.approx(slow.acceptance, rel=1e-6)
-        for (i, c), (end, score) in slow.chains.items():
+        for (i, c), (end, similarity) in slow.chains.items():
             assert int(fast.chains.ids.data[i, c]) == end
-            assert float(fast.chains.scores.data[i, c]) == pytest.approx(score, rel=1e-6)
+            assert float(fast.chains.similarities.data[i, c]) == pytest.approx(similarity, rel=1e-6)
 
 
 def test_a_stale_score_does_not_hold_its_chain() -> None:
     loss_fn = EMC2Loss(M, 0.1, burn_in=0.0, carry="encode_if_used")
     index, rows = torch.arange(B), torch.randn(M, D)
-    loss_fn.chains.write(index, torch.full((B, 1), M - 1), torch.full((B, 1), 1e6))  # a score that nothing can reach
+    loss_fn.chains.write(index, torch.full((B, 1), M - 1), torch.full((B, 1), 1e6))  # which nothing can reach
     z = torch.randn(2, B, D)
     loss_fn(*z, index, encode=rows.__getitem__)
     kept = torch.tensor(Draws(seed=0, call=0, size=B, num_chains=1).coins)[:, 2, 0]
-    fresh = F.normalize(z[kept, index], dim=1) @ F.normalize(rows[-1], dim=0) / 0.1
+    fresh = F.normalize(z[kept, index], dim=1) @ F.normalize(rows[-1], dim=0)
     assert (loss_fn.chains.ids.data[:B, 0] == M - 1).all()
-    torch.testing.assert_close(loss_fn.chains.scores.data[:B, 0], fresh)
+    torch.testing.assert_close(loss_fn.chains.similarities.data[:B, 0], fresh)
 
 
 @pytest.mark.parametrize("saved", ["encode", "drop"])
@@ -349,9 +349,9 @@ def test_keys_equal_a_fixed_table(own_chains: bool, carry: Carry, kernel: Kernel
     ids = torch.tensor([id_of[each] for each in state["keys"].tolist()])
     carried = fixed.chains.ids.data[ids].long()
     assert torch.equal(state["chains"]["ids"], torch.where(carried < 0, -1, key_of[carried]))
-    assert torch.equal(state["chains"]["scores"], fixed.chains.scores.data[ids])
+    assert torch.equal(state["chains"]["similarities"], fixed.chains.similarities.data[ids])
     assert (fixed.chains.ids.data >= 0).sum() == (state["chains"]["ids"] != -1).sum()
-    assert sum(len(each) for each in (state["keys"], state["chains"]["ids"], state["chains"]["scores"])) == 3 * len(ids)
+    assert sum(len(each) for each in (state["keys"], *state["chains"].values())) == 3 * len(ids)
     if carry == "cache":
         assert torch.equal(state["embeddings"], fixed._embeddings.data[ids])
 
@@ -366,9 +366,9 @@ def test_a_forgotten_sample_leaves_nothing(num_samples: int | None) -> None:
     assert len(slots) > 3
     assert not torch.isin(loss_fn.chains.ids.data, gone).any()
     assert (loss_fn.chains.ids.data[slots] == -1).all()
-    assert (loss_fn.chains.scores.data[slots] == -torch.inf).all()
+    assert (loss_fn.chains.similarities.data[slots] == -torch.inf).all()
     assert (loss_fn._embeddings.data[slots] == 0).all()
-    assert (loss_fn.chains.scores.data == -torch.inf).equal(loss_fn.chains.ids.data == -1)
+    assert (loss_fn.chains.similarities.data == -torch.inf).equal(loss_fn.chains.ids.data == -1)
 
 
 def test_chains_are_emptied_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +378,7 @@ def test_chains_are_emptied_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> N
     loss_fn.forget(torch.tensor([5, 9, 9]))
     want = [-1 if i in (5, 9) or i // 2 in (5, 9) else i // 2 for i in range(M)]
     assert loss_fn.chains.ids.data[:, 0].tolist() == want
-    assert loss_fn.chains.scores.data[:, 0].tolist() == [-math.inf if at < 0 else 0.0 for at in want]
+    assert loss_fn.chains.similarities.data[:, 0].tolist() == [-math.inf if at < 0 else 0.0 for at in want]
 
 
 class _Largest(TorchDispatchMode):
@@ -413,12 +413,12 @@ def test_saving_copies_nothing_and_loading_fills_the_table() -> None:
     for loss_fn in (first, second):
         loss_fn(*torch.randn(2, B, D), torch.arange(B))
     state = first.get_extra_state()
-    before = [second.chains.ids.data, second.chains.scores.data, second._embeddings.data]
-    tables = [first.chains.ids, first.chains.scores, first._embeddings]
+    before = [second.chains.ids.data, second.chains.similarities.data, second._embeddings.data]
+    tables = [first.chains.ids, first.chains.similarities, first._embeddings]
     saved = [*state["chains"].values(), state["embeddings"]]
     assert all(a is table.data for a, table in zip(saved, tables, strict=True))
     second.set_extra_state(state)
-    after = [second.chains.ids.data, second.chains.scores.data, second._embeddings.data]
+    after = [second.chains.ids.data, second.chains.similarities.data, second._embeddings.data]
     assert all(a is b for a, b in zip(before, after, strict=True))
     torch.testing.assert_close(after, saved, rtol=0, atol=0)
 
@@ -436,7 +436,7 @@ def test_a_state_of_another_kind_of_ids_changes_nothing() -> None:
 
 def test_a_chain_costs_eight_bytes() -> None:
     chains = EMC2Loss(1000, num_chains=3).chains
-    assert sum(table.data.nbytes for table in (chains.ids, chains.scores)) == 8 * 3 * 1000
+    assert sum(table.data.nbytes for table in (chains.ids, chains.similarities)) == 8 * 3 * 1000
 
 
 def test_noise_is_exponential_and_finite() -> None:
@@ -474,7 +474,7 @@ def test_cold_near_duplicates_stay_finite_and_chains_move(dtype: torch.dtype) ->
         moved += int((loss_fn.chains.ids.data != before).sum())
     visits = 60 * 16 * 2
     assert moved > 0.5 * visits  # among 14 near-duplicates in the batch, most visits end elsewhere
-    assert loss_fn.chains.scores.data[loss_fn.chains.ids.data >= 0].isfinite().all()
+    assert loss_fn.chains.similarities.data[loss_fn.chains.ids.data >= 0].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from torch_emc2.pairs import Pairs, make_pairs, unique_ids
+from torch_emc2.pairs import Pairs, make_pairs
+from torch_emc2.temperature import require_temperature
 from torch_emc2.unit import unit_vectors
 
 __all__ = [
@@ -25,19 +25,17 @@ __all__ = [
     "CheckedEncode",
     "ContrastiveLoss",
     "Encode",
-    "StatefulLoss",
     "Weights",
     "log_sum_exp",
     "require_int",
 ]
 
-_COLDEST = 1e-30  # colder, float32 overflows
-
 Encode = Callable[[Tensor], Tensor]
 """``encode(ids)``: embeddings (k, d) of the samples (or views) ``ids`` (k,) with today's weights, with gradient.
 
-Under DDP it must call the wrapped module itself (``ddp.module``): ranks have different ids to encode, one perhaps none,
-and would wait for one another in the wrapper's exchange of buffers.
+All ranks call it equally often, with different ids: one that has none to encode where another has is given one of its
+own samples', which then weighs nothing. So it may call a module that `fully_shard` has split among the ranks. Under DDP
+it must call the wrapped module itself (``ddp.module``): the wrapper counts on one forward pass a step.
 """
 
 
@@ -45,7 +43,7 @@ class CheckedEncode(Protocol):
     """The caller's ``encode`` as estimators get it: under the caller's autocast, giving finite unit vectors."""
 
     def __call__(self, ids: Tensor, *, gradient: bool = True) -> Tensor:
-        """Embed ``ids`` (k,): (k · views, d), with gradient where the caller's mode and ``gradient`` allow it."""
+        """Embed ``ids`` (k,): (k, d), with gradient where the caller's mode and ``gradient`` allow it."""
 
 
 class Carried(NamedTuple):
@@ -84,7 +82,8 @@ class ContrastiveLoss(nn.Module, ABC):
     """A loss over two views of a batch: ``loss(z1, z2, index)``.
 
     Args:
-        temperature: 1 / β; similarities of unit vectors are divided by it.
+        temperature: 1 / β; similarities of unit vectors are divided by it. It may be assigned at any time
+            (``loss_fn.temperature = 0.1``, by a schedule, on all ranks alike) and holds from the next call on.
 
     Attributes:
         last: detached numbers of the last call, for logs. ``global_loss`` is every method's batch estimate of the
@@ -94,21 +93,26 @@ class ContrastiveLoss(nn.Module, ABC):
     """
 
     _needs_index = False
+    temperature: float
 
     def __init__(self, temperature: float = 0.07) -> None:
         super().__init__()
-        setting: Any = temperature
-        if isinstance(setting, bool) or not isinstance(setting, numbers.Real):
-            raise TypeError(f"temperature must be a number, such as 0.07, got {setting!r}")
-        try:
-            self.temperature = float(setting)
-        except OverflowError:  # an int or fraction beyond floating point
-            self.temperature = math.inf
-        if not _COLDEST <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a positive number (at least {_COLDEST:g}), got {setting!r}")
+        self.temperature = temperature
         self.num_samples: int | None = None
         self.last: dict[str, Tensor] = {}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Validate a temperature; not by a property, which a `Parameter` would not be asked for."""
+        if name == "temperature":
+            value = self._accept_temperature(value)
+        super().__setattr__(name, value)
+
+    def _accept_temperature(self, value: Any) -> float:
+        return require_temperature(value)
+
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="a loss and its memory are no part of a graph: compile without fullgraph=True, or the encoder alone"
+    )
     def forward(self, z1: Tensor, z2: Tensor, index: Tensor | None = None, encode: Encode | None = None) -> Tensor:
         """Return the loss of a batch, a scalar whose gradient is the estimator's.
 
@@ -120,12 +124,16 @@ class ContrastiveLoss(nn.Module, ABC):
 
         Raises:
             ValueError, IndexError, TypeError: the input is not usable; no state has changed.
+            RuntimeError: it is called under a transform of `torch.func` or in a replica of `nn.DataParallel`, which
+                would change the memory in a trace, or a copy of it; no state has changed.
 
         Under an initialised process group of several ranks the batch is gathered; the mean over ranks of value and
         gradient is what one process computes on the whole batch. Where one rank's input is not usable, all raise.
         The loss can be differentiated once: ``create_graph=True`` raises RuntimeError. It belongs outside of activation
-        checkpointing, which would call it twice: chains move with every call.
+        checkpointing, which would call it twice: chains move with every call. A step that holds it can be compiled: it
+        runs between graphs.
         """
+        _refuse_tracing(self)
         checked = None if encode is None else _checked(encode, z1)
         with torch.autocast(z1.device.type, enabled=False):
             pairs = make_pairs(
@@ -134,14 +142,12 @@ class ContrastiveLoss(nn.Module, ABC):
                 index if self._needs_index else None,
                 self.num_samples,
                 needs_index=self._needs_index,
-                encode=encode is not None,
-                training=self.training,
-                **self._alike(),
+                alike={**self._alike(), "encode": encode is not None, "training": self.training},
             )
             with torch.no_grad():
                 logits = (pairs.rows @ pairs.columns.T).div_(self.temperature)
                 positive = logits.gather(1, pairs.positive[:, None])[:, 0]
-                logits.masked_fill_(pairs.own, -torch.inf)
+                logits.scatter_(1, pairs.own_columns, -torch.inf)
                 log_mass = log_sum_exp(logits)
                 estimate = log_mass - positive - math.log(pairs.num_negatives)
                 weights = self._weigh(pairs, logits, log_mass, positive, checked)
@@ -153,9 +159,9 @@ class ContrastiveLoss(nn.Module, ABC):
             loss: Tensor = _DifferentiableOnce.apply(value + (surrogate - surrogate.detach()))
             return loss
 
-    def _alike(self) -> dict[str, int]:
-        """Return what else must be the same on all ranks, by name."""
-        return {}
+    def _alike(self) -> dict[str, object]:
+        """Return what must be the same on all ranks, by name: settings, and what tells one memory from another."""
+        return {"loss": type(self).__name__, "temperature": self.temperature}
 
     @abstractmethod
     def _weigh(
@@ -176,101 +182,25 @@ class ContrastiveLoss(nn.Module, ABC):
         return f"temperature={self.temperature:g}"
 
 
-class StatefulLoss(ContrastiveLoss):
-    """A loss that remembers something of every sample: needs ``index``, and puts its memory in ``state_dict()``.
-
-    `forget` takes samples out of it.
-
-    In evaluation mode (``loss_fn.eval()``) the memory is read and not written.
-    """
-
-    _needs_index = True
-
-    def __init__(self, num_samples: int | None, temperature: float) -> None:
-        super().__init__(temperature)
-        if num_samples is not None:
-            num_samples = require_int("num_samples", num_samples)
-            if num_samples < 2:
-                raise ValueError(
-                    f"num_samples must be at least 2 (or None, for any ids), the size of the data; got {num_samples}"
-                )
-        self.num_samples = num_samples
-
-    def forget(self, ids: Tensor) -> None:
-        """Forget samples that are removed from the data: all that is remembered of them, also as others' negatives.
-
-        Takes a look at every entry, O(num_samples): for rare use. With several ranks call it on all, with the same ids.
-        A forgotten sample that comes again is new.
-
-        Args:
-            ids: (k,) ids as the loss is called with, of all views where it is called with those; never seen ones will
-                do.
-
-        Raises:
-            IndexError, TypeError: an id is not below num_samples, or no integer; nothing has changed.
-        """
-        self._forget(unique_ids(ids, self.num_samples))
-
-    @abstractmethod
-    def _forget(self, ids: Tensor) -> None:
-        """Forget ``ids`` (k,), valid and all different."""
-
-    @abstractmethod
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the memory, for ``state_dict()``; DDP does not broadcast it and ``.half()`` does not touch it."""
-
-    def sharded_state_dict(self) -> dict[str, Any]:
-        """Return ``state_dict()`` with every table split among the ranks, as `torch.distributed.checkpoint` saves it.
-
-        To be called on all ranks, which then write a part each. ``dcp.load(state_dict, …)`` puts the parts together
-        again, in a world of any size.
-        """
-        from torch.distributed.device_mesh import init_device_mesh  # a second of imports
-        from torch.distributed.tensor import Shard, distribute_tensor
-        from torch.utils._pytree import tree_map_only
-
-        def split(table: Tensor) -> Tensor:
-            ranks = init_device_mesh(table.device.type, (dist.get_world_size(),))
-            return distribute_tensor(table, ranks, [Shard(0)], src_data_rank=None)  # what the ranks have is the same
-
-        sharded: dict[str, Any] = tree_map_only(Tensor, split, self.state_dict())
-        return sharded
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a saved memory: the next call does what would have come next.
-
-        Raises:
-            ValueError: it is another loss's, or of another size; nothing has changed.
-        """
-        _check_alike(state, self.get_extra_state(), type(self).__name__)
-        self._load(state)
-
-    @abstractmethod
-    def _load(self, state: dict[str, Any]) -> None:
-        """Take over a memory of the right names: check it all, then change."""
-
-    def extra_repr(self) -> str:
-        """Show size and temperature."""
-        return f"num_samples={self.num_samples}, {super().extra_repr()}"
-
-
-def _check_alike(saved: Any, own: Any, name: str) -> None:
-    """Raise ValueError where a state has other names in it than a loss's own, or no number where that has one."""
-    if isinstance(own, dict):
-        if not isinstance(saved, dict) or set(saved) != set(own):
-            found = sorted(map(str, saved)) if isinstance(saved, dict) else repr(saved)
-            raise ValueError(f"the saved state has {found}, this {name} {sorted(own)}: load what such a loss has saved")
-        for key in own:
-            _check_alike(saved[key], own[key], name)
-    elif isinstance(own, int) and not isinstance(saved, int):
-        raise ValueError(f"the saved state has {saved!r} for a number: load what a {name} has saved")
-
-
 def require_int(name: str, value: Any) -> int:
     """Return a setting that must be a whole number, of Python's or NumPy's."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return int(value)
+
+
+def _refuse_tracing(loss: nn.Module) -> None:
+    """Raise RuntimeError where a call would have no lasting effect, or one on a copy."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "a loss cannot be transformed by torch.func (grad, vmap, …): take its gradient with loss.backward() or "
+            "torch.autograd.grad; no state has changed"
+        )
+    if getattr(loss, "_is_replica", False):
+        raise RuntimeError(
+            "a loss cannot be part of what nn.DataParallel copies to each device: wrap the encoder alone, or use "
+            "DistributedDataParallel; no state has changed"
+        )
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -320,7 +250,7 @@ def _weighted_sum(pairs: Pairs, weights: Weights) -> Tensor:
 
 
 def _checked(encode: Encode, z: Tensor) -> CheckedEncode:
-    """Run a caller's ``encode`` under the caller's autocast and gradient modes; finite unit vectors (k · views, d)."""
+    """Run a caller's ``encode`` under the caller's autocast and gradient modes; finite unit vectors (k, d)."""
     device, grad = z.device.type, torch.is_grad_enabled()
     autocast, autocast_dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
@@ -329,10 +259,9 @@ def _checked(encode: Encode, z: Tensor) -> CheckedEncode:
             with torch.autocast(device, dtype=autocast_dtype, enabled=autocast):
                 embeddings = encode(ids)
             expected = len(ids), z.shape[1]
-            if embeddings.ndim not in (2, 3) or (embeddings.shape[0], embeddings.shape[-1]) != expected:
+            if embeddings.shape != expected:
                 raise ValueError(f"encode must return {expected} for {len(ids)} ids, got {tuple(embeddings.shape)}")
             embeddings = embeddings.to(torch.promote_types(z.dtype, torch.float32))
-            views = embeddings[0].numel() // z.shape[1] if len(ids) else 1
-            return unit_vectors(embeddings.reshape(-1, z.shape[1]), lambda row: f"encode({int(ids[row // views])})")
+            return unit_vectors(embeddings, lambda row: f"encode({int(ids[row])})")
 
     return encode_unit

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from torch_emc2.chains import EMPTY, ChainTable
 from torch_emc2.isir import resample
-from torch_emc2.losses.base import Carried, CheckedEncode, StatefulLoss, Weights, require_int
+from torch_emc2.losses.base import Carried, CheckedEncode, Weights, require_int
 from torch_emc2.losses.noise import exponential_noise, fair_coins, proposal_sets
+from torch_emc2.losses.stateful import StatefulLoss
 from torch_emc2.metropolis import walk
 from torch_emc2.pairs import Pairs
 from torch_emc2.slots import Slots
@@ -45,7 +46,7 @@ class EMC2Loss(StatefulLoss):
             ``"encode"``: ``encode(ids)`` does, with today's weights and before the walk, so the entry score is fresh
             too.
             ``"encode_if_used"``: ``encode(ids)`` does, for chains that stayed at it after burn-in; the entry score is
-            the stored one, renewed where the chain stays to the end.
+            of the similarity stored at the last visit, renewed where the chain stays to the end.
             ``"cache"``: the loss keeps every sample's last embedding, 4·d bytes each; it gets no gradient itself.
             ``"drop"``: nobody; its term is left out and the estimate is biased.
         kernel: how a chain moves. ``"metropolis"`` is the paper's. ``"isir"`` chooses among the batch and the carried
@@ -97,11 +98,11 @@ class EMC2Loss(StatefulLoss):
         self.seed = require_int("seed", seed)
         self._slots = Slots(self.num_samples)
         self.chains = ChainTable(self.num_samples, num_chains)
-        self._calls = 0
         self._embeddings: SampleTable | None = None  # carry="cache"; made when d is known
 
-    def _alike(self) -> dict[str, int]:
-        return {"seed": self.seed % 2**63, "number of the call": self._calls}
+    def _alike(self) -> dict[str, object]:
+        own = {name: getattr(self, name) for name in ("burn_in", "num_chains", "carry", "kernel", "seed")}
+        return {**super()._alike(), **own}
 
     def _weigh(
         self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
@@ -110,15 +111,17 @@ class EMC2Loss(StatefulLoss):
             raise ValueError(
                 f'carry="{self.carry}" needs encode: loss(z1, z2, index, encode=fn) with fn(ids) -> (k, d)'
             )
-        slots = self._slots.find(pairs.row_ids)
-        carried = self.chains.ids.read(slots).long()  # (rows, chains)
+        slots = self._slots.find(pairs.column_ids)
+        carried_by_all = self.chains.ids.read(slots).long()  # (columns, chains), as every rank sees it
+        carried, slots = pairs.own_rows(carried_by_all), pairs.own_rows(slots)  # (rows, …)
         met, encoded, place = None, None, None
         if self.carry == "encode":
-            met, encoded, place = self._encode(pairs, carried, carried != EMPTY, encode)
+            anywhere = bool((carried_by_all != EMPTY).any())
+            met, encoded, place = self._encode(pairs, carried, carried != EMPTY, anywhere, encode)
         elif self.carry == "cache":
             met = self._recall(carried, pairs)
         if met is None:  # the entry score (rows, chains) is that of the last visit …
-            score = self.chains.scores.read(slots).to(logits.dtype)
+            score = self.chains.similarities.read(slots).to(logits.dtype).div_(self.temperature)
         else:  # … or fresh
             score = self._log_scores(pairs, met).masked_fill_(carried == EMPTY, -torch.inf)
 
@@ -130,9 +133,10 @@ class EMC2Loss(StatefulLoss):
         end_score = torch.where(end < 0, score, logits.gather(1, end.clamp(min=0)))
 
         if self.carry == "encode_if_used":
-            met, encoded, place = self._encode(pairs, carried, at_carried > 0, encode)
+            used = at_carried > 0
+            met, encoded, place = self._encode(pairs, carried, used, pairs.anywhere(bool(used.any())), encode)
             if met is not None:  # a score that stayed as it was could hold its chain for ever
-                end_score = torch.where((end < 0) & (at_carried > 0), self._log_scores(pairs, met), end_score)
+                end_score = torch.where((end < 0) & used, self._log_scores(pairs, met), end_score)
         if self.training:
             self._remember(pairs, carried, end, end_score, coins[2] == 1)
         self.last["carried_share"] = at_carried.sum() / carried.numel()
@@ -202,15 +206,19 @@ class EMC2Loss(StatefulLoss):
         self.last["acceptance"] = 1 - done.carried_weights.mean()
         return done.weights, done.carried_weights, torch.where(done.state < 0, -1, sets[in_set, done.state])
 
-    def _encode(self, pairs: Pairs, carried: Tensor, wanted: Tensor, encode: CheckedEncode | None) -> _Encoded:
+    def _encode(
+        self, pairs: Pairs, carried: Tensor, wanted: Tensor, anywhere: bool, encode: CheckedEncode | None
+    ) -> _Encoded:
         """Encode each wanted id of (rows, chains) once: what each row meets, the vectors themselves, and the places.
 
-        Shapes (rows, chains, d), (k, d) and (rows, chains), as in `Carried`; None without ids.
+        Shapes (rows, chains, d), (k, d) and (rows, chains), as in `Carried`; None where no id is wanted on any rank.
+        Where one is `anywhere`, a rank that wants none has a stand-in that no chain is at.
         """
+        if not anywhere:
+            return None, None, None
         ids, place_of_wanted = torch.unique(carried[wanted], return_inverse=True)
+        ids = pairs.some_ids(ids)
         with pairs.together():
-            if len(ids) == 0:
-                return None, None, None
             assert encode is not None
             encoded = encode(ids)
         place = torch.zeros_like(carried).masked_scatter_(wanted, place_of_wanted)
@@ -250,9 +258,9 @@ class EMC2Loss(StatefulLoss):
                 self._embeddings = SampleTable(self.num_samples, (pairs.columns.shape[1],), torch.float32, 0.0)
             self._embeddings.make_room(slots)
         self.chains.make_room(slots)
-        ends, scores = pairs.gather_rows(end_ids), pairs.gather_rows(end_score)
+        ends, similarities = pairs.gather_rows(end_ids), pairs.gather_rows(end_score * self.temperature)
         self._slots.keep(chain_ids, slots)
-        self.chains.write(slots, ends, scores)
+        self.chains.write(slots, ends, similarities)
         if self._embeddings is not None:
             self._embeddings.write(slots, pairs.columns[: len(slots)])
         self._calls += 1
@@ -272,7 +280,7 @@ class EMC2Loss(StatefulLoss):
 
     def _load(self, state: dict[str, Any]) -> None:
         keys, chains, embeddings = state["keys"], state["chains"], state["embeddings"]
-        self._slots.check(keys, chains["ids"], chains["scores"])
+        self._slots.check(keys, chains["ids"], chains["similarities"])
         self.chains.check(chains)
         table = None
         if self.carry == "cache":

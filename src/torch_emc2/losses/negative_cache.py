@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_emc2.losses.base import Carried, CheckedEncode, StatefulLoss, Weights, log_sum_exp, require_int
+from torch_emc2.losses.base import Carried, CheckedEncode, Weights, log_sum_exp, require_int
 from torch_emc2.losses.noise import exponential_noise
+from torch_emc2.losses.stateful import StatefulLoss
 from torch_emc2.pairs import Pairs
 from torch_emc2.tables import SampleTable
 
@@ -55,15 +56,15 @@ class NegativeCacheLoss(StatefulLoss):
             raise ValueError(f"dim must be at least 1, the dimension of the embeddings; got {dim}")
         if require_int("views_per_sample", views_per_sample) < 1:
             raise ValueError(f"views_per_sample must be at least 1, got {views_per_sample}")
-        self.refresh_fraction = refresh_fraction
+        self.refresh_fraction = float(refresh_fraction)
         self.views_per_sample = views_per_sample
         self.seed = require_int("seed", seed)
         self._embeddings = SampleTable(num_samples, (dim,), torch.float32, 0.0)
         self._written = SampleTable(num_samples, (), torch.int64, _NEVER)  # the call at which an entry was last encoded
-        self._calls = 0
 
-    def _alike(self) -> dict[str, int]:
-        return {"seed": self.seed % 2**63, "number of the call": self._calls}
+    def _alike(self) -> dict[str, object]:
+        own = {name: getattr(self, name) for name in ("refresh_fraction", "views_per_sample", "seed")}
+        return {**super()._alike(), "dim": self._embeddings.data.shape[1], **own}
 
     def _weigh(
         self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
@@ -95,7 +96,7 @@ class NegativeCacheLoss(StatefulLoss):
         if encode is not None:
             again, place = torch.unique(drawn, return_inverse=True)
             with pairs.together():
-                encoded = _encode_one_each(encode, again)
+                encoded = encode(again)
             carried = Carried(encoded[place][:, None], weight, encoded, place[:, None])
         for ids, embeddings in fresh:  # last of all, so that a call that fails changes nothing
             self._embeddings.write(ids, embeddings)
@@ -125,11 +126,11 @@ class NegativeCacheLoss(StatefulLoss):
             oldest = by_age.topk(count, largest=False).indices
             oldest = oldest[written[oldest] != _FORGOTTEN]
             parts = oldest.tensor_split(pairs.world_size)  # each is encoded once: there may be dropout
-            with pairs.together():
-                mine = parts[pairs.rank]
-                embeddings = pairs.rows.new_empty(0, pairs.rows.shape[1])
-                if len(mine):
-                    embeddings = _encode_one_each(encode, mine, gradient=False)
+            mine = parts[pairs.rank]
+            embeddings = pairs.rows.new_empty(0, pairs.rows.shape[1])
+            if len(oldest):
+                with pairs.together():
+                    embeddings = encode(pairs.some_ids(mine), gradient=False)[: len(mine)]
             fresh.append((oldest, pairs.gather(embeddings.to(dtype), tuple(len(part) for part in parts))))
             written[oldest] = self._calls
         return fresh, written
@@ -150,10 +151,3 @@ class NegativeCacheLoss(StatefulLoss):
         self._embeddings.load(state["embeddings"])
         self._written.load(state["written"])
         self.seed, self._calls = state["seed"], state["calls"]
-
-
-def _encode_one_each(encode: CheckedEncode, ids: Tensor, *, gradient: bool = True) -> Tensor:
-    encoded = encode(ids, gradient=gradient)
-    if len(encoded) != len(ids):
-        raise ValueError(f"encode gave {len(encoded)} embeddings for {len(ids)} ids: give one an id")
-    return encoded

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_emc2.losses.base import CheckedEncode, StatefulLoss, Weights
+from torch_emc2.losses.base import CheckedEncode, Weights
+from torch_emc2.losses.stateful import StatefulLoss
 from torch_emc2.pairs import Pairs
 from torch_emc2.slots import Slots
 from torch_emc2.tables import SampleTable
@@ -25,7 +26,9 @@ class SogCLRLoss(StatefulLoss):
 
     Args:
         num_samples: size of the data set: ids are below it. None: ids are any int64 but -1, and the table grows.
-        temperature: 1 / β.
+        temperature: 1 / β. Averages of exp(β s) say nothing of another β: once there are some, no other temperature
+            may be assigned, nor their state be loaded at one. For a schedule, `forget` all ids at each change, after
+            which a first visit is DCL's; EMC² and Negative Cache go on without a loss.
         gamma: γ in (0, 1], the weight of the present batch; 1 is DCL.
     """
 
@@ -33,9 +36,22 @@ class SogCLRLoss(StatefulLoss):
         super().__init__(num_samples, temperature)
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must be in (0, 1], got {gamma}")
-        self.gamma = gamma
+        self.gamma = float(gamma)
         self._slots = Slots(self.num_samples)
         self._log_u = SampleTable(self.num_samples, (2,), torch.float32, -torch.inf)  # a slot a view; -inf: not visited
+
+    def _accept_temperature(self, value: Any) -> float:
+        temperature = super()._accept_temperature(value)
+        own = getattr(self, "temperature", temperature)  # at first there is none
+        if temperature != own and bool((self._log_u.data > -torch.inf).any()):
+            raise ValueError(
+                f"SogCLR's averages are of temperature {own:g} and cannot be converted to {temperature:g}: forget(ids) "
+                "of all samples first, or build a new loss"
+            )
+        return temperature
+
+    def _alike(self) -> dict[str, object]:
+        return {**super()._alike(), "gamma": self.gamma}
 
     def _weigh(
         self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
@@ -43,7 +59,7 @@ class SogCLRLoss(StatefulLoss):
         shared = pairs.index is not None and pairs.index.ndim == 1  # by two views, which have an average each
         ids = pairs.view_ids(0) if shared else pairs.column_ids
         slots = self._slots.place(ids) if self.training else self._slots.find(ids)
-        own = pairs.mine(slots) if shared else torch.cat([pairs.mine(view) for view in slots.view(2, -1)])
+        own = pairs.mine(slots) if shared else pairs.own_rows(slots)
         entry = self._log_u.read(own).to(log_mass.dtype)  # (local, 2), or (rows, 2) of which the first counts
 
         log_g = log_mass - math.log(pairs.num_negatives)
@@ -60,18 +76,26 @@ class SogCLRLoss(StatefulLoss):
                 entry = pairs.gather_rows(torch.stack([log_u, entry[:, 1]], 1))
             self._slots.keep(ids, slots)
             self._log_u.write(slots, entry)
+            self._calls += 1
         return Weights(negatives=logits.sub_(math.log(pairs.num_negatives) + log_u[:, None]).exp_())
 
     def _forget(self, ids: Tensor) -> None:
         self._log_u.erase(self._slots.forget(ids))
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the moving averages, and their keys where the table grows."""
+        """Return the moving averages, their temperature, and their keys where the table grows."""
         keys, slots = self._slots.keys()
-        return {"keys": keys, "log_u": self._log_u.state(slots)}
+        tables = {"keys": keys, "log_u": self._log_u.state(slots)}
+        return {**tables, "temperature": self.temperature, "calls": self._calls}
 
     def _load(self, state: dict[str, Any]) -> None:
         self._slots.check(state["keys"], state["log_u"])
         self._log_u.check(state["log_u"])
+        if state["temperature"] != self.temperature:
+            raise ValueError(
+                f"the saved averages are of temperature {state['temperature']:g} and cannot be converted to "
+                f"{self.temperature:g}: build the loss with the temperature it was saved with"
+            )
         self._log_u.load(state["log_u"])
         self._slots.load(state["keys"])
+        self._calls = state["calls"]
