@@ -136,6 +136,10 @@ def test_classes_of_any_size_are_measured_and_no_classes_refused(tiny: Config, t
     assert held.labels is not None
     assert torch.bincount(train.labels, minlength=3).min() > 0
     assert 2 not in held.labels
+    strange = folder(*(f"strange/{name}/0.png" for name in ("train/a", "train/b", "test/a", "test/c")))
+    known = AccuracyCurve(strange, 1, None, "test").parts[1]
+    assert known.labels is not None
+    assert known.labels.tolist() == [0]  # c has no training image
     half = folder(*(f"half/{name}.png" for name in ("train/a/0", "train/b/0", "test/0", "test/1")))
     for part in ("validation", "test"):
         with pytest.raises(ValueError, match="half gives no accuracies: the "):
