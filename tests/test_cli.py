@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from torch_emc2 import runs
 from torch_emc2.cli import main
@@ -106,13 +107,13 @@ def test_quickstart_train_evaluate_embed(
     assert err == ""
     first, *_, last = out.splitlines()
     assert first.startswith("Epoch 1/1: loss ")
-    assert last.startswith("Pictures: runs/quickstart/curves.png and runs/quickstart/neighbours.png.")
+    assert last.startswith("Written: runs/quickstart/evaluation.json, runs/quickstart/neighbours.png, ")
     assert all(len(line) <= 80 for line in out.splitlines()[:-1])
-    table = {line[:12].strip(): line[12:].split() for line in out.splitlines() if line[:12].strip()}
-    assert list(table)[1:5] == ["accuracy, %", "trained", "untrained", "raw pixels"]
-    assert table["accuracy, %"] == ["probe", "knn1_euclidean", "knn1_cosine"]
-    for row in ("trained", "untrained", "raw pixels"):
-        assert all(0 <= float(number) <= 100 for number in table[row])
+    header, *table = out.splitlines()[3:-2]
+    assert header.split() == ["trained", "untrained", "raw", "pixels"]
+    numbers = json.loads((tmp_path / "runs" / "quickstart" / "evaluation.json").read_text())["numbers"]
+    assert [line.split()[0] for line in table] == list(numbers["trained"])
+    assert table[0].split()[1::2] == [f"{100 * own['probe']:.2f}" for own in numbers.values()]
     for name in ("curves.png", "neighbours.png", "encoder.safetensors", "metrics.csv", "versions.json"):
         assert (tmp_path / "runs" / "quickstart" / name).is_file()
 
@@ -122,9 +123,18 @@ def test_quickstart_train_evaluate_embed(
     capsys.readouterr()
     assert main(["evaluate", "other"]) == 0
     *lines, written = capsys.readouterr().out.splitlines()
-    metrics = json.loads((tmp_path / "other" / "evaluation.json").read_text())
-    assert [line.split() for line in lines] == [[name, f"{100 * value:.2f}", "%"] for name, value in metrics.items()]
-    assert written.startswith("Written: other/evaluation.json, other/curves.png")
+    metrics = json.loads((tmp_path / "other" / "evaluation.json").read_text())["numbers"]["trained"]
+    assert [line.split()[:1] for line in lines[2:]] == [[name] for name in metrics]
+    assert lines[2].split()[1:] == [f"{100 * metrics['probe']:.2f}", "%"]
+    assert written == "Written: other/evaluation.json, other/neighbours.png, other/curves.png"
+    Path("mine/deep").mkdir(parents=True)
+    for i in range(6):
+        Image.new("RGB", (20, 10 + i), (50 * i, 0, 0)).save(f"mine/deep/{i}.png")
+    assert main(["evaluate", "other", "--data", "folder:mine", "--baselines"]) == 0
+    out = capsys.readouterr().out
+    assert "Note: no accuracies: all training images are of one class, 'deep'\nWritten: other/evaluation-mine-" in out
+    assert main(["evaluate", "other", "--data", "mine"]) == 2
+    assert "unknown data set 'mine'; use one of digits, " in capsys.readouterr().err
     assert main(["diagnose", "other", "--samples", "16", "--epochs", "1"]) == 0
     out = capsys.readouterr().out
     assert out.startswith((tmp_path / "other" / "diagnosis.md").read_text())
@@ -136,6 +146,20 @@ def test_quickstart_train_evaluate_embed(
     assert "folder.parquet is no file that could be written anew: give another name" in capsys.readouterr().err
     assert main(["embed", "other", str(tmp_path / "runs"), "-o", "out.parquet"]) == 0  # the run's own pictures
     assert "2 images embedded, 0 skipped" in capsys.readouterr().out
+
+
+def test_quickstart_refuses_what_it_could_not_evaluate_before_it_trains(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train/a.png", "train/b.png", "test/a.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(name)
+    assert main(["quickstart", "--data.name", "folder:.", "--batch_size", "2"]) == 2
+    out, err = capsys.readouterr()
+    assert "'test' holds 1 images, at least 2 are needed" in err
+    assert out == ""
+    assert not Path("runs").exists()
 
 
 def test_module_is_the_command() -> None:
@@ -171,7 +195,7 @@ def test_an_interrupt_ends_with_a_line_how_to_go_on(
     assert signal.getsignal(signal.SIGINT) is before  # Lightning leaves it ignored
     signal.signal(signal.SIGINT, inherited)
 
-    def ctrl_c_again(run: Path) -> None:
+    def ctrl_c_again(*args: Any, **settings: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runs, "evaluate_run", ctrl_c_again)

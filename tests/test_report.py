@@ -1,3 +1,5 @@
+import warnings
+
 import matplotlib.image
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from torch_emc2.diagnostics import GradientError
-from torch_emc2.report import _OTHER, _QUERY, _SAME, plot_curves, plot_errors, plot_neighbours
+from torch_emc2.report import _OTHER, _QUERY, _SAME, plot_curves, plot_errors, plot_neighbours, thumbnail
 
 
 def shape(path):
@@ -63,6 +65,36 @@ def test_colours_of_images_are_kept(tmp_path):
     plot_neighbours([red], [[grey]], None, None, tmp_path / "n.png")
     assert pixels_of(tmp_path / "n.png", "#c80a1e") > 5000
     assert pixels_of(tmp_path / "n.png", "#4d4d4d") > 5000
+
+
+def test_images_of_all_sizes_and_channels_stand_side_by_side(tmp_path):
+    images = [torch.zeros(c, h, w, dtype=torch.uint8) for c, h, w in ((1, 1, 1), (3, 5, 90), (1, 60, 2), (3, 8, 8))]
+    plot_neighbours(images[:1], [images[1:]], None, None, tmp_path / "n.png")
+    assert shape(tmp_path / "n.png") == (150, 630)
+
+
+def test_labels_are_drawn_as_they_are(tmp_path):
+    """Names of folders may hold anything: no mathematics, no new lines, no script that the font must have."""
+
+    def drawn(name):
+        image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plot_neighbours([image], [[image]], [name], [[name]], tmp_path / "n.png")
+        return pixels_of(tmp_path / "n.png", _SAME), (tmp_path / "n.png").read_bytes()
+
+    frame, _ = drawn("plain")
+    for name in ("$x_$", "a\nb\nc\nd\ne", "猫", "\udcff"):
+        assert drawn(name)[0] == frame  # the label is one line, and leaves the image its place
+    assert drawn("x" * 300) == drawn("x" * 15 + "…")
+
+
+def test_thumbnails_are_means_of_squares(tmp_path):
+    image = torch.randint(256, (3, 300, 511), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(thumbnail(image), image)
+    large = image[:, :200, :256].repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
+    assert torch.equal(thumbnail(large), image[:, :200, :256])
+    assert thumbnail(image[:, :1].repeat(1, 1, 20)).shape == (3, 1, 262)
 
 
 @pytest.mark.parametrize(

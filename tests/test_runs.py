@@ -1,6 +1,7 @@
 """What a finished run is used for, against the same done by hand."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,9 +25,9 @@ from torch_emc2.data import (
     open_dataset,
 )
 from torch_emc2.diagnostics import gradient_error, target_statistics
-from torch_emc2.evaluation import knn_accuracy, linear_probe
+from torch_emc2.evaluation import alignment, effective_rank, knn_accuracy, linear_probe, retrieval, uniformity
 from torch_emc2.models import load_encoder
-from torch_emc2.runs import compare_with_baselines, diagnose_run, draw, embed_folder, evaluate_run
+from torch_emc2.runs import diagnose_run, embed_folder, evaluate_run
 from torch_emc2.training import train
 
 
@@ -42,28 +43,106 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_evaluation_is_that_of_the_features(finished: Path) -> None:
-    metrics = evaluate_run(finished)
-    assert json.loads((finished / "evaluation.json").read_text()) == metrics
+    evaluation, written = evaluate_run(finished)
+    assert json.loads((finished / "evaluation.json").read_text()) == asdict(evaluation)
+    assert written == [finished / name for name in ("evaluation.json", "neighbours.png", "curves.png")]
+    assert all(file.is_file() for file in written)
+    assert (evaluation.train_images, evaluation.test_images, evaluation.viewed_images) == (1437, 360, 360)
+    assert evaluation.notes == []
     encoder, transform = load_encoder(finished).eval(), evaluation_transform(8)
-    parts = []
+    images, features, labels = {}, {}, {}
     for split in ("probe", "test"):
-        images = open_dataset("digits", split, Path("data"))  # type: ignore[arg-type]
+        images[split] = open_dataset("digits", split, Path("data"))  # type: ignore[arg-type]
+        part = [transform(images[split].image(i)) for i in range(len(images[split]))]
         with torch.no_grad():
-            x = encoder.features(torch.stack([transform(images.image(i)) for i in range(len(images))]))
-        assert images.labels is not None
-        parts += [x, images.labels]
+            features[split] = encoder.features(torch.stack(part))
+        labels[split] = images[split].labels
+    parts: Any = features["probe"], labels["probe"], features["test"], labels["test"]
+    metrics = evaluation.numbers["trained"]
     assert metrics["probe"] == pytest.approx(linear_probe(*parts).accuracy, abs=0.005)
     for metric in ("euclidean", "cosine"):
         by_hand = knn_accuracy(*parts, ks=(1, 10), metric=metric)  # type: ignore[arg-type]
         assert [metrics[f"knn{k}_{metric}"] for k in (1, 10)] == pytest.approx(list(by_hand.values()), abs=0.005)
+    assert metrics["uniformity"] == pytest.approx(uniformity(features["test"]), rel=1e-3)
+    assert metrics["effective_rank"] == pytest.approx(effective_rank(features["test"]), rel=1e-3)
+
+    config = read_config(str(finished / "config.yaml"))
+    order = torch.randperm(360, generator=torch.Generator().manual_seed(config.seed))
+    views = ContrastiveDataset(images["test"].subset(order), config.data.augmentation.transform(), seed=config.seed)
+    with torch.no_grad():
+        pairs = [encoder.features(torch.stack([views.view(0, i, v) for v in range(2)])) for i in range(360)]
+    assert metrics["alignment"] == pytest.approx(alignment(torch.stack(pairs)), rel=1e-3)
+    assert metrics["retrieval"] == pytest.approx(retrieval(torch.stack(pairs)), abs=0.005)
 
 
 def test_the_untrained_encoder_is_the_one_the_run_started_from(tiny: Config) -> None:
     frozen = replace(tiny, optimizer=replace(tiny.optimizer, lr=0.0, weight_decay=0.0), epochs=1, probe="sgd")
     frozen = replace(frozen, model=replace(frozen.model, norm="group"))  # batch norm would move its statistics
-    results = compare_with_baselines(train(frozen))
-    assert results["trained"] == results["untrained"]
-    assert results["raw pixels"] != results["untrained"]
+    numbers = evaluate_run(train(frozen), baselines=True)[0].numbers
+    assert list(numbers) == ["trained", "untrained", "raw pixels"]
+    assert numbers["trained"] == numbers["untrained"]
+    assert numbers["raw pixels"].keys() == numbers["untrained"].keys()
+    assert numbers["raw pixels"] != numbers["untrained"]
+
+
+def paint(folder: Path, *counts: tuple[str, int]) -> str:
+    """Draw so many RGB images of each class, each class of a colour, each image of a size, and name the data set."""
+    generator = torch.Generator().manual_seed(0)
+    for place, (name, count) in enumerate(counts):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = torch.randint(64, (9 + i, 12, 3), dtype=torch.uint8, generator=generator) + 40 * place
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{i}.png")
+    return f"folder:{folder}"
+
+
+def test_another_data_set_has_files_of_its_own(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "evaluation.json").write_text("the run's own")
+    data = paint(tmp_path / "a" / "shapes", ("x", 10), ("y", 5), ("z", 1))
+    evaluation, (numbers, grid) = evaluate_run(run, data, baselines=True)
+    assert re.fullmatch(r"evaluation-shapes-[0-9a-f]{6}\.json", numbers.name)
+    assert grid.name == numbers.name.replace("evaluation", "neighbours").replace("json", "png")
+    assert Image.open(grid).size[0] > 200
+    assert json.loads(numbers.read_text()) == asdict(evaluation)
+    assert (run / "evaluation.json").read_text() == "the run's own"
+    assert evaluation.data == data
+    assert (evaluation.train_images, evaluation.test_images) == (13, 3)
+    assert evaluation.notes == ["classes without test images, not tested: 1 ('z')"]
+
+    parts: list[Any] = []
+    for split in ("probe", "test"):
+        images = open_dataset(data, split, Path("data"), channels=1)  # type: ignore[arg-type]
+        pixels = torch.stack([evaluation_transform(8)(images.image(i)) for i in range(len(images))])
+        parts += [pixels.flatten(1), images.labels]
+    measured = evaluation.numbers["raw pixels"]
+    assert measured["probe"] == linear_probe(*parts).accuracy
+    assert {k: measured[f"knn{k}_euclidean"] for k in (1, 10)} == knn_accuracy(*parts, ks=(1, 10))
+    assert "knn20_euclidean" not in measured
+
+    other = evaluate_run(run, paint(tmp_path / "b" / "shapes", ("x", 4), ("y", 3)))[1]
+    assert numbers not in other
+
+
+@pytest.mark.parametrize(
+    ("counts", "note"),
+    [
+        ([("", 6)], "no accuracies: the training images have no labels"),
+        ([("x", 6)], "no accuracies: all training images are of one class, 'x'"),
+        ([(name, 1) for name in "abcdef"], "no accuracies: the test images' classes have no training images: 'c', 'e'"),
+        ([("", 2)], "one test image: what needs no labels compares two, at least"),
+    ],
+    ids=["no labels", "one class", "classes of one", "two images"],
+)
+def test_where_nothing_can_be_classified_the_rest_is_there(
+    finished: Path, tmp_path: Path, counts: list[tuple[str, int]], note: str
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    evaluation, written = evaluate_run(run, paint(tmp_path / "photos", *counts))
+    assert evaluation.notes[-1] == note
+    if evaluation.test_images > 1:
+        assert list(evaluation.numbers["trained"]) == ["alignment", "uniformity", "effective_rank", "retrieval"]
+    assert all(file.is_file() for file in written)
 
 
 def test_embeddings_are_the_features_of_the_images(finished: Path, photos: Path) -> None:
@@ -103,7 +182,7 @@ def test_unreadable_images_stop_or_are_counted_and_no_half_file_stays(
     assert len(pq.read_table(out)) == 3
 
 
-def test_there_must_be_images_a_run_and_labels(tiny: Config, finished: Path, photos: Path) -> None:
+def test_there_must_be_images_and_a_run(finished: Path, photos: Path) -> None:
     empty = photos.parent / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match=r"not a run's folder: it has no config\.yaml"):
@@ -114,23 +193,6 @@ def test_there_must_be_images_a_run_and_labels(tiny: Config, finished: Path, pho
     (photos.parent / "none").mkdir()
     with pytest.raises(DataError, match="no images below"):
         embed_folder(finished, photos.parent / "none", photos.parent / "out.parquet")
-    flat = photos / "deep" / "flat"
-    flat.mkdir()
-    for name in "ab":
-        Image.new("RGB", (9, 9)).save(flat / f"{name}.png")
-    unlabelled = replace(tiny, data=replace(tiny.data, name=f"folder:{flat}"), batch_size=2, out=tiny.out + "-flat")
-    with pytest.raises(DataError, match="no labels to evaluate with"):
-        evaluate_run(train(unlabelled))
-
-
-def test_pictures_are_drawn(finished: Path) -> None:
-    pictures = draw(finished, queries=3, neighbours=2)
-    assert [picture.name for picture in pictures] == ["curves.png", "neighbours.png"]
-    for picture in pictures:
-        assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-        width, height = Image.open(picture).size
-        assert width > 200
-        assert height > 200
 
 
 def test_a_diagnosis_is_that_of_the_run_s_views_and_weights(finished: Path) -> None:

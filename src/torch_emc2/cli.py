@@ -14,7 +14,8 @@ usage: emc2 COMMAND …
   quickstart                         train on bundled digits, evaluate, draw: about a minute on two CPU cores
   train PRESET_OR_YAML [--FIELD VALUE …] [--resume]
                                      pre-train an encoder; emc2 train --help lists the fields
-  evaluate RUN                       linear probe and k-NN of a run's encoder
+  evaluate RUN [--data NAME] [--baselines]
+                                     linear probe and k-NN of a run's encoder, and numbers that need no labels
   diagnose RUN                       how wrong each estimator's gradient is at a run's weights, and why
   embed RUN FOLDER -o OUT.parquet    embed your own images
   experiment NAME [--dataset D] [--scale smoke|small|full] [--seeds 0 1 2]
@@ -90,28 +91,33 @@ def _quickstart(argv: list[str]) -> None:
     if config.devices != 1:
         raise ValueError(f"quickstart has one device, got {config.devices}: emc2 train quickstart takes more")
     config.out = _free(config.out)
-    from torch_emc2.runs import compare_with_baselines, draw
+    from torch_emc2.evaluation import to_text
+    from torch_emc2.runs import evaluate_run, evaluation_parts
     from torch_emc2.training import train
 
+    evaluation_parts(config.data)  # what cannot be opened is refused before the training
     run = train(config)
-    results = compare_with_baselines(run)
-    shown = ("probe", "knn1_euclidean", "knn1_cosine")
-    print(f"\n{'accuracy, %':12s}" + "".join(f"{name:>16s}" for name in shown))
-    for name, metrics in results.items():
-        print(f"{name:12s}" + "".join(f"{100 * metrics[metric]:16.1f}" for metric in shown))
-    pictures = " and ".join(str(picture) for picture in draw(run))
-    print(f"\nPictures: {pictures}. Encoder: {run}/encoder.safetensors. {time.monotonic() - start:.0f} seconds.")
+    evaluation, written = evaluate_run(run, baselines=True)
+    print(f"\n{to_text(evaluation)}\n")
+    print(f"Written: {', '.join(map(str, written))}. Encoder: {run}/encoder.safetensors.", end=" ")
+    print(f"{time.monotonic() - start:.0f} seconds.")
 
 
 def _evaluate(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="emc2 evaluate", description="Linear probe and k-NN of a run's encoder.")
+    parser = argparse.ArgumentParser(
+        prog="emc2 evaluate",
+        description="Linear probe and k-NN of a run's encoder, and numbers and a picture that need no labels.",
+    )
     parser.add_argument("run", type=Path)
+    parser.add_argument("--data", metavar="NAME", help="another data set than the run's, such as folder:PATH")
+    parser.add_argument("--baselines", action="store_true", help="the untrained encoder and raw pixels beside it")
     args = parser.parse_args(argv)
-    from torch_emc2.runs import draw, evaluate_run
+    from torch_emc2.evaluation import to_text
+    from torch_emc2.runs import evaluate_run
 
-    for name, accuracy in evaluate_run(args.run).items():
-        print(f"{name:18s} {100 * accuracy:6.2f} %")
-    print(f"Written: {args.run}/evaluation.json, {', '.join(str(picture) for picture in draw(args.run))}")
+    evaluation, written = evaluate_run(args.run, args.data, baselines=args.baselines)
+    print(to_text(evaluation))
+    print(f"Written: {', '.join(map(str, written))}")
 
 
 def _diagnose(argv: list[str]) -> None:

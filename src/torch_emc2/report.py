@@ -2,14 +2,17 @@
 
 import csv
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from torch_emc2.diagnostics import GradientError
 
@@ -92,11 +95,20 @@ def plot_neighbours(
             _draw_image(axes, image, _QUERY)
         if labels:
             own, others = labels[row]
-            query.set_title(own, fontsize=8, pad=3)
+            _set_label(query, own)
             for axes, label in zip(rest, others, strict=True):
-                axes.set_title(label, fontsize=8, pad=3)
+                _set_label(axes, label)
                 axes.spines[:].set_color(_SAME if label == own else _OTHER)
-    figure.savefig(out, format="png", dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a script that the font lacks: boxes say enough
+        figure.savefig(out, format="png", dpi=150)
+
+
+def thumbnail(image: Tensor) -> Tensor:
+    """Shrink an image (c, h, w) to about 256 pixels at its longer side; it costs little memory in a picture then."""
+    step = max(1, max(image.shape[1:]) // 256)
+    height, width = (max(1, side // step) for side in image.shape[1:])
+    return adaptive_avg_pool2d(image.float(), (height, width)).round().to(torch.uint8)
 
 
 def plot_errors(errors: Mapping[str, GradientError], out: str | Path) -> None:
@@ -149,3 +161,9 @@ def _draw_image(axes: Any, image: Tensor, frame: str) -> None:
     axes.imshow(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())  # grey to RGB
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(color=frame, linewidth=2.5)
+
+
+def _set_label(axes: Any, label: object) -> None:
+    """Write a label above an image: in one line of its width, and as it is, "$" included."""
+    text = repr(str(label))[1:-1]
+    axes.set_title(text if len(text) <= 16 else f"{text[:15]}…", fontsize=8, pad=3, parse_math=False)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torch_emc2.chains import EMPTY
-from torch_emc2.config import Config, read_config
+from torch_emc2.config import Config, DataConfig, read_config
 from torch_emc2.data import (
     BadImageError,
     ContrastiveDataset,
@@ -27,72 +32,71 @@ from torch_emc2.data import (
 )
 from torch_emc2.diagnosis import Diagnosis, diagnose, embed_views, to_markdown
 from torch_emc2.diagnostics import Staleness, score_staleness
-from torch_emc2.evaluation import evaluate, extract_features, nearest_neighbours, raw_pixels
+from torch_emc2.evaluation import Evaluation, Features, compare, extract_features, nearest_neighbours, raw_pixels
 from torch_emc2.files import load_checkpoint, whole_file
 from torch_emc2.models import Encoder, build_encoder, load_encoder
-from torch_emc2.report import plot_curves, plot_errors, plot_neighbours
+from torch_emc2.report import plot_curves, plot_errors, plot_neighbours, thumbnail
 
-__all__ = ["compare_with_baselines", "diagnose_run", "draw", "embed_folder", "evaluate_run"]
-
-Metrics = dict[str, float]
+__all__ = ["diagnose_run", "embed_folder", "evaluate_run", "evaluation_parts"]
 
 _CPU = torch.device("cpu")
 
+_PARTS: tuple[Literal["probe"], Literal["test"]] = ("probe", "test")
 
-def evaluate_run(run: Path) -> Metrics:
-    """Probe a run's encoder and classify by nearest neighbours; writes evaluation.json and returns what is in it.
+_VIEWED = 1000  # test images of which two random views are compared
 
-    The probe is fitted, and its L2 strength chosen, on the labelled training part; the test part is used once.
+
+def evaluation_parts(data: DataConfig) -> tuple[ImageDataset, ImageDataset]:
+    """Open what an evaluation needs: the part that fits a probe, where it has labels, and the part that is held out."""
+    train, test = (open_dataset(data.name, part, Path(data.root), channels=data.channels) for part in _PARTS)
+    return train, test
+
+
+def evaluate_run(run: Path, data: str | None = None, *, baselines: bool = False) -> tuple[Evaluation, list[Path]]:
+    """Measure a run's encoder, and draw its curves, and random test images with the training images nearest to them.
+
+    Where there are labels a probe is fitted, and its L2 strength chosen, on the training part; the test part is used
+    once. Nearest is by the cosine of features.
+
+    Args:
+        run: its folder.
+        data: another data set than the run's, named as in a config; the files that are written then have its name.
+        baselines: measure the encoder as it was before training, and raw pixels, beside it.
+
+    Returns:
+        What was measured, and the files that were written.
 
     Raises:
-        ValueError: the folder is no finished run, its files are damaged, or its data set has no labels.
+        ValueError: the folder is no finished run, or its files or the data set's are damaged or not there.
     """
     config, encoder = _load(run)
-    train, test = _labelled_parts(config)
+    source = replace(config.data, name=data or config.data.name, channels=encoder.channels)
+    train, test = evaluation_parts(source)
+    # In random order, so that any first ones are a random choice.
+    test = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(config.seed)))
     device = _device(config)
-    encoder.to(device)
-    features = (*_features(encoder, config, train, device), *_features(encoder, config, test, device))
-    metrics = evaluate(*features, probe=config.probe, seed=config.seed)
-    with whole_file(run / "evaluation.json") as file:
-        file.write_text(json.dumps(metrics, indent=2) + "\n")
-    return metrics
-
-
-def compare_with_baselines(run: Path) -> dict[str, Metrics]:
-    """Evaluate the trained encoder beside the same encoder untrained and beside raw pixels."""
-    config, _ = _load(run)
-    train, test = _labelled_parts(config)
-    torch.manual_seed(config.seed)  # the weights that the run started from
-    untrained = build_encoder(config.model, train.channels, config.data.augmentation.size)
-    (train_x, train_y), (test_x, test_y) = (_features(untrained, config, part, _CPU) for part in (train, test))
-    settings: Any = {"probe": config.probe, "seed": config.seed}
-    return {
-        "trained": evaluate_run(run),
-        "untrained": evaluate(train_x, train_y, test_x, test_y, **settings),
-        "raw pixels": evaluate(raw_pixels(train), train_y, raw_pixels(test), test_y, **settings),
-    }
-
-
-def draw(run: Path, *, queries: int = 5, neighbours: int = 8) -> list[Path]:
-    """Draw the training curves, and random test images with the training images nearest by the cosine of features."""
-    config, encoder = _load(run)
-    curves, grid = run / "curves.png", run / "neighbours.png"
-    plot_curves(run / "metrics.csv", curves)
-    train, test = _labelled_parts(config)
-    picks = torch.randperm(len(test), generator=torch.Generator().manual_seed(config.seed))[:queries]
-    test = test.subset(picks)
-    device = _device(config)
-    encoder.to(device)
-    (train_x, train_y), (test_x, test_y) = (_features(encoder, config, part, device) for part in (train, test))
-    nearest, _ = nearest_neighbours(train_x, test_x, neighbours, "cosine")
-    plot_neighbours(
-        [test.image(i) for i in range(len(test))],
-        [[train.image(i) for i in row] for row in nearest.tolist()],
-        [test.classes[label] for label in test_y.tolist()],
-        [[train.classes[label] for label in row] for row in train_y[nearest].tolist()],
-        grid,
+    encoders: dict[str, Callable[[Tensor], Tensor]] = {"trained": encoder.to(device).features}
+    if baselines:
+        torch.manual_seed(config.seed)  # the weights that the run started from
+        untrained = build_encoder(config.model, encoder.channels, encoder.image_size).to(device)
+        encoders |= {"untrained": untrained.features, "raw pixels": raw_pixels}
+    features = {name: _features(encode, train, test, source, config.seed, device) for name, encode in encoders.items()}
+    evaluation = compare(
+        source.name, features, train.labels, test.labels, train.classes, probe=config.probe, seed=config.seed
     )
-    return [curves, grid]
+
+    own = source.name == config.data.name
+    suffix = "" if own else f"-{_file_name(source.name)}"
+    numbers, grid, curves = run / f"evaluation{suffix}.json", run / f"neighbours{suffix}.png", run / "curves.png"
+    with whole_file(numbers) as file:
+        file.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
+    with whole_file(grid) as file:
+        _draw_neighbours(features["trained"], train, test, file)
+    if not own:
+        return evaluation, [numbers, grid]
+    with whole_file(curves) as file:
+        plot_curves(run / "metrics.csv", file)
+    return evaluation, [numbers, grid, curves]
 
 
 def embed_folder(
@@ -188,18 +192,60 @@ def _load(run: Path) -> tuple[Config, Encoder]:
     return read_config(str(run / "config.yaml")), load_encoder(run)
 
 
-def _labelled_parts(config: Config) -> tuple[ImageDataset, ImageDataset]:
-    data = config.data
-    train = open_dataset(data.name, "probe", Path(data.root), channels=data.channels)
-    test = open_dataset(data.name, "test", Path(data.root), channels=data.channels)
-    if train.labels is None or test.labels is None:
-        raise DataError(f"{data.name} has no labels to evaluate with; emc2 embed writes its embeddings")
-    return train, test
+def _features(
+    encode: Callable[[Tensor], Tensor],
+    train: ImageDataset,
+    test: ImageDataset,
+    data: DataConfig,
+    seed: int,
+    device: torch.device,
+) -> Features:
+    embed = partial(extract_features, encode, device=device, num_workers=data.num_workers, progress=True)
+    still = evaluation_transform(data.augmentation.size)
+    viewed = test.subset(torch.arange(min(len(test), _VIEWED)))
+    pairs = _Pairs(ContrastiveDataset(viewed, data.augmentation.transform(), seed=seed))
+    views = torch.unflatten(embed(pairs, torch.nn.Identity()), 0, (-1, 2))
+    return Features(embed(train, still), embed(test, still), views)
 
 
-def _features(encoder: Encoder, config: Config, part: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
-    assert part.labels is not None
-    return _extract(encoder, config, part, device), part.labels
+class _Pairs:
+    """Two random views of each image, one after the other."""
+
+    def __init__(self, views: ContrastiveDataset) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        return 2 * len(self.views)
+
+    def image(self, index: int) -> Tensor:
+        return self.views.view(0, *divmod(index, 2))
+
+
+def _draw_neighbours(
+    features: Features, train: ImageDataset, test: ImageDataset, out: Path, queries: int = 5, neighbours: int = 8
+) -> None:
+    neighbours = min(neighbours, len(train))
+    nearest, _ = nearest_neighbours(features.train, features.test[:queries], neighbours, "cosine")
+    own = others = None
+    if train.labels is not None and test.labels is not None:
+        own = [test.classes[label] for label in test.labels[:queries].tolist()]
+        others = [[train.classes[label] for label in row] for row in train.labels[nearest].tolist()]
+    plot_neighbours(
+        [thumbnail(test.image(i)) for i in range(len(nearest))],
+        [[thumbnail(train.image(i)) for i in row] for row in nearest.tolist()],
+        own,
+        others,
+        out,
+    )
+
+
+def _file_name(data: str) -> str:
+    """Return a short name for a data set; that of a folder differs from those of others which end alike."""
+    if not data.startswith("folder:"):
+        return data
+    path = os.path.abspath(os.path.expanduser(data.removeprefix("folder:")))
+    plain = re.sub(r"[^\w.-]+", "-", os.path.basename(path), flags=re.ASCII)[:40]
+    return f"{plain}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
 
 
 def _extract(encoder: Encoder, config: Config, images: ImageDataset, device: torch.device) -> Tensor:

@@ -280,10 +280,23 @@ def test_folders_without_images(tmp_path):
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=60))
-def test_fifth_is_stratified(labels):
+def test_fifth_and_the_rest_are_all_and_the_rest_has_every_class(labels):
     labels = torch.tensor(labels)
     test, rest = datasets._fifth(labels, test=True), datasets._fifth(labels, test=False)
     assert sorted(torch.cat([test, rest]).tolist()) == list(range(len(labels)))
-    assert len(test) == -(-len(labels) // 5)
-    for label in labels.unique():
-        assert abs(int((labels[test] == label).sum()) - int((labels == label).sum()) / 5) < 1
+    if len(labels.unique()) < len(labels):
+        assert torch.equal(labels[rest].unique(), labels.unique())
+    assert len(test) > 0
+
+
+def test_a_class_of_one_image_is_never_tested(tmp_path):
+    _images(tmp_path, *(f"{name}/{i}.png" for name, n in (("a", 4), ("b", 1), ("c", 1), ("d", 4)) for i in range(n)))
+    probe, test = (open_dataset(f"folder:{tmp_path}", split, Path("unused")) for split in ("probe", "test"))
+    assert [probe.classes[label] for label in probe.labels.unique()] == ["a", "b", "c", "d"]
+    assert torch.bincount(test.labels).tolist() == [1, 0, 0, 1]
+
+
+def test_where_each_class_has_one_image_a_fifth_is_held_out_all_the_same(tmp_path):
+    _images(tmp_path, *(f"{i}/x.png" for i in range(10)))
+    probe, test = (open_dataset(f"folder:{tmp_path}", split, Path("unused")) for split in ("probe", "test"))
+    assert (len(probe), len(test)) == (8, 2)

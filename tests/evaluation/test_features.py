@@ -61,6 +61,8 @@ def test_modes_come_back_after_an_error():
     assert model.norm.training
 
 
-def test_raw_pixels():
-    images = Images()
-    torch.testing.assert_close(raw_pixels(images), images.pixels.reshape(10, 48) / 255)
+def test_raw_pixels_are_the_images_or_means_of_their_squares():
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(raw_pixels(images), images.reshape(4, 3072))
+    large = images.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)
+    torch.testing.assert_close(raw_pixels(large), images.reshape(4, 3072))

@@ -114,3 +114,26 @@ def test_wrong_input_is_named():
         knn_accuracy(train_x, train_y[1:], test_x, test_y)
     with pytest.raises(ValueError, match="minimum -1"):
         knn_accuracy(train_x, torch.full_like(train_y, -1), test_x, test_y)
+    with pytest.raises(ValueError, match=r"integers from 0, got torch\.float32"):
+        knn_accuracy(train_x, train_y.float(), test_x, test_y)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16, torch.int32])
+def test_any_integers_are_class_numbers(dtype):
+    train_x, train_y, test_x, test_y = problem(6)
+    expected = knn_accuracy(train_x, train_y, test_x, test_y, (1, 5))
+    assert knn_accuracy(train_x, train_y.to(dtype), test_x, test_y.to(dtype), (1, 5)) == expected
+    assert knn_accuracy(train_x, train_y, test_x, test_y.to(dtype), (1, 5)) == expected
+
+
+def test_numbers_of_classes_may_be_large_and_have_gaps():
+    train_x, train_y, test_x, test_y = problem(7)
+    far = [y * 10**17 + 5 for y in (train_y, test_y)]
+    expected = knn_accuracy(train_x, train_y, test_x, test_y, (1, 5))
+    assert knn_accuracy(train_x, far[0], test_x, far[1], (1, 5)) == expected
+
+
+def test_one_class_is_found_where_it_is():
+    train_x, train_y, test_x, test_y = problem(8)
+    share = (test_y == 2).double().mean().item()
+    assert knn_accuracy(train_x, torch.full_like(train_y, 2), test_x, test_y, (1, 60)) == {1: share, 60: share}

@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 
-from torch_emc2.evaluation import evaluate, knn_accuracy, linear_probe, sgd_probe
-from torch_emc2.evaluation.probe import L2_GRID, logistic_regression
+from torch_emc2.evaluation import linear_probe, sgd_probe
+from torch_emc2.evaluation.probe import L2_DEFAULT, L2_GRID, logistic_regression
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +109,38 @@ def test_sgd_probe_follows_the_published_protocol(digits):
     assert 0.3 < accuracy < 0.9  # far from the end, so weights that moved differently would show
 
 
-def test_evaluate_is_one_flat_dict_of_the_single_evaluations(digits):
-    metrics = evaluate(*digits, ks=(1, 5, 601), seed=3)
-    assert metrics == {
-        "probe": linear_probe(*digits, seed=3).accuracy,
-        **{f"knn{k}_euclidean": a for k, a in knn_accuracy(*digits, (1, 5)).items()},
-        **{f"knn{k}_cosine": a for k, a in knn_accuracy(*digits, (1, 5), "cosine").items()},
-    }
-    assert evaluate(*digits, ks=(1,), probe="sgd", seed=3)["probe"] == sgd_probe(*digits, seed=3)
+@pytest.mark.parametrize(
+    "probe", [lambda *part: linear_probe(*part).accuracy, lambda *part: sgd_probe(*part, epochs=20)]
+)
+@pytest.mark.parametrize(
+    "renamed",
+    [lambda y: y.to(torch.uint8), lambda y: y.to(torch.int16), lambda y: y.to(torch.int32), lambda y: y * 10**8 + 3],
+    ids=["uint8", "int16", "int32", "large, with gaps"],
+)
+def test_what_numbers_classes_have_does_not_matter(digits, probe, renamed):
+    train_x, train_y, test_x, test_y = (part[:200] for part in digits)
+    expected = probe(train_x, train_y, test_x, test_y)
+    assert probe(train_x, renamed(train_y), test_x, renamed(test_y)) == expected
+    assert expected > 0.3
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=8))
+def test_any_number_of_rows_a_class(counts):
+    classes = len(counts)
+    y = torch.repeat_interleave(torch.arange(classes), torch.tensor(counts))
+    x = torch.eye(classes)[y] + 0.1 * torch.randn(len(y), classes, generator=torch.Generator().manual_seed(0))
+    result = linear_probe(x, y, torch.eye(classes), torch.arange(classes))
+    if max(counts) == 1:
+        assert (result.l2, result.validation) == (L2_DEFAULT, {})
+    else:
+        assert set(result.validation) == set(L2_GRID)
+    train, test = standardised(x, torch.eye(classes))
+    by_hand = LogisticRegression(C=1 / (result.l2 * len(x)), max_iter=10_000, tol=1e-6).fit(train, y)
+    assert result.accuracy == by_hand.score(test, range(classes))
+
+
+def test_one_class_is_refused(digits):
+    train_x, train_y, test_x, test_y = digits
+    with pytest.raises(ValueError, match="all 600 training labels are 4; a probe needs two classes"):
+        linear_probe(train_x, torch.full_like(train_y, 4), test_x, test_y)

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 
 from torch_emc2.config import Config
 from torch_emc2.experiments.cells import Cell, run_cells
@@ -109,7 +110,7 @@ def test_a_curve_ends_with_the_runs_evaluation(tiny: Config) -> None:
     run = train(tiny, callbacks=[curve])
     assert [row["step"] for row in curve.rows] == [4, 8]
     assert [row["samples"] for row in curve.rows] == [64, 128]
-    final = evaluate_run(run)
+    final = evaluate_run(run)[0].numbers["trained"]
     shared = ("probe", "knn1_euclidean", "knn10_euclidean", "knn1_cosine", "knn10_cosine")
     assert {name: curve.rows[-1][name] for name in shared} == {name: final[name] for name in shared}
 
@@ -120,6 +121,29 @@ def test_the_validation_part_is_no_part_of_the_test(tiny: Config) -> None:
     assert used == {int(row) for row in test.parts[0].rows}
     assert used.isdisjoint(int(row) for row in test.parts[1].rows)
     assert len(validation.parts[1]) == pytest.approx(0.2 * len(used), abs=1)
+
+
+def test_classes_of_any_size_are_measured_and_no_classes_refused(tiny: Config, tmp_path: Path) -> None:
+    def folder(*names: str) -> Config:
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9)).save(tmp_path / name)
+        return replace(tiny, data=replace(tiny.data, name=f"folder:{tmp_path / names[0].split('/')[0]}"))
+
+    few = folder(*(f"few/{name}/{i}.png" for name, count in (("a", 9), ("b", 4), ("c", 1)) for i in range(count)))
+    train, held = AccuracyCurve(few, 1, None, "validation").parts
+    assert train.labels is not None
+    assert held.labels is not None
+    assert torch.bincount(train.labels, minlength=3).min() > 0
+    assert 2 not in held.labels
+    strange = folder(*(f"strange/{name}/0.png" for name in ("train/a", "train/b", "test/a", "test/c")))
+    known = AccuracyCurve(strange, 1, None, "test").parts[1]
+    assert known.labels is not None
+    assert known.labels.tolist() == [0]  # c has no training image
+    half = folder(*(f"half/{name}.png" for name in ("train/a/0", "train/b/0", "test/0", "test/1")))
+    for part in ("validation", "test"):
+        with pytest.raises(ValueError, match="half gives no accuracies: the "):
+            AccuracyCurve(half, 1, None, part)  # type: ignore[arg-type]
 
 
 def test_exact_numbers_along_a_run_are_those_of_plain_autograd(tiny: Config, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_emc2 import InfoNCELoss
 from torch_emc2.diagnostics import clustered_embeddings, gradient_error
+from torch_emc2.evaluation import accuracies, label_free_numbers
 from torch_emc2.exact import global_backward, global_contrastive_loss
 from torch_emc2.metropolis import metropolis_hastings
 
@@ -71,6 +72,28 @@ def test_exact_backward_of_an_encoder_that_gives_nonsense() -> None:
     for embed in (lambda ids: torch.zeros(len(ids), 4), lambda ids: torch.zeros(len(ids), 1, 4)):
         with pytest.raises(ValueError, match="z must be"):
             global_backward(embed, 5, 0.1)
+
+
+@fuzz(100)
+@given(st.data())
+def test_evaluation(data: st.DataObject) -> None:
+    n, q, d = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    numbers = st.sampled_from([0, 0, 0, 1, 1, 2, 7, 10**8]) if data.draw(mostly) else st.integers(-(10**18), 10**18)
+    dtype = data.draw(st.sampled_from([torch.int64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32]))
+
+    def labels(count: int) -> Tensor:
+        return torch.tensor(data.draw(st.lists(numbers, min_size=count, max_size=count))).to(dtype)
+
+    x, y = (data.draw(tensors((count, d), data.draw(dtypes))) for count in (n, q))
+    found, _ = refusal("accuracies", lambda: accuracies(x, labels(n), y, labels(q), ks=(1, 3)))
+    if found is not None:
+        measured, notes = found
+        assert all(0 <= share <= 1 for share in measured.values())
+        assert "knn1_cosine" in measured
+        assert "probe" in measured or notes
+    views = data.draw(tensors((n, 2, d), torch.float32))
+    free, _ = refusal("label-free numbers", lambda: label_free_numbers(x, views))
+    assert free is None or torch.tensor(list(free.values())).isfinite().all()
 
 
 @fuzz(60)

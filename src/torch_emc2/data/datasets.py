@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torch_emc2.data.images import ArrayImages, DataError, FileImages, ImageDataset, RecordImages
 from torch_emc2.files import one_line
+from torch_emc2.held_out import held_out_fifth
 
 Split = Literal["train", "probe", "test"]
 
@@ -33,7 +34,7 @@ def open_dataset(
 
     A folder's classes are the folders that hold its images; images that all lie directly in it have no labels. Its
     `train/` and `test/` (or `val/`) are its splits. Where it has none, "train" is all images and "test" a fixed
-    random fifth of each class, "probe" the rest.
+    random fifth of each class (of a class of one image, none), "probe" the rest.
 
     `channels` (1 or 3) converts every image; None keeps the data set's own. `limit` keeps a random subset of at most
     that many images of "train", drawn with `seed`. Raises `DataError` for data that is not there or damaged.
@@ -191,10 +192,13 @@ _NAMED: dict[str, Callable[[Split, Path], ImageDataset]] = {
 
 
 def _fifth(labels: Tensor, *, test: bool) -> Tensor:
-    """Rows of a fixed random fifth of each class, to within one image, or of the rest."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    chosen[order[labels[order].argsort(stable=True)][::5]] = True
+    """Rows of a fixed random fifth of each class, or of the rest, in which no class is missing.
+
+    Where each class has one image no class can be tested; a fifth of all is held out, for what needs no labels.
+    """
+    if len(torch.unique(labels)) == len(labels):
+        labels = torch.zeros(len(labels))
+    chosen = held_out_fifth(labels)
     return (chosen if test else ~chosen).nonzero()[:, 0]
 
 

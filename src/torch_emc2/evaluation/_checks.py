@@ -3,23 +3,32 @@
 from torch import Tensor
 
 
+def check_matrix(name: str, x: Tensor, rows: int = 1) -> None:
+    """Raise unless x is a finite matrix of at least so many rows."""
+    if x.ndim != 2 or len(x) < rows:
+        raise ValueError(f"{name} features have shape {tuple(x.shape)}; give a matrix (n, d) with n >= {rows}")
+    finite = x.isfinite().all(dim=1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise ValueError(f"{name} features are not finite in row {row}; check the encoder's weights and images")
+
+
 def check_pair(train_x: Tensor, test_x: Tensor) -> None:
     """Raise unless both are finite feature matrices of one width."""
-    for name, x in (("training", train_x), ("test", test_x)):
-        if x.ndim != 2 or len(x) == 0:
-            raise ValueError(f"{name} features have shape {tuple(x.shape)}; give a matrix (n, d) with n >= 1")
-        finite = x.isfinite().all(dim=1)
-        if not finite.all():
-            row = int((~finite).nonzero()[0])
-            raise ValueError(f"{name} features are not finite in row {row}; check the encoder's weights and images")
+    check_matrix("training", train_x)
+    check_matrix("test", test_x)
     if train_x.shape[1] != test_x.shape[1]:
         widths = f"{train_x.shape[1]} and {test_x.shape[1]}"
         raise ValueError(f"training and test features have widths {widths}; take both from one encoder")
 
 
-def check_labelled(x: Tensor, y: Tensor) -> None:
-    """Raise unless y holds one class number per row of x."""
+def class_numbers(x: Tensor, y: Tensor) -> Tensor:
+    """Return y as int64; raise unless it holds one class number per row of x."""
     if y.shape != x.shape[:1]:
         raise ValueError(f"labels have shape {tuple(y.shape)} for features {tuple(x.shape)}; give one label a row")
-    if y.is_floating_point() or (len(y) > 0 and int(y.min()) < 0):
-        raise ValueError(f"labels must be class numbers 0, 1, ..., got {y.dtype} with minimum {y.min().item()}")
+    if y.is_floating_point() or y.is_complex():
+        raise ValueError(f"labels must be class numbers, integers from 0, got {y.dtype}")
+    numbers = y.long()
+    if len(y) > 0 and numbers.min() < 0:
+        raise ValueError(f"labels must be class numbers, integers from 0, got minimum {numbers.min().item()}")
+    return numbers

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -52,9 +53,9 @@ def extract_features(
         return torch.cat([encode(images.to(device)).float().cpu() for images in shown])
 
 
-def raw_pixels(dataset: Images) -> Tensor:
-    """Flatten the images themselves, the baseline that needs no encoder: (n, c*h*w), float32 in [0, 1]."""
-    return torch.stack([dataset.image(index).flatten() for index in range(len(dataset))]).float() / 255
+def raw_pixels(images: Tensor) -> Tensor:
+    """Flatten images (b, c, s, s), shrunk to 32 pixels a side where they are larger: (b, c*s*s), without an encoder."""
+    return adaptive_avg_pool2d(images, min(images.shape[-1], 32)).flatten(1)
 
 
 class _Transformed(Dataset[Tensor]):

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_emc2.evaluation._checks import check_labelled, check_pair
+from torch_emc2.evaluation._checks import check_pair, class_numbers
 
 Metric = Literal["cosine", "euclidean"]
 
@@ -68,7 +68,7 @@ def knn_accuracy(
 
     Args:
         train_x: (n, d).
-        train_y: (n,), class numbers.
+        train_y: (n,), class numbers of any integer type, from 0 but not without gaps.
         test_x: (q, d).
         test_y: (q,), class numbers.
         ks: neighbourhood sizes.
@@ -81,8 +81,7 @@ def knn_accuracy(
     Raises:
         ValueError: as `nearest_neighbours`, and for negative labels (missing ones).
     """
-    check_labelled(train_x, train_y)
-    check_labelled(test_x, test_y)
+    train_y, test_y = class_numbers(train_x, train_y), class_numbers(test_x, test_y)
     for k in ks:
         if not 1 <= k <= len(train_x):
             raise ValueError(f"k={k} of ks={tuple(ks)} with {len(train_x)} training rows; choose 1 <= k <= n")
@@ -94,9 +93,9 @@ def knn_accuracy(
 
 def _majority(labels: Tensor) -> Tensor:
     """(q, k) labels, nearest first -> (q,) winners."""
-    one = torch.ones_like(labels)
-    counts = labels.new_zeros(len(labels), int(labels.max()) + 1).scatter_add_(1, labels, one)
-    votes_of_own_class = counts.gather(1, labels)
+    ordered = labels.sort(dim=1).values
+    labels = labels.contiguous()
+    votes_of_own_class = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
     # argmax returns the first maximum, so the nearest row of the tied classes wins.
     winner = votes_of_own_class.argmax(dim=1, keepdim=True)
     return labels.gather(1, winner).squeeze(1)

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from torch_emc2.evaluation._checks import check_labelled, check_pair
+from torch_emc2.evaluation._checks import check_pair, class_numbers
+from torch_emc2.held_out import held_out_fifth
 
 L2_GRID = tuple(10.0**exponent for exponent in range(1, -7, -1))  # strong to weak: every fit starts at the one before
+L2_DEFAULT = 1e-2  # where there is no image to choose by
 
 
 @dataclass
@@ -19,8 +20,9 @@ class ProbeResult:
 
     Attributes:
         accuracy: on the test part, in [0, 1].
-        l2: the strength chosen.
-        validation: accuracy on the held-out training rows for every strength tried.
+        l2: the strength chosen, or `L2_DEFAULT`.
+        validation: accuracy on the held-out training rows for every strength tried; empty where no class has two rows,
+            and none could be held out.
     """
 
     accuracy: float
@@ -31,34 +33,35 @@ class ProbeResult:
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, seed: int = 0) -> ProbeResult:
     """Fit multinomial logistic regression on standardised features, its L2 strength chosen without the test part.
 
-    It minimises `mean cross entropy + l2/2 |W|^2` by L-BFGS for the strengths in `L2_GRID`, on four fifths of the
-    training rows; the best on the other fifth (of equals the strongest) is fitted again on all of them. As the strength
-    is relative to the mean, it means the same for both sizes.
+    It minimises `mean cross entropy + l2/2 |W|^2` by L-BFGS for the strengths in `L2_GRID`, on all but a fifth of the
+    training rows (`held_out_fifth`); the best on that fifth (of equals the strongest) is fitted again on all of them.
+    As the strength is relative to the mean, it means the same for both sizes.
 
     Args:
         train_x: (n, d).
-        train_y: (n,), class numbers, at least two rows a class.
+        train_y: (n,), class numbers of any integer type, from 0 but not without gaps; at least two classes.
         test_x: (q, d).
         test_y: (q,), class numbers.
-        seed: of the stratified split.
+        seed: of the choice of the held-out rows.
 
     Raises:
-        ValueError: shapes that do not fit, a value that is not finite, negative labels, a class with too few rows.
+        ValueError: shapes that do not fit, a value that is not finite, negative labels, or one class alone.
     """
     check_pair(train_x, test_x)
-    check_labelled(train_x, train_y)
-    check_labelled(test_x, test_y)
+    train_y, test_y = class_numbers(train_x, train_y), class_numbers(test_x, test_y)
+    if len(torch.unique(train_y)) < 2:
+        raise ValueError(f"all {len(train_y)} training labels are {train_y[0]}; a probe needs two classes, or more")
     x, y = train_x.float().cpu().numpy(), train_y.cpu().numpy()
-    fit_x, held_x, fit_y, held_y = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed)
-
-    scaler = StandardScaler().fit(fit_x)
-    fit_x, held_x = scaler.transform(fit_x), scaler.transform(held_x)
+    held = held_out_fifth(train_y.cpu(), seed).numpy()
     model = logistic_regression()
     validation = {}
-    for l2 in L2_GRID:
-        model.set_params(C=1 / (l2 * len(fit_x))).fit(fit_x, fit_y)
-        validation[l2] = float(model.score(held_x, held_y))
-    best = max(validation, key=lambda l2: validation[l2])
+    if held.any():
+        scaler = StandardScaler().fit(x[~held])
+        fit_x, held_x = scaler.transform(x[~held]), scaler.transform(x[held])
+        for l2 in L2_GRID:
+            model.set_params(C=1 / (l2 * len(fit_x))).fit(fit_x, y[~held])
+            validation[l2] = float(model.score(held_x, y[held]))
+    best = max(validation, key=lambda l2: validation[l2], default=L2_DEFAULT)
 
     scaler = StandardScaler().fit(x)
     model.set_params(C=1 / (best * len(x))).fit(scaler.transform(x), y)
@@ -103,10 +106,10 @@ def sgd_probe(
         ValueError: shapes that do not fit, a value that is not finite, or negative labels.
     """
     check_pair(train_x, test_x)
-    check_labelled(train_x, train_y)
-    check_labelled(test_x, test_y)
+    train_y, test_y = class_numbers(train_x, train_y), class_numbers(test_x, test_y)
+    classes, train_y = torch.unique(train_y, return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
-    layer = nn.Linear(train_x.shape[1], int(train_y.max()) + 1)
+    layer = nn.Linear(train_x.shape[1], len(classes))
     for parameter in layer.parameters():  # PyTorch's own distribution, drawn from our generator
         nn.init.uniform_(parameter, -(train_x.shape[1] ** -0.5), train_x.shape[1] ** -0.5, generator=generator)
     layer.to(train_x.device)
@@ -118,5 +121,5 @@ def sgd_probe(
             nn.functional.cross_entropy(layer(train_x[rows].float()), train_y[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     with torch.no_grad():
-        hits = layer(test_x.float()).argmax(dim=1) == test_y
+        hits = classes[layer(test_x.float()).argmax(dim=1)] == test_y
     return float(hits.double().mean())

@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from torch_emc2.config import Config
 from torch_emc2.data import FiniteViews, ImageDataset, evaluation_transform, open_dataset
-from torch_emc2.evaluation import evaluate, extract_features
+from torch_emc2.evaluation import accuracies, classifiable, extract_features
 from torch_emc2.exact import global_backward
 from torch_emc2.files import whole_file
+from torch_emc2.held_out import held_out_fifth
 
 __all__ = ["AccuracyCurve", "Curve", "GradientCurve", "Part", "read_curve"]
 
@@ -94,12 +94,14 @@ class AccuracyCurve(Curve):
         train, test = (
             open_dataset(data.name, split, Path(data.root), channels=data.channels) for split in ("probe", "test")
         )
-        if train.labels is None:
-            raise ValueError(f"{data.name} has no labels to evaluate with")
-        if part == "validation":
-            fit, held = train_test_split(range(len(train)), test_size=0.2, stratify=train.labels, random_state=0)
-            train, test = train.subset(torch.tensor(fit)), train.subset(torch.tensor(held))
-        self.parts = [_at_most(images, labelled) for images in (train, test)]
+        if part == "validation" and train.labels is not None:
+            held = held_out_fifth(train.labels)
+            train, test = train.subset((~held).nonzero()[:, 0]), train.subset(held.nonzero()[:, 0])
+        train, test = _at_most(train, labelled), _at_most(test, labelled)
+        rows, notes = classifiable(train.labels, test.labels, train.classes)
+        if len(rows) == 0:
+            raise ValueError(f"{data.name} gives {'; '.join(notes)}")
+        self.parts = [train, test.subset(rows)]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure if it is this epoch's turn."""
@@ -117,7 +119,9 @@ class AccuracyCurve(Curve):
             )
             labelled += [features, images.labels]
         train_x, train_y, test_x, test_y = labelled
-        return evaluate(train_x, train_y, test_x, test_y, ks=(1, 10), probe=self.config.probe, seed=self.config.seed)
+        config = self.config
+        measured, _ = accuracies(train_x, train_y, test_x, test_y, ks=(1, 10), probe=config.probe, seed=config.seed)
+        return measured
 
 
 class GradientCurve(Curve):
