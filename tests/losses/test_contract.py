@@ -211,7 +211,7 @@ def test_averages_of_another_temperature_are_refused(name: str) -> None:
     assert_same(step_of(loss_fn, 1), step_of(SogCLRLoss(M, 0.5), 1))
 
 
-@pytest.mark.parametrize("name", [name for name in MAKERS if getattr(MAKERS[name](), "kernel", None) != "metropolis"])
+@each_loss
 def test_nothing_of_the_size_of_the_similarities_outlives_a_step(name: str) -> None:
     def large() -> int:
         gc.collect()
