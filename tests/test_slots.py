@@ -49,6 +49,16 @@ def test_a_place_is_nobodys_until_it_is_kept() -> None:
     assert slots.find(ids).tolist() == [0, 1, 0]
 
 
+def test_what_was_freed_before_a_state_is_loaded_is_free_no_more() -> None:
+    slots, old, kept, new = Slots(None), torch.arange(10, 16), torch.tensor([7, 8, 9]), torch.tensor([1, 2, 3, 4])
+    slots.keep(old, slots.place(old))
+    slots.forget(old[:4])
+    slots.load(kept)
+    slots.keep(new, slots.place(new))
+    assert slots.find(torch.cat([kept, new])).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert slots.find(old).tolist() == [UNKNOWN] * 6
+
+
 def test_storage_doubles() -> None:
     table, moves = SampleTable(None, (), torch.float32, 0.0), 0
     for slot in range(1000):
@@ -57,6 +67,14 @@ def test_storage_doubles() -> None:
         moves += before != table.data.data_ptr()
     assert moves <= 11
     assert len(table.data) <= 2000
+
+
+def test_storage_is_twice_what_it_was_or_what_is_needed() -> None:
+    table, sizes = SampleTable(None, (), torch.float32, 0.0), []
+    for slot in (0, 1, 2, 3, 4, 7, 8, 15, 100, 99, 101):
+        table.write(torch.tensor([slot]), torch.ones(1))
+        sizes.append(len(table.data))
+    assert sizes == [1, 2, 4, 4, 8, 8, 16, 16, 101, 101, 202]
 
 
 @pytest.mark.parametrize("num_samples", [None, 5])

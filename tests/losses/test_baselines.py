@@ -181,6 +181,21 @@ def test_negative_cache_refreshes_without_gradient_and_draws_with_it() -> None:
     assert modes[1][1]
 
 
+@pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.01, 1), (0.07, 2), (0.125, 3), (0.5, 10), (1.0, 20)])
+def test_negative_cache_refreshes_its_share_rounded_up(fraction: float, count: int) -> None:
+    """Of a small cache a small share would else be nothing, for ever."""
+    loss_fn, asked = NegativeCacheLoss(20, D, refresh_fraction=fraction), []
+
+    def encode(ids: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # what is drawn is encoded with it
+            asked.append(len(ids))
+        return torch.randn(len(ids), D, dtype=torch.float64)
+
+    for step in range(3):
+        loss_fn(*views(step), torch.arange(B), encode=encode)
+    assert asked == [count] * 3 if count else asked == []
+
+
 def test_negative_cache_names_another_dimension() -> None:
     loss_fn = NegativeCacheLoss(M, D + 1)
     before = copy.deepcopy(loss_fn.state_dict())

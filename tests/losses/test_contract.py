@@ -131,6 +131,26 @@ def test_bad_views_are_named(name: str, change: dict[str, Tensor], error: type[E
 
 
 @each_stateful_loss
+@pytest.mark.parametrize("grad", [False, True])
+def test_encode_has_a_graph_where_the_caller_has_and_the_loss_needs_it(name: str, grad: bool) -> None:
+    rows, graphs, loss_fn = table().requires_grad_(), [], MAKERS[name]()
+
+    def encode(ids: Tensor) -> Tensor:
+        graphs.append(rows[ids].requires_grad)
+        return rows[ids]
+
+    with torch.set_grad_enabled(grad):
+        for step in range(4):
+            z1, z2, index = batch(step, 6)
+            loss = loss_fn(z1, z2, index, encode=encode)
+    if isinstance(loss_fn, NegativeCacheLoss):
+        assert graphs == 4 * [False, grad]  # a refresh is a constant
+    else:
+        assert set(graphs) == ({grad} if str(getattr(loss_fn, "carry", "")).startswith("encode") else set())
+    assert loss.requires_grad == (grad and any(graphs))
+
+
+@each_stateful_loss
 @pytest.mark.parametrize(
     ("index", "error", "message"),
     [
@@ -257,6 +277,19 @@ def test_weights_are_chosen_without_gradient() -> None:
 
     z1, z2, _ = batch(0, 6)
     assert Loss(0.1)(z1.requires_grad_(), z2).requires_grad
+
+
+@each_stateful_loss
+def test_a_loaded_state_takes_the_place_of_all_there_was(name: str) -> None:
+    used, saved = MAKERS[name](), MAKERS[name]()
+    for step in range(3):
+        step_of(used, step)
+    used.forget(batch(0, 6)[2])
+    step_of(saved, 3)
+    used.load_state_dict(saved.state_dict())
+    for step in (4, 5, 6):
+        assert_same(step_of(used, step), step_of(saved, step))
+    assert_same(used.state_dict(), saved.state_dict())
 
 
 @each_stateful_loss
