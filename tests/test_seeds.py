@@ -33,6 +33,6 @@ def test_every_bit_of_a_word_changes_half_of_the_low_bits(place: int) -> None:
         other = [word ^ (1 << bit) if i == place else word for i, word in enumerate(words)]
         flips.append(((mix_seed(*other) ^ mix_seed(*words)) & 0xFFFFFFFF).bit_count())
     assert min(flips) >= 4
-    assert sum(flips) / 64 == pytest.approx(16, abs=1.5)  # 4 standard deviations: sqrt(32) / 2 / 8 is one
+    assert sum(flips) / 64 == pytest.approx(16, abs=1.5)  # four standard deviations
     negative = [word - 2**64 if i == place else word for i, word in enumerate(words)]
     assert mix_seed(*negative) == mix_seed(*words)

@@ -396,6 +396,18 @@ def test_acceptance_and_carried_share_are_those_of_the_slow_walk() -> None:
     assert float(stuck.last["carried_share"]) == pytest.approx(0.5)  # of each row's two chains one never moves
 
 
+@pytest.mark.parametrize("view", [0, 1])
+def test_a_carried_view_without_direction_is_named_by_its_sample(view: int) -> None:
+    loss_fn = EMC2Loss(M, carry="encode", kernel="isir", num_chains=3)
+    z1, z2, index = batches(1, own_chains=False, seed=0)[0]
+    rows = torch.randn(M, 2, D, dtype=torch.float64)
+    loss_fn(z1, z2, index, encode=rows.__getitem__)
+    last = int(loss_fn.chains.ids.data.max())
+    rows[last, view] = torch.nan
+    with pytest.raises(ValueError, match=rf"encode\({last}\) is not finite"):
+        loss_fn(z1, z2, index, encode=rows.__getitem__)
+
+
 def test_metropolis_carries_one_view() -> None:
     loss_fn = EMC2Loss(M, carry="encode")
     z1, z2, index = batches(1, own_chains=False, seed=0)[0]
