@@ -82,3 +82,8 @@ def test_saved_keys_of_another_kind_are_refused(num_samples: int | None) -> None
     keys = None if num_samples is None else torch.tensor([3])
     with pytest.raises(ValueError, match="build the loss as the saved one was"):
         Slots(num_samples).check(keys)
+
+
+def test_a_saved_key_has_one_slot() -> None:
+    with pytest.raises(ValueError, match="keys are not int64, all different, one an entry: the state is damaged"):
+        Slots(None).check(torch.tensor([4, 7, 4]), torch.zeros(3))

@@ -6,7 +6,7 @@ import functools
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +315,37 @@ def test_saved_state_is_a_copy_after_loading(name: str) -> None:
 def test_state_of_another_size_is_refused(small: ContrastiveLoss, large: ContrastiveLoss) -> None:
     with pytest.raises(ValueError, match="the saved table is"):
         large.load_state_dict(small.state_dict())
+
+
+def _damaged(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Copies of a state with one thing wrong in each."""
+    yield {**state, "other": 0}
+    for name, value in state.items():
+        yield {other: kept for other, kept in state.items() if other != name}
+        wrong: list[Any] = []
+        if isinstance(value, dict):
+            wrong = list(_damaged(value))
+        elif isinstance(value, Tensor):
+            other = torch.int64 if value.is_floating_point() else torch.float32
+            wrong = [value[:-1], value[..., None], value.nan_to_num(neginf=0).to(other), "table", None]
+        elif isinstance(value, int):
+            wrong = [None, "number"]
+        yield from ({**state, name: each} for each in wrong)
+
+
+@each_stateful_loss
+def test_a_damaged_state_is_refused_and_changes_nothing(name: str) -> None:
+    loss_fn, saved = MAKERS[name](), MAKERS[name]()
+    for step in range(2):
+        step_of(loss_fn, step)
+        step_of(saved, step + 2)
+    before = copy.deepcopy(loss_fn.state_dict())
+    for state in _damaged(saved.get_extra_state()):
+        with pytest.raises(ValueError, match=r"saved"):
+            loss_fn.load_state_dict({"_extra_state": state})
+        assert_same(loss_fn.state_dict(), before)
+    loss_fn.load_state_dict(saved.state_dict())
+    assert_same(loss_fn.state_dict(), saved.state_dict())
 
 
 SIZES = {1: (6,), 2: (4, 2), 4: (3, 1, 2, 2)}  # samples of each rank, by their number: they may differ
