@@ -177,6 +177,7 @@ def test_autocast_and_a_scaler(device: str) -> None:
         ({"encoder": nn.Sequential(nn.Linear(6, D), nn.BatchNorm1d(D)).double()}, "encoder.1 is a batch norm"),
         ({"encoder": nn.BatchNorm1d(6).double()}, "encoder is a batch norm"),
         ({"views": (IMAGES[:B], IMAGES[: B - 1])}, r"\(7, 5\) and \(6, 5\)"),
+        ({"views": (torch.ones(()), IMAGES[:B])}, r"views must be \(b, …\), got a single number"),
         ({"encode": lambda ids: IMAGES[ids]}, r"encode must return"),
     ],
 )

@@ -102,6 +102,13 @@ def test_distances_far_from_the_origin_do_not_cancel():
     torch.testing.assert_close(distances, exact.values, rtol=0, atol=1e-6)
 
 
+def test_a_missing_label_is_refused_in_either_part():
+    train_x, train_y, test_x, test_y = problem(4)
+    for labels in ((train_y.index_fill(0, torch.tensor([5]), -1), test_y), (train_y, test_y - test_y.max() - 1)):
+        with pytest.raises(ValueError, match="minimum -"):
+            knn_accuracy(train_x, labels[0], test_x, labels[1], (1,))
+
+
 def test_impossible_k_names_the_values():
     train_x, train_y, test_x, test_y = problem(4)
     with pytest.raises(ValueError, match=r"k=61 of ks=\(1, 61\) with 60 training rows"):

@@ -309,6 +309,16 @@ def test_negative_cache_encodes_a_forgotten_sample_no_more() -> None:
     assert set(asked) == set(range(M)) - {M - 1}
 
 
+def test_negative_cache_keeps_nothing_of_a_forgotten_sample() -> None:
+    loss_fn = NegativeCacheLoss(M, D)
+    loss_fn(*views(0), torch.arange(B))
+    before = loss_fn.get_extra_state()["embeddings"].clone()
+    loss_fn.forget(torch.tensor([1, 3, M - 1]))
+    assert before[:B].any(1).all()
+    before[[1, 3]] = 0
+    assert torch.equal(loss_fn.get_extra_state()["embeddings"], before)
+
+
 ALL = [InfoNCELoss(0.1), DCLLoss(0.1), SogCLRLoss(M, 0.1), NegativeCacheLoss(M, D, 0.1)]
 
 
