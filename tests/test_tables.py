@@ -60,6 +60,13 @@ def test_ids_beyond_int32_are_wide() -> None:
     assert torch.equal(chains.ids.read(torch.tensor([0, 1])), carried)
 
 
+def test_what_was_never_written_may_be_erased() -> None:
+    table = SampleTable(None, (), torch.int32, -1)
+    table.write(torch.tensor([0, 1]), torch.tensor([3, 4]))
+    table.erase(torch.tensor([7, 1]))
+    assert table.read(torch.tensor([0, 1, 7])).tolist() == [3, -1, -1]
+
+
 def test_a_read_leaves_the_table_as_it_is() -> None:
     table = SampleTable(None, (2,), torch.int32, -1)
     assert table.read(torch.tensor([7, 10**15])).tolist() == [[-1, -1], [-1, -1]]

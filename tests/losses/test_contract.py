@@ -115,6 +115,7 @@ def test_encode_runs_under_the_callers_autocast(name: str) -> None:
             TypeError,
             "floating",
         ),
+        ({"z2": torch.ones(6, D, dtype=torch.float64)}, TypeError, "share .* got torch.float32 and torch.float64"),
         ({"z1": torch.ones(1, D), "z2": torch.ones(1, D), "index": torch.tensor([0])}, ValueError, "batch of 1"),
         ({"z2": torch.ones(6, D).index_fill(0, torch.tensor([4]), torch.nan)}, ValueError, r"z2\[4\] is not finite"),
         ({"z1": torch.ones(6, D).index_fill(0, torch.tensor([2]), torch.inf)}, ValueError, r"z1\[2\] is not finite"),
@@ -157,6 +158,7 @@ def test_encode_has_a_graph_where_the_caller_has_and_the_loss_needs_it(name: str
         (None, ValueError, "needs index"),
         (torch.arange(5), ValueError, r"index must be \(6,\), or \(6, 2\).*got \(5,\)"),
         (torch.arange(6.0), TypeError, "integers, got torch.float32"),
+        (torch.arange(6) > 2, TypeError, "integers, got torch.bool"),
         ([0, 1, 2, 3, 4, 5], TypeError, "index must be a tensor of integers, got list"),
         (torch.tensor([0, 1, 2, 3, 4, M]), IndexError, f"below num_samples={M}, got {M}"),
         (torch.tensor([0, 1, 2, 3, 4, -1]), IndexError, "at least 0.*got -1"),
@@ -172,6 +174,22 @@ def test_bad_index_is_named(name: str, index: Tensor | None, error: type[Excepti
     with pytest.raises(error, match=message):
         loss_fn(torch.randn(6, D), torch.randn(6, D), index, encode=table().float().__getitem__)
     assert_same(loss_fn.state_dict(), before)
+
+
+@each_stateful_loss
+def test_an_index_of_any_integers_will_do(name: str) -> None:
+    dtypes = (torch.int64, torch.uint8, torch.int16, torch.int32)
+    losses = [MAKERS[name]() for _ in dtypes]
+    for step in range(3):
+        z1, z2, index = batch(step, 6)
+        first, *others = (
+            loss_fn(z1, z2, index.to(dtype), encode=table().__getitem__)
+            for loss_fn, dtype in zip(losses, dtypes, strict=True)
+        )
+        for other in others:
+            assert_same(other, first)
+    for loss_fn in losses:
+        assert_same(loss_fn.state_dict(), losses[0].state_dict())
 
 
 @pytest.mark.parametrize("name", ["infonce", "dcl"])

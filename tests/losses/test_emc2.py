@@ -586,6 +586,7 @@ def test_cold_near_duplicates_stay_finite_and_chains_move(dtype: torch.dtype) ->
         ({"num_chains": 0}, "num_chains must be at least 1, got 0"),
         ({"carry": "keep"}, "carry must be one of encode, encode_if_used, cache, drop; got 'keep'"),
         ({"temperature": 0.0}, r"temperature must be a positive number \(at least 1e-30\), got 0.0"),
+        ({"temperature": 9e-31}, r"temperature must be a positive number \(at least 1e-30\), got 9e-31"),
         ({"temperature": 10**400}, r"temperature must be a positive number \(at least 1e-30\), got 1000"),
         ({"num_samples": 1}, "num_samples must be at least 2"),
     ],
@@ -607,6 +608,7 @@ def test_encode_is_asked_for_and_checked(carry: str) -> None:
     before = loss_fn.chains.ids.data.clone()
     for wrong, message in (
         (lambda ids: torch.randn(len(ids), D + 1), rf"encode must return \(\d, {D}\)"),
+        (lambda ids: torch.randn(2 * len(ids), D), rf"encode must return \(\d, {D}\)"),
         (lambda ids: torch.full((len(ids), D), torch.nan), r"encode\(\d+\) is not finite"),
         (lambda ids: torch.zeros(len(ids), D), r"encode\(\d+\) has length 0 and so no direction"),
     ):
