@@ -217,7 +217,7 @@ def test_isir_weighs_batch_and_carried_by_their_softmax(num_chains: int, views: 
 
         got = torch.autograd.grad(loss_fn(a, b, index, encode=encode), (a, b, rows), materialize_grads=True)
         columns, ids = F.normalize(torch.cat([a, b]), dim=1), index.T.flatten().tolist()
-        total = torch.zeros((), dtype=torch.float64)
+        total, shares = torch.zeros((), dtype=torch.float64), []
         for row in range(2 * B):
             negatives = [columns[j] for j in range(2 * B) if j % B != row % B]
             total = total - columns[row] @ columns[(row + B) % (2 * B)] / 0.3
@@ -229,8 +229,10 @@ def test_isir_weighs_batch_and_carried_by_their_softmax(num_chains: int, views: 
                     candidates += [F.normalize(z, dim=0) for z in (both if views == 2 else [both[carried % 2]])]
                 logits = torch.stack([columns[row] @ z for z in candidates]) / 0.3
                 total = total + logits.detach().softmax(0) @ logits / num_chains
+                shares.append(float(logits.detach().softmax(0)[len(negatives) :].sum()))
         want = torch.autograd.grad(total / (2 * B), (a, b, rows), materialize_grads=True)
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+        assert float(loss_fn.last["carried_share"]) == pytest.approx(sum(shares) / len(shares))
     assert met > 20
 
 
