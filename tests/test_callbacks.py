@@ -4,15 +4,18 @@ import csv
 import errno
 import math
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from outcomes import Stop, outcome
-from torch_emc2.callbacks import MetricsFile, WholeCheckpoints
+from torch_emc2.callbacks import MetricsFile, StopOnSIGTERM, WholeCheckpoints
 from torch_emc2.config import Config
 from torch_emc2.training import train
 
@@ -104,3 +107,22 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: py
         files.save_checkpoint({"step": 2}, path)
     assert files.load_checkpoint(path, weights_only=True) == {"step": 1}
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), [signal.SIGKILL]),
+        (ValueError("a loss that is not finite, which all ranks find"), []),
+        (SIGTERMException(), []),
+        (KeyboardInterrupt(), []),
+    ],
+)
+def test_other_ranks_are_ended_where_the_one_that_writes_cannot(
+    error: BaseException, ended: list[signal.Signals], tmp_path: Path
+) -> None:
+    signals: list[signal.Signals] = []
+    stop, launcher = StopOnSIGTERM(tmp_path), SimpleNamespace(kill=signals.append)
+    stop.on_exception(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)), None, error)  # type: ignore[arg-type]
+    assert signals == ended
+    stop.on_exception(SimpleNamespace(strategy=SimpleNamespace(launcher=None)), None, error)  # type: ignore[arg-type]

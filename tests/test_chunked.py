@@ -118,6 +118,12 @@ def test_a_constant_encode() -> None:
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("backward", [cached_backward, plain_backward])
+def test_an_encoder_without_a_gradient_is_no_step(backward: Any) -> None:
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        backward(InfoNCELoss(0.1), lambda inputs: inputs[:, :D], *batch(0), 3)
+
+
 def _scaled_step(backward: Any, device: str, dtype: torch.dtype) -> tuple[float, Tensor]:
     net, loss_fn, scaler = encoder(0.4).float().to(device), InfoNCELoss(0.1), torch.amp.GradScaler(device, 64.0)
     views, index = batch(0)
@@ -154,6 +160,7 @@ def test_autocast_and_a_scaler(device: str) -> None:
         ({"encoder": nn.Sequential(nn.Linear(6, D), nn.BatchNorm1d(D)).double()}, "encoder.1 is a batch norm"),
         ({"encoder": nn.BatchNorm1d(6).double()}, "encoder is a batch norm"),
         ({"views": (IMAGES[:B], IMAGES[: B - 1])}, r"\(7, 5\) and \(6, 5\)"),
+        ({"views": (torch.ones(()), IMAGES[:B])}, r"views must be \(b, …\), got a single number"),
         ({"encode": lambda ids: IMAGES[ids]}, r"encode must return"),
     ],
 )

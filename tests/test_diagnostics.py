@@ -1,6 +1,7 @@
 """The measure of errors against cases whose error is known; and the claim the library stands for."""
 
 import math
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
 from torch_emc2.diagnostics import (
+    IdsOf,
     clustered_embeddings,
     gradient_error,
     parameter_gradient,
@@ -136,6 +138,76 @@ def test_bias_and_variance_are_those_over_all_ways_to_split_the_data() -> None:
     assert error.variance == pytest.approx(variance, rel=0.05)
 
 
+def test_epochs_of_mixing_are_left_out() -> None:
+    z = clustered_embeddings(40).double()
+    exact = exact_gradient(z, 0.5)
+
+    class Settling(Noisy):
+        """Three times the gradient in the first two epochs."""
+
+        calls = 0
+
+        def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            self.calls += 1
+            return (3 if self.calls <= 2 * self.batches else 1) * super().forward(*args, **kwargs)
+
+    def measure(mixing_epochs: int) -> list[float]:
+        error = gradient_error(
+            lambda seed: Settling(exact, 4, 0.0, seed), z, 10, epochs=3, mixing_epochs=mixing_epochs, runs=2
+        )
+        assert error.squared_bias == pytest.approx(error.squared_error[-1])
+        return error.squared_error
+
+    # Errors 2, 0, 0 of the exact gradient: one at a time, the first two together, all three.
+    assert measure(1) == pytest.approx([4 / 3, 1, 4 / 9])
+    assert measure(2) == pytest.approx([0, 0, 0], abs=1e-20)
+
+
+def test_the_bias_is_the_mean_over_all_pairs_of_runs_and_has_their_spread() -> None:
+    z, errors = clustered_embeddings(40).double(), (0.1, 0.2, 0.4, -0.3)
+    exact = exact_gradient(z, 0.5)
+
+    def measure(runs: int) -> tuple[float, float]:
+        error = gradient_error(
+            lambda seed: Noisy((1 + errors[seed]) * exact, 4, 0.0, seed), z, 10, epochs=1, mixing_epochs=0, runs=runs
+        )
+        return error.squared_bias, error.standard_error
+
+    pairs = [0.02, 0.04, -0.03, 0.08, -0.06, -0.12]
+    bias = sum(pairs) / 6
+    spread = math.sqrt(sum((pair - bias) ** 2 for pair in pairs) / 5)
+    assert measure(4) == pytest.approx((bias, spread / math.sqrt(6)))
+    assert measure(2) == pytest.approx((0.02, math.nan), nan_ok=True)
+
+
+@pytest.mark.parametrize("ids", ["sample", "view", "both"])
+def test_ids_and_what_they_encode(ids: IdsOf) -> None:
+    z, samples = torch.randn(10, 2, 3), []
+    both_views_seen = set()
+
+    class Spy(Noisy):
+        def forward(self, z1, z2, index=None, encode=None):  # type: ignore[no-untyped-def]
+            own = index if ids == "sample" else index[:, 0] // 2
+            samples.append(own)
+            torch.testing.assert_close((z1, z2), (z[own, 0], z[own, 1]))
+            if ids != "sample":
+                assert torch.equal(index, torch.stack([2 * own, 2 * own + 1], 1))
+            met = encode(torch.arange(10 if ids == "sample" else 20))
+            if ids == "sample":
+                views = (met[:, None] == z).all(2)  # (10, 2): which view of its sample
+                assert (views.sum(1) == 1).all()
+                both_views_seen.update(views.nonzero()[:, 1].tolist())
+            else:
+                torch.testing.assert_close(met, z.repeat_interleave(2, 0) if ids == "both" else z.flatten(0, 1))
+            return z1.sum() + z2.sum()
+
+    gradient_error(lambda seed: Spy(z, 2, 0.0, seed), z, 4, ids=ids, epochs=3, mixing_epochs=1, runs=2)
+    assert both_views_seen == ({0, 1} if ids == "sample" else set())
+    assert [len(own) for own in samples] == 2 * 4 * 2 * [4]  # two runs of four epochs of two batches: two are left out
+    for first, second in zip(samples[::2], samples[1::2], strict=True):
+        assert len(torch.cat([first, second]).unique()) == 8
+
+
 def test_errors_at_the_parameters_are_those_of_the_losses_of_a_network() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
@@ -187,9 +259,11 @@ def test_the_target_is_that_of_a_dense_softmax(chunk: int, monkeypatch: pytest.M
 
 
 def test_a_flat_target_is_reached_at_once() -> None:
-    target = target_statistics(torch.ones(5, 2, 3), 0.07, 4)
-    assert (target.perplexity, target.effective, target.peak) == pytest.approx((8, 8, 1))
-    assert target.steps == pytest.approx(0, abs=0.1)
+    for samples in range(3, 40):  # by rounding N max p is less than 1 in some
+        target = target_statistics(torch.ones(samples, 2, 3), 0.07, 4)
+        negatives = 2 * samples - 2
+        assert (target.perplexity, target.effective, target.peak) == pytest.approx((negatives, negatives, 1))
+        assert target.steps == pytest.approx(0, abs=0.1)
 
 
 def test_staleness_by_hand() -> None:
@@ -213,6 +287,36 @@ def test_staleness_by_hand() -> None:
     same = score_staleness(torch.tensor([2.0, 2.0, 0.0]), aligned, unit[[0, 1, 1]][:, None].expand(3, 2, 2), 0.5)
     assert (same.median, same.p90, same.views_median) == (0, 0, 0)
     assert same.correlation == pytest.approx(1)
+
+
+def test_the_part_of_staleness_that_is_the_views_is_that_of_disjoint_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    anchors, carried = torch.randn(2, 7, 2, 5, dtype=torch.float64, generator=generator)
+    stale = score_staleness(torch.zeros(7), anchors, carried, 0.5)
+    today = [
+        [[2 * float(torch.cosine_similarity(a, c, 0)) for c in of_carried] for a in of_anchor]
+        for of_anchor, of_carried in zip(anchors, carried, strict=True)
+    ]
+    disjoint = [abs(s[0][0] - s[1][1]) for s in today] + [abs(s[0][1] - s[1][0]) for s in today]
+    assert stale.views_median == pytest.approx(statistics.median(disjoint))
+    assert stale.median == pytest.approx(statistics.median(abs(x) for s in today for row in s for x in row))
+
+
+def test_clusters_samples_and_views_are_as_far_apart_as_they_say() -> None:
+    """In so many dimensions random offsets are orthogonal, and cosines those of right triangles."""
+    z = clustered_embeddings(6, 40_000, clusters=3, spread=0.8, view_spread=0.4, seed=1)
+    assert z.shape == (6, 2, 40_000)
+    torch.testing.assert_close(z.norm(dim=2), torch.ones(6, 2))
+    cosines = torch.einsum("ivd,jwd->ijvw", z, z)
+    of_views = 1 / (1 + 0.4**2)
+    for i in range(6):
+        for j in range(6):
+            within = of_views / (1 + 0.8**2) if i % 3 == j % 3 else 0.0
+            expected = torch.full((2, 2), of_views if i == j else within)
+            if i == j:
+                expected.fill_diagonal_(1.0)
+            torch.testing.assert_close(cosines[i, j], expected, rtol=0, atol=0.03)
+    assert torch.equal(z, clustered_embeddings(6, 40_000, clusters=3, spread=0.8, view_spread=0.4, seed=1))
 
 
 @pytest.mark.parametrize("wrong", [{"runs": 1}, {"epochs": 0}, {"batch_size": 41}, {"batch_size": 1}])

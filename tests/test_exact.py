@@ -43,16 +43,22 @@ def test_collapse_costs_the_log_of_the_number_of_negatives() -> None:
     assert loss.item() == pytest.approx(math.log(998), abs=1e-4)
 
 
+@pytest.mark.parametrize("include_positive", [False, True])
 @pytest.mark.parametrize("chunks", [(1, 3), (4, 7), (100, 100)])
-def test_two_passes_give_the_gradient_of_one(chunks: tuple[int, int]) -> None:
+def test_two_passes_give_the_gradient_of_one(chunks: tuple[int, int], include_positive: bool) -> None:
     torch.manual_seed(0)
     images = torch.randn(9, 2, 5, dtype=torch.float64)
     net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 4)).double()
-    expected = dense(net(images), 0.2, include_positive=False)
+    expected = dense(net(images), 0.2, include_positive)
     want = torch.autograd.grad(expected, list(net.parameters()))
     embed_chunk_size, chunk_size = chunks
     loss = global_backward(
-        lambda ids: net(images[ids]), 9, 0.2, embed_chunk_size=embed_chunk_size, chunk_size=chunk_size
+        lambda ids: net(images[ids]),
+        9,
+        0.2,
+        embed_chunk_size=embed_chunk_size,
+        chunk_size=chunk_size,
+        include_positive=include_positive,
     )
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-10)
     got = [parameter.grad for parameter in net.parameters()]

@@ -204,6 +204,27 @@ def test_sigterm_before_the_first_step(
     assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
 
 
+class SendAtStart(L.Callback):
+    """Sends SIGTERM to Lightning's handler: several ranks have left it to the system before, as `meet` does."""
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def on_train_start(self, *args: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_at_the_start_of_training_waits_for_the_first_step(
+    tiny: Config, uninterrupted: Callable[[Config], Outcome], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        train(tiny, callbacks=[SendAtStart()])
+    assert end.value.code is None
+    assert capsys.readouterr().err == f"emc2: stopped by SIGTERM; emc2 train {tiny.out}/config.yaml --resume goes on\n"
+    assert torch.load(Path(tiny.out) / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+    assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(
     tiny: Config,
     uninterrupted: Callable[[Config], Outcome],

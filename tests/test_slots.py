@@ -49,6 +49,16 @@ def test_a_place_is_nobodys_until_it_is_kept() -> None:
     assert slots.find(ids).tolist() == [0, 1, 0]
 
 
+def test_what_was_freed_before_a_state_is_loaded_is_free_no_more() -> None:
+    slots, old, kept, new = Slots(None), torch.arange(10, 16), torch.tensor([7, 8, 9]), torch.tensor([1, 2, 3, 4])
+    slots.keep(old, slots.place(old))
+    slots.forget(old[:4])
+    slots.load(kept)
+    slots.keep(new, slots.place(new))
+    assert slots.find(torch.cat([kept, new])).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert slots.find(old).tolist() == [UNKNOWN] * 6
+
+
 def test_storage_doubles() -> None:
     table, moves = SampleTable(None, (), torch.float32, 0.0), 0
     for slot in range(1000):
@@ -59,8 +69,21 @@ def test_storage_doubles() -> None:
     assert len(table.data) <= 2000
 
 
+def test_storage_is_twice_what_it_was_or_what_is_needed() -> None:
+    table, sizes = SampleTable(None, (), torch.float32, 0.0), []
+    for slot in (0, 1, 2, 3, 4, 7, 8, 15, 100, 99, 101):
+        table.write(torch.tensor([slot]), torch.ones(1))
+        sizes.append(len(table.data))
+    assert sizes == [1, 2, 4, 4, 8, 8, 16, 16, 101, 101, 202]
+
+
 @pytest.mark.parametrize("num_samples", [None, 5])
 def test_saved_keys_of_another_kind_are_refused(num_samples: int | None) -> None:
     keys = None if num_samples is None else torch.tensor([3])
     with pytest.raises(ValueError, match="build the loss as the saved one was"):
         Slots(num_samples).check(keys)
+
+
+def test_a_saved_key_has_one_slot() -> None:
+    with pytest.raises(ValueError, match="keys are not int64, all different, one an entry: the state is damaged"):
+        Slots(None).check(torch.tensor([4, 7, 4]), torch.zeros(3))

@@ -51,6 +51,22 @@ def test_ids_are_narrow_until_they_must_not_be() -> None:
     assert ChainTable(10, 1).ids.data.element_size() + ChainTable(10, 1).similarities.data.element_size() == 8
 
 
+def test_ids_beyond_int32_are_wide() -> None:
+    with torch.device("meta"):  # no memory
+        tables = {size: ChainTable(size, 1).ids.data for size in (2**31 - 1, 2**31 + 1)}  # the largest id is one less
+    assert {size: data.dtype for size, data in tables.items()} == {2**31 - 1: torch.int32, 2**31 + 1: torch.int64}
+    chains, carried = ChainTable(None, 1), torch.tensor([[2**31], [-(2**62)]])
+    chains.write(torch.tensor([0, 1]), carried, torch.zeros(2, 1))
+    assert torch.equal(chains.ids.read(torch.tensor([0, 1])), carried)
+
+
+def test_what_was_never_written_may_be_erased() -> None:
+    table = SampleTable(None, (), torch.int32, -1)
+    table.write(torch.tensor([0, 1]), torch.tensor([3, 4]))
+    table.erase(torch.tensor([7, 1]))
+    assert table.read(torch.tensor([0, 1, 7])).tolist() == [3, -1, -1]
+
+
 def test_a_read_leaves_the_table_as_it_is() -> None:
     table = SampleTable(None, (2,), torch.int32, -1)
     assert table.read(torch.tensor([7, 10**15])).tolist() == [[-1, -1], [-1, -1]]

@@ -1,12 +1,15 @@
 """A run computes what it says."""
 
+import copy
 import csv
+import itertools
 import math
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -20,7 +23,9 @@ from outcomes import Outcome, Weights, assert_same, outcome, photos
 from torch_emc2 import training
 from torch_emc2.cli import main
 from torch_emc2.config import Config, OptimizerConfig, to_yaml
+from torch_emc2.data import ContrastiveDataset
 from torch_emc2.losses import EMC2Loss
+from torch_emc2.models import Norm
 from torch_emc2.training import ContrastiveData, ContrastiveModule, train
 
 
@@ -110,6 +115,77 @@ def test_a_step_is_the_loss_of_both_views_and_the_carried(
     # The images are those that the table named.
     named = memory["chains"]["ids"][batch.index]
     assert batch.carried_ids.tolist() == sorted(set(named[named >= 0].tolist()))
+
+
+@pytest.mark.parametrize(("norm", "num_chains"), [("batch", 1), ("batch", 12), ("group", 1)])
+def test_carried_images_that_are_few_share_the_statistics_of_the_batch(
+    norm: Norm, num_chains: int, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch norm's: with few images the batch's first views are encoded too. Many are enough by themselves."""
+    emc2 = replace(tiny.emc2, carry="encode_if_used", burn_in=0.0, num_chains=num_chains)
+    tiny = replace(tiny, emc2=emc2, model=replace(tiny.model, norm=norm), precision="64-true")
+    step, encode_inputs = ContrastiveModule.training_step, ContrastiveDataset.encode_inputs
+    asked: list[tuple[Tensor, Tensor]] = []  # ids and images of this step
+    sizes: list[int] = []  # encoded in this step, call by call
+    seen: list[Any] = []
+    gradients: list[Any] = []
+
+    def spy(module: ContrastiveModule, batch: Any, batch_idx: int) -> Tensor:
+        memory = copy.deepcopy(module.loss.get_extra_state())
+        weights = copy.deepcopy(module.encoder.state_dict())
+        asked.clear()
+        sizes.clear()
+        with module.encoder.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0]))):
+            loss = step(module, batch, batch_idx)
+        seen.append((batch, weights, memory, list(asked), list(sizes)))
+        return loss
+
+    def spy_inputs(dataset: ContrastiveDataset, epoch: int, ids: Tensor) -> Tensor:
+        views = encode_inputs(dataset, epoch, ids)
+        asked.append((ids, views.double()))
+        return views
+
+    def keep(module: ContrastiveModule) -> None:
+        gradients.append({name: value.grad.clone() for name, value in module.encoder.named_parameters()})
+
+    monkeypatch.setattr(ContrastiveModule, "training_step", spy)
+    monkeypatch.setattr(ContrastiveModule, "on_after_backward", keep)
+    monkeypatch.setattr(ContrastiveDataset, "encode_inputs", spy_inputs)
+    train(tiny)
+    checked = 0
+    for (batch, weights, memory, calls, encoded), gradient in zip(seen, gradients, strict=True):
+        size = len(batch.index)
+        if not calls or (len(calls[0][0]) < size) != (num_chains == 1):
+            continue
+        ((ids, images),) = calls
+        company = batch.first if norm == "batch" and num_chains == 1 else batch.first[:0]
+        assert encoded == [2 * size, len(ids) + len(company)]
+        module = ContrastiveModule(tiny, 1, 66).double()
+        module.encoder.load_state_dict(weights)
+        module.loss.set_extra_state(memory)
+        views = module.encoder(torch.cat([batch.first, batch.second]))
+        rows = dict(zip(ids.tolist(), module.encoder(torch.cat([company, images]))[len(company) :], strict=True))
+        loss = module.loss(
+            *views.chunk(2), batch.index, lambda ids, rows=rows: torch.stack([rows[i] for i in ids.tolist()])
+        )
+        loss.backward()
+        by_hand = {name: value.grad for name, value in module.encoder.named_parameters()}
+        torch.testing.assert_close(gradient, by_hand)
+        checked += 1
+    assert checked >= 2
+
+
+def test_dropout_is_another_at_every_place_in_training_and_the_same_again(tiny: Config) -> None:
+    def dropped(seed: int, epoch: int, batch_idx: int, rank: int) -> tuple[float, ...]:
+        module = ContrastiveModule(replace(tiny, seed=seed), 1, 66)
+        module.trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank)  # type: ignore[assignment]
+        module.on_train_batch_start(None, batch_idx)  # type: ignore[arg-type]
+        return tuple(torch.nn.functional.dropout(torch.ones(64)).tolist())
+
+    places = list(itertools.product((0, 1), repeat=4))
+    draws = [dropped(*place) for place in places]
+    assert len(set(draws)) == len(places)
+    assert [dropped(*place) for place in places] == draws
 
 
 def test_learning_rate_warms_up_and_falls_by_half_a_cosine(tiny: Config) -> None:

@@ -77,8 +77,13 @@ class Slots:
         if self.fixed:
             return
         counts = {getattr(part, "shape", (None,))[:1] for part in (keys, *entries)}
-        if not isinstance(keys, Tensor) or keys.dtype != torch.int64 or len(counts) != 1:
-            raise ValueError("the saved keys are not int64, one an entry: the state is damaged")
+        if (
+            not isinstance(keys, Tensor)
+            or keys.dtype != torch.int64
+            or len(counts) != 1
+            or torch.unique(keys).shape != keys.shape
+        ):
+            raise ValueError("the saved keys are not int64, all different, one an entry: the state is damaged")
 
     def load(self, keys: Tensor | None) -> None:
         """Take over saved keys (n,): their slots are 0 … n-1."""

@@ -92,6 +92,23 @@ def test_features_far_from_the_origin_keep_their_order():
     assert distances.max() < 1e-6
 
 
+def test_distances_far_from_the_origin_do_not_cancel():
+    """At 1e8 from the origin the squares of float64 have a step of 2, as large as the squared distances here."""
+    train_x, _, test_x, _ = problem(3)
+    train_x, test_x = train_x.double() + 1e8, test_x.double() + 1e8
+    indices, distances = nearest_neighbours(train_x, test_x, 60)
+    exact = torch.cdist(test_x, train_x, compute_mode="donot_use_mm_for_euclid_dist").sort(dim=1)
+    assert torch.equal(indices, exact.indices)
+    torch.testing.assert_close(distances, exact.values, rtol=0, atol=1e-6)
+
+
+def test_a_missing_label_is_refused_in_either_part():
+    train_x, train_y, test_x, test_y = problem(4)
+    for labels in ((train_y.index_fill(0, torch.tensor([5]), -1), test_y), (train_y, test_y - test_y.max() - 1)):
+        with pytest.raises(ValueError, match="minimum -"):
+            knn_accuracy(train_x, labels[0], test_x, labels[1], (1,))
+
+
 def test_impossible_k_names_the_values():
     train_x, train_y, test_x, test_y = problem(4)
     with pytest.raises(ValueError, match=r"k=61 of ks=\(1, 61\) with 60 training rows"):

@@ -76,6 +76,23 @@ def test_strength_is_chosen_without_the_test_part(digits):
     assert (other.l2, other.validation) == (result.l2, result.validation)
 
 
+def test_features_are_standardised_by_the_rows_that_are_fitted_alone():
+    """A value that is far out flattens its feature for the classifier, unless it is in a row that is held out."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(60) % 2
+    x = (2.0 * y - 1 + 0.1 * torch.randn(60, generator=generator))[:, None]
+    test_x, test_y = x[:10], y[:10]
+    held_out, far = 0, torch.full((1, 1), 1e8)
+    for seed in range(15):
+        best = max(
+            linear_probe(torch.cat([x, far]), torch.cat([y, y[:1]]), test_x, test_y, seed=seed).validation.values()
+        )
+        assert best > 0.85 or best < 0.7, "one wrong at most, or hardly better than chance"
+        held_out += best > 0.85
+    assert 1 <= held_out <= 8  # about a fifth, by the seed
+    assert linear_probe(x, y, torch.cat([test_x, far]), torch.cat([test_y, test_y[:1]])).accuracy >= 10 / 11
+
+
 def test_noise_calls_for_strong_regularisation_and_a_clean_signal_for_little():
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(400) % 2

@@ -98,11 +98,13 @@ def test_sogclr_with_gamma_one_is_dcl() -> None:
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("own_ids", [False, True])
+@pytest.mark.parametrize("own_ids", [0, 2, 3])  # a sample, of its views
 @pytest.mark.parametrize("with_encode", [False, True])
-def test_negative_cache_equals_a_dictionary_of_embeddings(own_ids: bool, with_encode: bool) -> None:
-    temperature, fraction, entries = 0.3, 0.15, 2 * M if own_ids else M
-    loss_fn = NegativeCacheLoss(entries, D, temperature, refresh_fraction=fraction, seed=3)
+def test_negative_cache_equals_a_dictionary_of_embeddings(own_ids: int, with_encode: bool) -> None:
+    temperature, fraction, entries = 0.3, 0.15, own_ids * M if own_ids else M
+    loss_fn = NegativeCacheLoss(
+        entries, D, temperature, refresh_fraction=fraction, views_per_sample=own_ids or 2, seed=3
+    )
     cache: dict[int, Tensor] = {}
     written = dict.fromkeys(range(entries), -1)
     generator = torch.Generator().manual_seed(0)
@@ -114,7 +116,7 @@ def test_negative_cache_equals_a_dictionary_of_embeddings(own_ids: bool, with_en
             cache, written = ({i: at for i, at in each.items() if i not in gone} for each in (cache, written))
         z1, z2 = views(step)
         index = torch.randperm(M, generator=generator)[:B]
-        ids = torch.stack([2 * index, 2 * index + 1], 1) if own_ids else index
+        ids = torch.stack([own_ids * index, own_ids * index + own_ids - 1], 1) if own_ids else index
         z = F.normalize(torch.cat([z1, z2]), dim=1)
         row_ids = [*index.tolist(), *index.tolist()] if not own_ids else ids.T.flatten().tolist()
         for row in range(2 * B if own_ids else B):
@@ -134,7 +136,7 @@ def test_negative_cache_equals_a_dictionary_of_embeddings(own_ids: bool, with_en
         noise = -torch.log(1 - uniform.uniform_(generator=torch.Generator().manual_seed(mix_seed(3, step, 0))))
         surrogate, values = [], []
         for row, (positive, negatives) in enumerate(rows_of(z1, z2, temperature)):
-            own = [i for i in range(entries) if (i // 2 == row_ids[row] // 2 if own_ids else i == row_ids[row])]
+            own = [i for i in range(entries) if i // (own_ids or 1) == row_ids[row] // (own_ids or 1)]
             known = [i for i in sorted(cache) if i not in own]
             scores = torch.stack([cache[i].float().double() @ z[row].detach() for i in known]) / temperature
             gumbel = -noise[row, known].log()
@@ -147,6 +149,7 @@ def test_negative_cache_equals_a_dictionary_of_embeddings(own_ids: bool, with_en
         expected = mean - mean.detach() + sum(values) / len(values)
         inputs = (z1, z2, table) if with_encode else (z1, z2)
         check(loss, expected, inputs, tolerance=1e-6)
+        assert float(loss_fn.last["cached_share"]) == pytest.approx(len(cache) / entries)
 
 
 @pytest.mark.parametrize("failing", ["refresh", "draw"])
@@ -181,6 +184,50 @@ def test_negative_cache_refreshes_without_gradient_and_draws_with_it() -> None:
     assert modes[1][1]
 
 
+@pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.01, 1), (0.07, 2), (0.125, 3), (0.5, 10), (1.0, 20)])
+def test_negative_cache_refreshes_its_share_rounded_up(fraction: float, count: int) -> None:
+    """Of a small cache a small share would else be nothing, for ever."""
+    loss_fn, asked = NegativeCacheLoss(20, D, refresh_fraction=fraction), []
+
+    def encode(ids: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # what is drawn is encoded with it
+            asked.append(len(ids))
+        return torch.randn(len(ids), D, dtype=torch.float64)
+
+    for step in range(3):
+        loss_fn(*views(step), torch.arange(B), encode=encode)
+    assert asked == [count] * 3 if count else asked == []
+
+
+def test_negative_cache_draws_the_nearest_where_all_noise_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draw of exactly zero is rare and comes; the row's own entry, the nearest of all, must not win by it."""
+    zeros = lambda pairs, shape, *_: pairs.rows.new_zeros(2, B, *shape)  # noqa: E731
+    monkeypatch.setattr("torch_emc2.losses.negative_cache.exponential_noise", zeros)
+    loss_fn = NegativeCacheLoss(M, D, refresh_fraction=0)
+    z1, z2 = views(0)
+    loss = loss_fn(z1, z2, torch.arange(B))
+    z, expected = F.normalize(torch.cat([z1, z2]), dim=1), torch.zeros((), dtype=torch.float64)
+    for row, (positive, _) in enumerate(rows_of(z1, z2, 0.07)):
+        others = torch.stack([z[j] for j in range(B) if j != row % B]).detach() @ z[row] / 0.07
+        w_pos = (positive - torch.logaddexp(positive, others.logsumexp(0))).exp().detach()
+        expected = expected + (1 - w_pos) * (others.max() - positive) / (2 * B)
+    got, want = (torch.autograd.grad(each, (z1, z2)) for each in (loss, expected))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_negative_cache_is_not_evaluated_empty() -> None:
+    with pytest.raises(ValueError, match="the cache is empty: train before you evaluate, or load a state"):
+        NegativeCacheLoss(M, D).eval()(*views(0), torch.arange(B))
+
+
+def test_negative_cache_takes_one_embedding_an_id() -> None:
+    loss_fn = NegativeCacheLoss(M, D, refresh_fraction=0.2)
+    before = copy.deepcopy(loss_fn.state_dict())
+    with pytest.raises(ValueError, match="encode gave 8 embeddings for 4 ids: give one an id"):
+        loss_fn(*views(0), torch.arange(B), encode=lambda ids: torch.randn(len(ids), 2, D))
+    torch.testing.assert_close(loss_fn.state_dict(), before, rtol=0, atol=0)
+
+
 def test_negative_cache_names_another_dimension() -> None:
     loss_fn = NegativeCacheLoss(M, D + 1)
     before = copy.deepcopy(loss_fn.state_dict())
@@ -211,6 +258,7 @@ def test_negative_cache_on_another_device_than_the_batch() -> None:
         ({"dim": 0}, ValueError, "dim must be at least 1.*got 0"),
         ({"dim": 8.0}, TypeError, "dim must be an int, got 8.0"),
         ({"seed": 0.5}, TypeError, "seed must be an int, got 0.5"),
+        ({"seed": True}, TypeError, "seed must be an int, got True"),
         ({"num_samples": 10.0}, TypeError, "num_samples must be an int, got 10.0"),
         ({"num_samples": None}, TypeError, "num_samples must be an int, got None"),
     ],
@@ -259,6 +307,16 @@ def test_negative_cache_encodes_a_forgotten_sample_no_more() -> None:
     assert set(asked) == set(range(M)) - {7, M - 1}
     loss_fn(*views(2), torch.arange(B) + 5, encode=encode)  # 7 is back
     assert set(asked) == set(range(M)) - {M - 1}
+
+
+def test_negative_cache_keeps_nothing_of_a_forgotten_sample() -> None:
+    loss_fn = NegativeCacheLoss(M, D)
+    loss_fn(*views(0), torch.arange(B))
+    before = loss_fn.get_extra_state()["embeddings"].clone()
+    loss_fn.forget(torch.tensor([1, 3, M - 1]))
+    assert before[:B].any(1).all()
+    before[[1, 3]] = 0
+    assert torch.equal(loss_fn.get_extra_state()["embeddings"], before)
 
 
 ALL = [InfoNCELoss(0.1), DCLLoss(0.1), SogCLRLoss(M, 0.1), NegativeCacheLoss(M, D, 0.1)]

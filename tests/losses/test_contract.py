@@ -8,7 +8,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,7 @@ def test_encode_runs_under_the_callers_autocast(name: str) -> None:
             TypeError,
             "floating",
         ),
+        ({"z2": torch.ones(6, D, dtype=torch.float64)}, TypeError, "share .* got torch.float32 and torch.float64"),
         ({"z1": torch.ones(1, D), "z2": torch.ones(1, D), "index": torch.tensor([0])}, ValueError, "batch of 1"),
         ({"z2": torch.ones(6, D).index_fill(0, torch.tensor([4]), torch.nan)}, ValueError, r"z2\[4\] is not finite"),
         ({"z1": torch.ones(6, D).index_fill(0, torch.tensor([2]), torch.inf)}, ValueError, r"z1\[2\] is not finite"),
@@ -136,12 +137,33 @@ def test_bad_views_are_named(name: str, change: dict[str, Tensor], error: type[E
 
 
 @each_stateful_loss
+@pytest.mark.parametrize("grad", [False, True])
+def test_encode_has_a_graph_where_the_caller_has_and_the_loss_needs_it(name: str, grad: bool) -> None:
+    rows, graphs, loss_fn = table().requires_grad_(), [], MAKERS[name]()
+
+    def encode(ids: Tensor) -> Tensor:
+        graphs.append(rows[ids].requires_grad)
+        return rows[ids]
+
+    with torch.set_grad_enabled(grad):
+        for step in range(4):
+            z1, z2, index = batch(step, 6)
+            loss = loss_fn(z1, z2, index, encode=encode)
+    if isinstance(loss_fn, NegativeCacheLoss):
+        assert graphs == 4 * [False, grad]  # a refresh is a constant
+    else:
+        assert set(graphs) == ({grad} if str(getattr(loss_fn, "carry", "")).startswith("encode") else set())
+    assert loss.requires_grad == (grad and any(graphs))
+
+
+@each_stateful_loss
 @pytest.mark.parametrize(
     ("index", "error", "message"),
     [
         (None, ValueError, "needs index"),
         (torch.arange(5), ValueError, r"index must be \(6,\), or \(6, 2\).*got \(5,\)"),
         (torch.arange(6.0), TypeError, "integers, got torch.float32"),
+        (torch.arange(6) > 2, TypeError, "integers, got torch.bool"),
         ([0, 1, 2, 3, 4, 5], TypeError, "index must be a tensor of integers, got list"),
         (torch.tensor([0, 1, 2, 3, 4, M]), IndexError, f"below num_samples={M}, got {M}"),
         (torch.tensor([0, 1, 2, 3, 4, -1]), IndexError, "at least 0.*got -1"),
@@ -157,6 +179,22 @@ def test_bad_index_is_named(name: str, index: Tensor | None, error: type[Excepti
     with pytest.raises(error, match=message):
         loss_fn(torch.randn(6, D), torch.randn(6, D), index, encode=table().float().__getitem__)
     assert_same(loss_fn.state_dict(), before)
+
+
+@each_stateful_loss
+def test_an_index_of_any_integers_will_do(name: str) -> None:
+    dtypes = (torch.int64, torch.uint8, torch.int16, torch.int32)
+    losses = [MAKERS[name]() for _ in dtypes]
+    for step in range(3):
+        z1, z2, index = batch(step, 6)
+        first, *others = (
+            loss_fn(z1, z2, index.to(dtype), encode=table().__getitem__)
+            for loss_fn, dtype in zip(losses, dtypes, strict=True)
+        )
+        for other in others:
+            assert_same(other, first)
+    for loss_fn in losses:
+        assert_same(loss_fn.state_dict(), losses[0].state_dict())
 
 
 @pytest.mark.parametrize("name", ["infonce", "dcl"])
@@ -324,6 +362,19 @@ def test_weights_are_chosen_without_gradient() -> None:
 
 
 @each_stateful_loss
+def test_a_loaded_state_takes_the_place_of_all_there_was(name: str) -> None:
+    used, saved = MAKERS[name](), MAKERS[name]()
+    for step in range(3):
+        step_of(used, step)
+    used.forget(batch(0, 6)[2])
+    step_of(saved, 3)
+    used.load_state_dict(saved.state_dict())
+    for step in (4, 5, 6):
+        assert_same(step_of(used, step), step_of(saved, step))
+    assert_same(used.state_dict(), saved.state_dict())
+
+
+@each_stateful_loss
 def test_saved_state_is_a_copy_after_loading(name: str) -> None:
     first, second = MAKERS[name](), MAKERS[name]()
     step_of(first, 0)
@@ -346,6 +397,37 @@ def test_saved_state_is_a_copy_after_loading(name: str) -> None:
 def test_state_of_another_size_is_refused(small: ContrastiveLoss, large: ContrastiveLoss) -> None:
     with pytest.raises(ValueError, match="the saved table is"):
         large.load_state_dict(small.state_dict())
+
+
+def _damaged(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Copies of a state with one thing wrong in each."""
+    yield {**state, "other": 0}
+    for name, value in state.items():
+        yield {other: kept for other, kept in state.items() if other != name}
+        wrong: list[Any] = []
+        if isinstance(value, dict):
+            wrong = list(_damaged(value))
+        elif isinstance(value, Tensor):
+            other = torch.int64 if value.is_floating_point() else torch.float32
+            wrong = [value[:-1], value[..., None], value.nan_to_num(neginf=0).to(other), "table", None]
+        elif isinstance(value, int):
+            wrong = [None, "number"]
+        yield from ({**state, name: each} for each in wrong)
+
+
+@each_stateful_loss
+def test_a_damaged_state_is_refused_and_changes_nothing(name: str) -> None:
+    loss_fn, saved = MAKERS[name](), MAKERS[name]()
+    for step in range(2):
+        step_of(loss_fn, step)
+        step_of(saved, step + 2)
+    before = copy.deepcopy(loss_fn.state_dict())
+    for state in _damaged(saved.get_extra_state()):
+        with pytest.raises(ValueError, match=r"saved"):
+            loss_fn.load_state_dict({"_extra_state": state})
+        assert_same(loss_fn.state_dict(), before)
+    loss_fn.load_state_dict(saved.state_dict())
+    assert_same(loss_fn.state_dict(), saved.state_dict())
 
 
 SIZES = {1: (6,), 2: (4, 2), 4: (3, 1, 2, 2)}  # samples of each rank, by their number: they may differ

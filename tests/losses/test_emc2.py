@@ -160,6 +160,29 @@ def test_equals_the_slow_version(carry: str, num_chains: int, own_chains: bool, 
 
 
 @pytest.mark.parametrize("own_chains", [False, True])
+def test_encode_if_used_is_asked_for_what_is_used_alone(own_chains: bool) -> None:
+    """Used are those that the slow version's gradient reaches."""
+    table = torch.randn(2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    fast = EMC2Loss(2 * M, 0.2, burn_in=0.3, num_chains=2, carry="encode_if_used", seed=5)
+    slow = SlowEMC2(0.2, 0.3, 2, "encode_if_used", seed=5)
+    all_carried, all_asked = 0, 0
+    for z1, z2, index in batches(12, own_chains, seed=2):
+        asked: list[int] = []
+        carried = fast.chains.ids.data[index.flatten()]
+
+        def encode(ids: Tensor, asked: list[int] = asked) -> Tensor:
+            asked += ids.tolist()
+            return table[ids]
+
+        fast(z1, z2, index, encode=encode)
+        (gradient,) = torch.autograd.grad(slow(z1.requires_grad_(), z2, index, table), table, materialize_grads=True)
+        assert sorted(asked) == gradient.any(1).nonzero()[:, 0].tolist()
+        all_carried += len(carried[carried >= 0].unique())
+        all_asked += len(asked)
+    assert 0 < all_asked < all_carried
+
+
+@pytest.mark.parametrize("own_chains", [False, True])
 @pytest.mark.parametrize("kernel", ["metropolis", "isir"])
 @pytest.mark.parametrize("carry", POLICIES)
 def test_shares_of_a_row_sum_to_one(
@@ -253,6 +276,7 @@ def test_isir_equals_the_slow_version(num_chains: int, carry: Carry, own_chains:
             gradients.append(torch.autograd.grad(loss, (a, b, rows), materialize_grads=True))
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
         assert float(fast.last["acceptance"]) == pytest.approx(slow.acceptance, rel=1e-6)
+        assert float(fast.last["carried_share"]) == pytest.approx(1 - slow.acceptance, rel=1e-6, abs=1e-12)
         for (i, c), (end, similarity) in slow.chains.items():
             assert int(fast.chains.ids.data[i, c]) == end
             assert float(fast.chains.similarities.data[i, c]) == pytest.approx(similarity, rel=1e-6)
@@ -279,6 +303,19 @@ def test_chains_without_embeddings_are_no_cache(saved: Carry) -> None:
     with pytest.raises(ValueError, match='chains and no embeddings for carry="cache"'):
         cache.load_state_dict(first.state_dict())
     assert (cache.chains.ids.data < 0).all()
+
+
+@pytest.mark.parametrize("num_samples", [None, M])
+def test_a_cache_of_another_width_is_loaded(num_samples: int | None) -> None:
+    saved, loss_fn = EMC2Loss(num_samples, burn_in=0.1), EMC2Loss(num_samples, burn_in=0.1)
+    for z1, z2, index in batches(3, own_chains=False, seed=0):
+        saved(z1, z2, index)
+        loss_fn(z1[:, :-2], z2[:, :-2], index)
+    loss_fn.load_state_dict(saved.state_dict())
+    for z1, z2, index in batches(4, own_chains=False, seed=1):
+        got, want = (torch.autograd.grad(each(z1.requires_grad_(), z2, index), z1) for each in (loss_fn, saved))
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    torch.testing.assert_close(loss_fn.state_dict(), saved.state_dict(), rtol=0, atol=0)
 
 
 def test_a_batch_of_another_width_changes_nothing() -> None:
@@ -486,6 +523,7 @@ def test_cold_near_duplicates_stay_finite_and_chains_move(dtype: torch.dtype) ->
         ({"num_chains": 0}, "num_chains must be at least 1, got 0"),
         ({"carry": "keep"}, "carry must be one of encode, encode_if_used, cache, drop; got 'keep'"),
         ({"temperature": 0.0}, r"temperature must be a positive number \(at least 1e-30\), got 0.0"),
+        ({"temperature": 9e-31}, r"temperature must be a positive number \(at least 1e-30\), got 9e-31"),
         ({"temperature": 10**400}, r"temperature must be a positive number \(at least 1e-30\), got 1000"),
         ({"num_samples": 1}, "num_samples must be at least 2"),
     ],
@@ -507,6 +545,7 @@ def test_encode_is_asked_for_and_checked(carry: str) -> None:
     before = loss_fn.chains.ids.data.clone()
     for wrong, message in (
         (lambda ids: torch.randn(len(ids), D + 1), rf"encode must return \(\d, {D}\)"),
+        (lambda ids: torch.randn(2 * len(ids), D), rf"encode must return \(\d, {D}\)"),
         (lambda ids: torch.full((len(ids), D), torch.nan), r"encode\(\d+\) is not finite"),
         (lambda ids: torch.zeros(len(ids), D), r"encode\(\d+\) has length 0 and so no direction"),
     ):
