@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from torch_emc2.data.images import BadImageError, DataError, ImageDataset
+from torch_emc2.data.errors import BadImageError, DataError
+from torch_emc2.data.images import ImageDataset
 from torch_emc2.data.views import Augmentation, seeded_view
 from torch_emc2.files import whole_file
 

@@ -1,0 +1,161 @@
+"""Which files of a data set cannot be read, and what range its deep values have: found before the work, and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from torch_emc2.data.decode import FULL_16_BIT, Decoding, decode, depth_of, open_image, refusal
+from torch_emc2.data.errors import DataError
+from torch_emc2.files import whole_file
+
+__all__ = ["Check", "check_files", "shown"]
+
+_TAIL = 4096  # bytes at a file's end; some cameras write a little after an image's own
+
+
+class Check(NamedTuple):
+    """What was found.
+
+    Attributes:
+        unreadable: the files that cannot be read, and why.
+        deep: of the values deeper than 8 bits what they are, how many images have them, the least and the largest.
+        low: how many images of 16 bits stay below a sixteenth of their range, as those of 12 bits do.
+    """
+
+    unreadable: dict[str, str]
+    deep: dict[str, tuple[int, float, float]]
+    low: int
+
+    def resolve(self, decoding: Decoding) -> Decoding:
+        """Return the decoding with the range of the deep values, where it was left open.
+
+        Raises:
+            DataError: they do not fill that of their type, so that any range would be a guess.
+        """
+        if decoding.value_range is not None or not self.deep:
+            return decoding
+        for kind, (count, least, most) in self.deep.items():
+            if not kind.startswith("16-bit") or most < 2**15:
+                raise DataError(
+                    f"{count} images have {kind} values, from {least:g} to {most:g}, of no known range: "
+                    + _advice(kind, least, most)
+                )
+        return replace(decoding, value_range=FULL_16_BIT)
+
+    def __str__(self) -> str:
+        """What is to be said of deep values, if there are any."""
+        return " ".join(
+            f"{count} images have {kind} values, from {least:g} to {most:g}"
+            + (f"; {self.low} of all stay below 4096, as 12 bits do." if self.low else ".")
+            for kind, (count, least, most) in self.deep.items()
+        )
+
+
+def check_files(
+    files: Sequence[str], decoding: Decoding, *, whole: bool = False, num_workers: int = 0, kept: Path | None = None
+) -> Check:
+    """Look at image files, with a bar on a terminal.
+
+    A JPEG and a PNG that have a header and an end are taken to be whole; all others are decoded. With ``whole`` those
+    are too. What was found for files of these names, sizes and times is kept in the file ``kept`` and not sought again.
+    """
+    digest = hashlib.sha256(repr((decoding, whole)).encode())
+    for path in files:
+        digest.update(f"{os.path.abspath(path)}\0{_stamp(path)}\0".encode(errors="surrogateescape"))
+    known = _read(kept)
+    if (found := known.get(digest.hexdigest())) is not None:
+        return Check(found["unreadable"], {kind: tuple(span) for kind, span in found["deep"].items()}, found["low"])
+
+    unreadable: dict[str, str] = {}
+    spans: dict[str, list[tuple[float, float]]] = {}
+    # A generator of its own: a loader seeds its workers with a draw from torch's.
+    loader = DataLoader(
+        _Looked(files, decoding, whole), batch_size=None, num_workers=num_workers, generator=torch.Generator()
+    )
+    for path, finding in zip(files, tqdm(loader, "Checking images", leave=False, disable=None), strict=True):
+        match finding:
+            case str():
+                unreadable[path] = finding
+            case (kind, least, most):
+                spans.setdefault(kind, []).append((least, most))
+    deep = {kind: (len(found), min(found)[0], max(most for _, most in found)) for kind, found in spans.items()}
+    low = sum(most < 4096 for kind, found in spans.items() if kind.startswith("16-bit") for _, most in found)
+    if kept is not None:
+        content = {"unreadable": unreadable, "deep": deep, "low": low}
+        with whole_file(kept) as file:
+            file.write_text(json.dumps({**known, digest.hexdigest(): content}, indent=1) + "\n")
+    return Check(unreadable, deep, low)
+
+
+def shown(unreadable: dict[str, str], number: int = 3) -> str:
+    """Name the first of the unreadable files in one line."""
+    named = [f"{path!r} ({why})" for path, why in list(unreadable.items())[:number]]
+    return "; ".join([*named, *(["…"] if len(unreadable) > number else [])])
+
+
+class _Looked(Dataset[str | tuple[str, float, float] | None]):
+    """Of each file why it cannot be read; or the kind, least and largest of its deep values; or None."""
+
+    def __init__(self, files: Sequence[str], decoding: Decoding, whole: bool) -> None:
+        self.files, self.decoding, self.whole = files, decoding, whole
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> str | tuple[str, float, float] | None:
+        path = self.files[i]
+        try:
+            with open_image(path, self.decoding) as file:
+                depth = depth_of(file)
+                if depth is not None and self.decoding.value_range is None and not depth.scaled:
+                    values = np.asarray(file.convert("RGB") if depth.colour else file)
+                    scale = 257 if depth.colour else 1
+                    return depth.kind, scale * float(values.min()), scale * float(values.max())
+                seems_whole = not self.whole and _has_end(path, file.format)
+            if not seems_whole:
+                decode(path, self.decoding)
+        except Exception as error:  # Pillow's parsers raise whatever a damaged file makes of them
+            return refusal(path, error)
+        return None
+
+
+def _has_end(path: str, kind: str | None) -> bool:
+    end = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "")
+    if end is None:
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - _TAIL))
+        return end in file.read()
+
+
+def _advice(kind: str, least: float, most: float) -> str:
+    if "colour" in kind:
+        return "scale them to 8 bits, of which Pillow keeps no more"
+    likely = f"0,{2 ** int(most).bit_length() - 1}" if kind == "16-bit" else f"{least:g},{most:g}"
+    return f"give it as data.value_range, such as {likely}, or 1%,99% of each image's own values"
+
+
+def _stamp(path: str) -> str:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return ""
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _read(kept: Path | None) -> dict[str, Any]:
+    try:
+        return dict(json.loads(kept.read_text())) if kept is not None else {}
+    except (OSError, ValueError):
+        return {}
