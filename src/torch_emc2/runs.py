@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,11 +22,12 @@ from torch_emc2.data import (
     ContrastiveDataset,
     DataError,
     FileImages,
+    Found,
     ImageDataset,
-    decode_image,
+    check_files,
     evaluation_transform,
-    image_files,
-    open_dataset,
+    find_images,
+    shown,
 )
 from torch_emc2.diagnosis import Diagnosis, diagnose, embed_views, to_markdown
 from torch_emc2.diagnostics import Staleness, score_staleness
@@ -31,11 +35,13 @@ from torch_emc2.evaluation import evaluate, extract_features, nearest_neighbours
 from torch_emc2.files import load_checkpoint, whole_file
 from torch_emc2.models import Encoder, build_encoder, load_encoder
 from torch_emc2.report import plot_curves, plot_errors, plot_neighbours
+from torch_emc2.run_images import part, same_images
 
-__all__ = ["compare_with_baselines", "diagnose_run", "draw", "embed_folder", "evaluate_run"]
+__all__ = ["Embedded", "compare_with_baselines", "diagnose_run", "draw", "embed_folder", "evaluate_run"]
 
 Metrics = dict[str, float]
 
+_LOG = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
 
@@ -95,12 +101,32 @@ def draw(run: Path, *, queries: int = 5, neighbours: int = 8) -> list[Path]:
     return [curves, grid]
 
 
-def embed_folder(
-    run: Path, folder: Path, out: Path, *, on_bad_image: Literal["raise", "skip"] = "raise"
-) -> tuple[int, int]:
-    """Write a Parquet table of the images below a folder: ``path``, and ``embedding``, the run's probed feature.
+class Embedded(NamedTuple):
+    """What became of the files that were to be embedded."""
 
-    Returns the numbers of images embedded and left out as unreadable. The file appears once it is whole.
+    embedded: int
+    skipped: dict[str, str]  # images that cannot be read, and why
+    found: Found
+
+
+def embed_folder(
+    run: Path,
+    paths: Path | Sequence[Path],
+    out: Path,
+    *,
+    on_bad_image: Literal["raise", "skip"] | None = None,
+    value_range: str | None = None,
+) -> Embedded:
+    """Write a Parquet table of images: ``path``, and ``embedding``, the run's probed feature.
+
+    The file appears once it is whole.
+
+    Args:
+        run: the run's folder.
+        paths: folders, with all below them, and files.
+        out: the table.
+        on_bad_image: what to do with an unreadable one; by default the run's setting.
+        value_range: of values deeper than 8 bits; by default the run's.
 
     Raises:
         DataError: there is no image; or, unless they are to be skipped, one cannot be read.
@@ -109,19 +135,27 @@ def embed_folder(
     if out.suffix != ".parquet":
         raise ValueError(f"{out} will be a Parquet file: give it a name that ends in .parquet")
     config, encoder = _load(run)
-    paths = image_files(folder)
-    if not paths:
-        raise DataError(f"no images below {str(folder)!r}: give a folder that holds some")
-    good = paths
-    if on_bad_image == "skip":
-        good = [path for path in paths if _is_readable(path)]
-        if not good:
-            raise DataError(f"none of the {len(paths)} images below {str(folder)!r} can be read")
+    data, paths = config.data, [paths] if isinstance(paths, Path) else paths
+    named = ", ".join(repr(str(path)) for path in paths)
+    found = find_images(*paths)
+    if not found.files:
+        raise DataError(f"no images in {named}: give images, or folders that hold some. {found}".rstrip())
+    _LOG.info("%s: %d images to embed. %s", named, len(found.files), found)
+    skip = (on_bad_image or data.on_bad_image) == "skip"
+    decoding = data.decoding if value_range is None else replace(data.decoding, value_range=value_range)
+    check = check_files(found.files, decoding, whole=skip, num_workers=data.num_workers)
+    decoding, unreadable = check.resolve(decoding, skip=skip)
+    if unreadable and not skip:
+        what = f"{len(unreadable)} of {len(found.files)} images cannot be read: {shown(unreadable)}"
+        raise BadImageError(f"{what}: mend or remove them, or leave them out by --on-bad-image skip")
+    good = [path for path in found.files if path not in unreadable]
+    if not good:
+        raise DataError(f"none of the {len(found.files)} images in {named} can be read: {shown(unreadable)}")
     for path in good:
         if path != path.encode(errors="replace").decode():
             raise DataError(f"the name {path!r} is not UTF-8, which a table's text must be: rename the file")
     device = _device(config)
-    images = ImageDataset(FileImages(good), channels=encoder.channels)
+    images = ImageDataset(FileImages(good, decoding), channels=encoder.channels)
     with whole_file(out) as file:
         file.touch()  # fails now where it cannot be written, not after the work
         embeddings = _extract(encoder.to(device), config, images, device)
@@ -130,7 +164,7 @@ def embed_folder(
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embeddings.flatten().numpy()), embeddings.shape[1]),
         })  # fmt: skip
         pq.write_table(table, file)
-    return len(good), len(paths) - len(good)
+    return Embedded(len(good), unreadable, found)
 
 
 def diagnose_run(
@@ -155,12 +189,11 @@ def diagnose_run(
     config, encoder = _load(run)
     encoder.to(_device(config)).eval()
     data = config.data
-    images = open_dataset(
-        data.name, "train", Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed
-    )
+    config, images = same_images(config, run)
     views = ContrastiveDataset(images, data.augmentation.transform(), seed=seed, on_bad_image=data.on_bad_image)
     picks = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
-    index, pairs = _two_views(views, picks)
+    with _advised(config):
+        index, pairs = _two_views(views, picks)
     diagnosis = diagnose(
         encoder,
         pairs,
@@ -190,8 +223,7 @@ def _load(run: Path) -> tuple[Config, Encoder]:
 
 def _labelled_parts(config: Config) -> tuple[ImageDataset, ImageDataset]:
     data = config.data
-    train = open_dataset(data.name, "probe", Path(data.root), channels=data.channels)
-    test = open_dataset(data.name, "test", Path(data.root), channels=data.channels)
+    train, test = (part(config, Path(config.out), split) for split in ("probe", "test"))
     if train.labels is None or test.labels is None:
         raise DataError(f"{data.name} has no labels to evaluate with; emc2 embed writes its embeddings")
     return train, test
@@ -205,7 +237,18 @@ def _features(encoder: Encoder, config: Config, part: ImageDataset, device: torc
 def _extract(encoder: Encoder, config: Config, images: ImageDataset, device: torch.device) -> Tensor:
     transform = evaluation_transform(encoder.image_size)
     workers = config.data.num_workers
-    return extract_features(encoder.features, images, transform, device=device, num_workers=workers, progress=True)
+    with _advised(config):
+        return extract_features(encoder.features, images, transform, device=device, num_workers=workers, progress=True)
+
+
+@contextmanager
+def _advised(config: Config) -> Iterator[None]:
+    """Say how an image that turns out to be unreadable is left out."""
+    try:
+        yield
+    except BadImageError as error:
+        setting = f"data.on_bad_image: skip in {Path(config.out) / 'config.yaml'}"
+        raise BadImageError(f"{error}: mend or remove it, or leave it out by {setting}") from error
 
 
 def _two_views(views: ContrastiveDataset, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,11 +279,3 @@ def _staleness(
 
 def _device(config: Config) -> torch.device:
     return torch.device("cuda") if torch.cuda.is_available() and config.accelerator != "cpu" else _CPU
-
-
-def _is_readable(path: str) -> bool:
-    try:
-        decode_image(path)
-    except BadImageError:
-        return False
-    return True

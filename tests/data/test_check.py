@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from torch_emc2.data import Check, DataError, Decoding, check, check_files, shown
+from torch_emc2.data import BadImageError, Check, DataError, Decoding, check, check_files, decode_image, shown
 
 
 def _noise(seed=0):
@@ -102,16 +102,19 @@ def test_a_dark_image_among_those_that_fill_their_range_is_taken(tmp_path):
     files = _sixteen(tmp_path, 900, 65000, 30000)
     Image.fromarray(_noise()).save(tmp_path / "a.png")
     found = check_files([*files, str(tmp_path / "a.png")], Decoding())
-    assert found == Check({}, {"16-bit": (3, 0.0, 65000.0)}, 1)
-    assert str(found) == "3 images have 16-bit values, from 0 to 65000; 1 of all stay below 4096, as 12 bits do."
-    assert found.resolve(Decoding()) == Decoding(value_range="0,65535")
-    assert found.resolve(Decoding(value_range="1%,99%")) == Decoding(value_range="1%,99%")
+    spans = [("16-bit", 0, most) for most in (900, 65000, 30000)]
+    assert found == Check({}, dict(zip(files, spans, strict=True)))
+    assert str(found) == "3 images have 16-bit values, from 0 to 65000; 1 stay below 4096, as 12 bits do."
+    for skip in (True, False):
+        assert found.resolve(Decoding(), skip=skip) == (Decoding(value_range="0,65535"), {})
+    given = Decoding(value_range="1%,99%")
+    assert check_files(files, given).resolve(given, skip=False) == (given, {})
 
 
 @pytest.mark.parametrize(
     ("largest", "dtype", "words"),
     [
-        ((4095, 900), np.uint16, "2 images have 16-bit values, from 0 to 4095, of no known range: .* such as 0,4095,"),
+        ((4095, 900), np.uint16, "2 images have 16-bit values, from 0 to 4095, .* such as 0,4095,"),
         ((600,), np.uint16, "such as 0,1023,"),
         ((32767,), np.uint16, "such as 0,32767,"),
         ((70000, -3), np.int32, "2 images have 32-bit or signed values, from -3 to 70000, .* such as -3,70000,"),
@@ -122,9 +125,26 @@ def test_a_range_is_not_guessed(tmp_path, largest, dtype, words):
     found = check_files(_sixteen(tmp_path, *largest, dtype=dtype), Decoding())
     assert not found.unreadable
     with pytest.raises(DataError, match=words):
-        found.resolve(Decoding())
+        found.resolve(Decoding(), skip=False)
+    decoding, unreadable = found.resolve(Decoding(), skip=True)
+    assert decoding == Decoding()
+    for file, why in unreadable.items():
+        with pytest.raises(BadImageError) as error:
+            decode_image(file)
+        assert str(error.value) == f"cannot read image {file!r} ({why})"
     given = Decoding(value_range="0,5000")
-    assert check_files(_sixteen(tmp_path, *largest, dtype=dtype), given).resolve(given) == given
+    assert check_files(list(unreadable), given).resolve(given, skip=False) == (given, {})
+
+
+def test_a_range_for_some_is_none_for_others(tmp_path):
+    files = _sixteen(tmp_path, 65535)
+    Image.fromarray(np.ones((3, 3), np.float32)).save(tmp_path / "float.tif")
+    found = check_files([*files, str(tmp_path / "float.tif")], Decoding())
+    with pytest.raises(DataError, match=r"1 images have floating-point values, .* \(the first is .*float\.tif'\)"):
+        found.resolve(Decoding(), skip=False)
+    decoding, unreadable = found.resolve(Decoding(), skip=True)
+    assert decoding.value_range == "0,65535"
+    assert list(unreadable) == [str(tmp_path / "float.tif")]
 
 
 def test_the_first_are_named():

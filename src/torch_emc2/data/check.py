@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from torch_emc2.data.decode import FULL_16_BIT, Decoding, decode, depth_of, open_image, refusal
+from torch_emc2.data.decode import FULL_16_BIT, Decoding, decode, depth_of, no_range, open_image, refusal
 from torch_emc2.data.errors import DataError
 from torch_emc2.files import whole_file
 
@@ -29,37 +29,37 @@ class Check(NamedTuple):
 
     Attributes:
         unreadable: the files that cannot be read, and why.
-        deep: of the values deeper than 8 bits what they are, how many images have them, the least and the largest.
-        low: how many images of 16 bits stay below a sixteenth of their range, as those of 12 bits do.
+        deep: those whose values are deeper than 8 bits and of no given range: what they are, the least and the largest.
     """
 
     unreadable: dict[str, str]
-    deep: dict[str, tuple[int, float, float]]
-    low: int
+    deep: dict[str, tuple[str, float, float]]
 
-    def resolve(self, decoding: Decoding) -> Decoding:
-        """Return the decoding with the range of the deep values, where it was left open.
+    def resolve(self, decoding: Decoding, *, skip: bool) -> tuple[Decoding, dict[str, str]]:
+        """Return the decoding with the range of deep values, and all files that cannot be read with it.
+
+        16 bits are known if they fill their range, in some image or other: dark ones are dark then.
 
         Raises:
-            DataError: they do not fill that of their type, so that any range would be a guess.
+            DataError: there are others, so that any range would be a guess, and they are not to be skipped.
         """
-        if decoding.value_range is not None or not self.deep:
-            return decoding
-        for kind, (count, least, most) in self.deep.items():
-            if not kind.startswith("16-bit") or most < 2**15:
-                raise DataError(
-                    f"{count} images have {kind} values, from {least:g} to {most:g}, of no known range: "
-                    + _advice(kind, least, most)
-                )
-        return replace(decoding, value_range=FULL_16_BIT)
+        known = {kind for kind, _, most in self.deep.values() if kind.startswith("16-bit") and most >= 2**15}
+        unknown = {file: span for file, span in self.deep.items() if span[0] not in known}
+        if unknown and not skip:
+            raise DataError(_refusal(unknown))
+        if known:
+            decoding = replace(decoding, value_range=FULL_16_BIT)
+        return decoding, self.unreadable | {file: no_range(*span) for file, span in unknown.items()}
 
     def __str__(self) -> str:
         """What is to be said of deep values, if there are any."""
-        return " ".join(
-            f"{count} images have {kind} values, from {least:g} to {most:g}"
-            + (f"; {self.low} of all stay below 4096, as 12 bits do." if self.low else ".")
-            for kind, (count, least, most) in self.deep.items()
-        )
+        said = []
+        for kind in dict.fromkeys(kind for kind, _, _ in self.deep.values()):
+            spans = [span for span in self.deep.values() if span[0] == kind]
+            low = sum(most < 4096 for _, _, most in spans)
+            dark = f"; {low} stay below 4096, as 12 bits do" if low and kind.startswith("16-bit") else ""
+            said.append(f"{_span(spans)}{dark}.")
+        return " ".join(said)
 
 
 def check_files(
@@ -75,27 +75,24 @@ def check_files(
         digest.update(f"{os.path.abspath(path)}\0{_stamp(path)}\0".encode(errors="surrogateescape"))
     known = _read(kept)
     if (found := known.get(digest.hexdigest())) is not None:
-        return Check(found["unreadable"], {kind: tuple(span) for kind, span in found["deep"].items()}, found["low"])
+        return Check(found["unreadable"], {file: tuple(span) for file, span in found["deep"].items()})
 
     unreadable: dict[str, str] = {}
-    spans: dict[str, list[tuple[float, float]]] = {}
+    deep: dict[str, tuple[str, float, float]] = {}
     # A generator of its own: a loader seeds its workers with a draw from torch's.
     loader = DataLoader(
         _Looked(files, decoding, whole), batch_size=None, num_workers=num_workers, generator=torch.Generator()
     )
     for path, finding in zip(files, tqdm(loader, "Checking images", leave=False, disable=None), strict=True):
-        match finding:
-            case str():
-                unreadable[path] = finding
-            case (kind, least, most):
-                spans.setdefault(kind, []).append((least, most))
-    deep = {kind: (len(found), min(found)[0], max(most for _, most in found)) for kind, found in spans.items()}
-    low = sum(most < 4096 for kind, found in spans.items() if kind.startswith("16-bit") for _, most in found)
+        if isinstance(finding, str):
+            unreadable[path] = finding
+        elif finding is not None:
+            deep[path] = finding
     if kept is not None:
-        content = {"unreadable": unreadable, "deep": deep, "low": low}
+        content = {"unreadable": unreadable, "deep": deep}
         with whole_file(kept) as file:
             file.write_text(json.dumps({**known, digest.hexdigest(): content}, indent=1) + "\n")
-    return Check(unreadable, deep, low)
+    return Check(unreadable, deep)
 
 
 def shown(unreadable: dict[str, str], number: int = 3) -> str:
@@ -139,11 +136,21 @@ def _has_end(path: str, kind: str | None) -> bool:
         return end in file.read()
 
 
-def _advice(kind: str, least: float, most: float) -> str:
+def _refusal(unknown: dict[str, tuple[str, float, float]]) -> str:
+    file, (kind, _, _) = next(iter(unknown.items()))
+    spans = [span for span in unknown.values() if span[0] == kind]
     if "colour" in kind:
-        return "scale them to 8 bits, of which Pillow keeps no more"
-    likely = f"0,{2 ** int(most).bit_length() - 1}" if kind == "16-bit" else f"{least:g},{most:g}"
-    return f"give it as data.value_range, such as {likely}, or 1%,99% of each image's own values"
+        advice = "scale them to 8 bits, of which Pillow keeps no more"
+    else:
+        least, most = min(span[1] for span in spans), max(span[2] for span in spans)
+        likely = f"0,{2 ** int(most).bit_length() - 1}" if kind == "16-bit" else f"{least:g},{most:g}"
+        advice = f"give it as data.value_range, such as {likely}, or 1%,99% of each image's own values"
+    return f"{_span(spans)}, of no known range (the first is {file!r}): {advice}"
+
+
+def _span(spans: Sequence[tuple[str, float, float]]) -> str:
+    least, most = min(span[1] for span in spans), max(span[2] for span in spans)
+    return f"{len(spans)} images have {spans[0][0]} values, from {least:g} to {most:g}"
 
 
 def _stamp(path: str) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "depth_of",
     "formats",
     "heif_bytes",
+    "no_range",
     "open_image",
     "refusal",
 ]
@@ -202,7 +203,12 @@ def _eight_bit(image: Image.Image, depth: Depth, value_range: str | None) -> Ima
 
 def _require_full(depth: Depth, least: float, most: float) -> None:
     if depth.top is None or most <= depth.top // 2:
-        raise DataError(f"{depth.kind} values from {least:g} to {most:g} have no known range: value_range gives one")
+        raise DataError(no_range(depth.kind, least, most))
+
+
+def no_range(kind: str, least: float, most: float) -> str:
+    """Say that values have no known range."""
+    return f"{kind} values from {least:g} to {most:g} have no known range: value_range gives one"
 
 
 def _parsed(value_range: str) -> tuple[float, float, bool]:

@@ -125,7 +125,7 @@ def find_images(*paths: Path) -> Found:
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
             left_out["hidden"] += 1
-        elif not (entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))):
+        elif os.path.exists(entry.path) and not os.path.isfile(entry.path):
             left_out["that are no files"] += 1
         elif suffix in _suffixes() or (suffix not in _known_not() and _is_image(entry.path)):
             files.append(entry.path)
