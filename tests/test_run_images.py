@@ -14,7 +14,7 @@ from outcomes import assert_same, break_inside, outcome
 from torch_emc2.cli import main
 from torch_emc2.config import Config, to_yaml
 from torch_emc2.data import BadImageError, DataError, ImageDataset, identity
-from torch_emc2.run_images import first_images, part, same_images
+from torch_emc2.run_images import evaluation_part, first_images, same_images
 from torch_emc2.training import train
 
 
@@ -54,9 +54,9 @@ def test_unreadable_images_of_every_part_are_listed_at_the_start(config: Config,
     with pytest.raises(BadImageError) as error:
         first_images(_raising(config), run)
     assert str(error.value) == (
-        f"6 of 28 images cannot be read: {str(photos / 'train/a/3.png')!r} (of no kind that Pillow opens here); "
-        f"{str(photos / 'train/a/4.png')!r} (empty); {str(photos / 'train/a/5.png')!r} (empty); …; "
-        f"all in {run / 'unreadable.json'}: mend or remove them, or leave them out by --data.on_bad_image skip"
+        f"6 images cannot be read: {str(photos / 'train/a/3.png')!r} (of no kind that Pillow opens here); "
+        f"{str(photos / 'train/a/4.png')!r} (empty); {str(photos / 'train/a/5.png')!r} (empty); …: "
+        f"all in {run / 'unreadable.json'}; mend or remove them, or add --data.on_bad_image skip"
     )
     listed = json.loads((run / "unreadable.json").read_text())
     assert list(listed) == [*(f"train/a/{i}.png" for i in range(3, 8)), "valid/b/2.png"]
@@ -69,11 +69,11 @@ def test_a_start_that_came_to_nothing_is_in_no_ones_way(
     command = ["train", str(photos.parent / "my.yaml")]
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("mend or remove them, or leave them out by --data.on_bad_image skip")
+    assert line.endswith("mend or remove them, or add --data.on_bad_image skip")
     assert main([*command, "--data.on_bad_image", "skip"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(f"{str(photos)!r}: 20 images to train on in 'train/', 2 classes of 10 ('a') to 10 images.")
-    assert out[1].startswith("Left out: 2 of 28 images cannot be read: ")
+    assert out[1].startswith("Left out: 2 of 28 images, which cannot be read: ")
     assert main(command) == 2  # a run that has a checkpoint is not begun anew
     assert "is not empty" in capsys.readouterr().err
 
@@ -108,14 +108,14 @@ def test_a_new_start_forgets_what_was_left_out(config: Config, photos: Path, tmp
 
 def test_parts_follow_the_run_s_setting(config: Config, photos: Path, tmp_path: Path) -> None:
     break_inside(photos / "valid" / "a" / "1.png")
-    test = part(config, tmp_path / "run", "test")
+    test = evaluation_part(config, tmp_path / "run", "test")
     assert _names(test, photos) == ["valid/a/0.png", "valid/a/2.png", "valid/a/3.png"] + [
         f"valid/b/{i}.png" for i in (0, 1, 3)
     ]
     assert test.labels is not None
     assert test.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    with pytest.raises(BadImageError, match=r"1 of 8 images .*2\.png' \(empty\): .* data\.on_bad_image: skip in "):
-        part(_raising(config), tmp_path / "run", "test")
+    with pytest.raises(BadImageError, match=r"1 image cannot .*2\.png' \(empty\): .* data\.on_bad_image: skip in "):
+        evaluation_part(_raising(config), tmp_path / "run", "test")
 
 
 def test_the_range_found_at_the_start_is_the_run_s(config: Config, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_the_range_found_at_the_start_is_the_run_s(config: Config, tmp_path: Pat
     assert int(images.image(1)[0, 0, 1]) == 4
 
     (folder / "0.png").unlink()
-    with pytest.raises(DataError, match="16-bit values, from 0 to 900, of no known range"):
+    with pytest.raises(DataError, match="2 images with 16-bit values, from 0 to 900, of no known range"):
         first_images(_raising(config), tmp_path / "run")
 
 

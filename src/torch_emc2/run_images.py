@@ -16,7 +16,7 @@ from torch_emc2.data import BadImageError, FileImages, ImageDataset, check_files
 from torch_emc2.data.datasets import Split
 from torch_emc2.files import one_line, whole_file
 
-__all__ = ["first_images", "part", "same_images"]
+__all__ = ["evaluation_part", "first_images", "same_images"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,14 +42,13 @@ def first_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
     check = check_files(files, data.decoding, num_workers=data.num_workers, kept=run / "checked.json")
     if str(check):
         _LOG.info("%s", check)
-    decoding, unreadable = check.resolve(data.decoding, skip=data.on_bad_image == "skip")
+    decoding, unreadable = check.resolve(data.decoding)
     _write_unreadable(run, {os.path.relpath(file, _base(data)): why for file, why in unreadable.items()})
-    if unreadable:
-        what = f"{len(unreadable)} of {len(files)} images cannot be read: {shown(unreadable)}"
-        where = f"; all in {run / 'unreadable.json'}" if len(unreadable) > 3 else ""
-        if data.on_bad_image == "raise":
-            raise BadImageError(f"{what}{where}: mend or remove them, or leave them out by --data.on_bad_image skip")
-        _LOG.info("Left out: %s%s.", what, where)
+    if unreadable and data.on_bad_image == "raise":
+        raise BadImageError(
+            check.refusal(f"all in {run / 'unreadable.json'}; mend or remove them, or add --data.on_bad_image skip")
+        )
+    _say_left_out(unreadable, len(files))
     assert isinstance(images.source, FileImages)  # no other has files
     images.source.decoding = decoding
     return replace(config, data=replace(data, value_range=decoding.value_range)), images.without(unreadable)
@@ -65,7 +64,7 @@ def same_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
     return config, _open(data, "train", config.seed).without(left_out)
 
 
-def part(config: Config, run: Path, split: Split) -> ImageDataset:
+def evaluation_part(config: Config, run: Path, split: Split) -> ImageDataset:
     """Return a part of the run's data set to evaluate on; unreadable images stop it, or are left out, as in training.
 
     Raises:
@@ -79,12 +78,11 @@ def part(config: Config, run: Path, split: Split) -> ImageDataset:
         return images
     skip = data.on_bad_image == "skip"
     check = check_files(files, data.decoding, whole=skip, num_workers=data.num_workers, kept=run / "checked.json")
-    decoding, unreadable = check.resolve(data.decoding, skip=skip)
+    decoding, unreadable = check.resolve(data.decoding)
     if unreadable and not skip:
-        raise BadImageError(
-            f"{len(unreadable)} of {len(files)} images cannot be read: {shown(unreadable)}: mend or remove "
-            f"them, or leave them out by data.on_bad_image: skip in {run / 'config.yaml'}"
-        )
+        setting = f"data.on_bad_image: skip in {run / 'config.yaml'}"
+        raise BadImageError(check.refusal(f"mend or remove them, or leave them out by {setting}"))
+    _say_left_out(unreadable, len(files))
     assert isinstance(images.source, FileImages)
     images.source.decoding = decoding
     return images.without(unreadable)
@@ -100,6 +98,11 @@ def _open(data: DataConfig, split: Split, seed: int) -> ImageDataset:
         seed=seed,
         decoding=data.decoding,
     )
+
+
+def _say_left_out(unreadable: Mapping[str, str], of: int) -> None:
+    if unreadable:
+        _LOG.info("Left out: %d of %d images, which cannot be read: %s.", len(unreadable), of, shown(unreadable))
 
 
 def _base(data: DataConfig) -> str:

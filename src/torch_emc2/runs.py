@@ -35,7 +35,7 @@ from torch_emc2.evaluation import evaluate, extract_features, nearest_neighbours
 from torch_emc2.files import load_checkpoint, whole_file
 from torch_emc2.models import Encoder, build_encoder, load_encoder
 from torch_emc2.report import plot_curves, plot_errors, plot_neighbours
-from torch_emc2.run_images import part, same_images
+from torch_emc2.run_images import evaluation_part, same_images
 
 __all__ = ["Embedded", "compare_with_baselines", "diagnose_run", "draw", "embed_folder", "evaluate_run"]
 
@@ -144,10 +144,9 @@ def embed_folder(
     skip = (on_bad_image or data.on_bad_image) == "skip"
     decoding = data.decoding if value_range is None else replace(data.decoding, value_range=value_range)
     check = check_files(found.files, decoding, whole=skip, num_workers=data.num_workers)
-    decoding, unreadable = check.resolve(decoding, skip=skip)
+    decoding, unreadable = check.resolve(decoding)
     if unreadable and not skip:
-        what = f"{len(unreadable)} of {len(found.files)} images cannot be read: {shown(unreadable)}"
-        raise BadImageError(f"{what}: mend or remove them, or leave them out by --on-bad-image skip")
+        raise BadImageError(check.refusal("mend or remove them, or leave them out by --on-bad-image skip"))
     good = [path for path in found.files if path not in unreadable]
     if not good:
         raise DataError(f"none of the {len(found.files)} images in {named} can be read: {shown(unreadable)}")
@@ -223,7 +222,7 @@ def _load(run: Path) -> tuple[Config, Encoder]:
 
 def _labelled_parts(config: Config) -> tuple[ImageDataset, ImageDataset]:
     data = config.data
-    train, test = (part(config, Path(config.out), split) for split in ("probe", "test"))
+    train, test = (evaluation_part(config, Path(config.out), split) for split in ("probe", "test"))
     if train.labels is None or test.labels is None:
         raise DataError(f"{data.name} has no labels to evaluate with; emc2 embed writes its embeddings")
     return train, test

@@ -1,12 +1,13 @@
 import json
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from torch_emc2.data import BadImageError, Check, DataError, Decoding, check, check_files, decode_image, shown
+from torch_emc2.data import BadImageError, Check, Decoding, check, check_files, decode_image, shown
 
 
 def _noise(seed=0):
@@ -104,47 +105,53 @@ def test_a_dark_image_among_those_that_fill_their_range_is_taken(tmp_path):
     found = check_files([*files, str(tmp_path / "a.png")], Decoding())
     spans = [("16-bit", 0, most) for most in (900, 65000, 30000)]
     assert found == Check({}, dict(zip(files, spans, strict=True)))
-    assert str(found) == "3 images have 16-bit values, from 0 to 65000; 1 stay below 4096, as 12 bits do."
-    for skip in (True, False):
-        assert found.resolve(Decoding(), skip=skip) == (Decoding(value_range="0,65535"), {})
+    assert str(found) == (
+        "3 images with 16-bit values, from 0 to 65000, taken as all of 0 to 65535; "
+        "1 of them stay below 4096, as 12 bits do."
+    )
+    assert found.resolve(Decoding()) == (Decoding(value_range="0,65535"), {})
     given = Decoding(value_range="1%,99%")
-    assert check_files(files, given).resolve(given, skip=False) == (given, {})
+    assert check_files(files, given).resolve(given) == (given, {})
 
 
 @pytest.mark.parametrize(
     ("largest", "dtype", "words"),
     [
-        ((4095, 900), np.uint16, "2 images have 16-bit values, from 0 to 4095, .* such as 0,4095,"),
+        ((4095, 900), np.uint16, "2 images with 16-bit values, from 0 to 4095, .* such as 0,4095,"),
         ((600,), np.uint16, "such as 0,1023,"),
         ((32767,), np.uint16, "such as 0,32767,"),
-        ((70000, -3), np.int32, "2 images have 32-bit or signed values, from -3 to 70000, .* such as -3,70000,"),
+        ((70000, -3), np.int32, "2 images with 32-bit or signed values, from -3 to 70000, .* such as -3,70000,"),
         ((1.5,), np.float32, "floating-point values, from 0 to 1.5, .* such as 0,1.5, or 1%,99% of each image's own"),
     ],
 )
 def test_a_range_is_not_guessed(tmp_path, largest, dtype, words):
     found = check_files(_sixteen(tmp_path, *largest, dtype=dtype), Decoding())
     assert not found.unreadable
-    with pytest.raises(DataError, match=words):
-        found.resolve(Decoding(), skip=False)
-    decoding, unreadable = found.resolve(Decoding(), skip=True)
+    assert re.search(words, found.refusal("mend it"))
+    assert str(found) == ""
+    decoding, unreadable = found.resolve(Decoding())
     assert decoding == Decoding()
     for file, why in unreadable.items():
         with pytest.raises(BadImageError) as error:
             decode_image(file)
         assert str(error.value) == f"cannot read image {file!r} ({why})"
     given = Decoding(value_range="0,5000")
-    assert check_files(list(unreadable), given).resolve(given, skip=False) == (given, {})
+    assert check_files(list(unreadable), given).resolve(given) == (given, {})
 
 
 def test_a_range_for_some_is_none_for_others(tmp_path):
     files = _sixteen(tmp_path, 65535)
     Image.fromarray(np.ones((3, 3), np.float32)).save(tmp_path / "float.tif")
-    found = check_files([*files, str(tmp_path / "float.tif")], Decoding())
-    with pytest.raises(DataError, match=r"1 images have floating-point values, .* \(the first is .*float\.tif'\)"):
-        found.resolve(Decoding(), skip=False)
-    decoding, unreadable = found.resolve(Decoding(), skip=True)
+    (tmp_path / "empty.png").write_bytes(b"")
+    found = check_files([*files, str(tmp_path / "float.tif"), str(tmp_path / "empty.png")], Decoding())
+    assert found.refusal("mend it").replace(str(tmp_path), "FOLDER") == (
+        "1 image cannot be read: 'FOLDER/empty.png' (empty): mend it; 1 image with floating-point values, from 1 to 1, "
+        "of no known range ('FOLDER/float.tif' first): give it as data.value_range, such as 1,1, "
+        "or 1%,99% of each image's own values"
+    )
+    decoding, unreadable = found.resolve(Decoding())
     assert decoding.value_range == "0,65535"
-    assert list(unreadable) == [str(tmp_path / "float.tif")]
+    assert sorted(unreadable) == [str(tmp_path / "empty.png"), str(tmp_path / "float.tif")]
 
 
 def test_the_first_are_named():

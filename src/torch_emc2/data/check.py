@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from torch_emc2.data.decode import FULL_16_BIT, Decoding, decode, depth_of, no_range, open_image, refusal
-from torch_emc2.data.errors import DataError
 from torch_emc2.files import whole_file
 
 __all__ = ["Check", "check_files", "shown"]
@@ -35,31 +34,40 @@ class Check(NamedTuple):
     unreadable: dict[str, str]
     deep: dict[str, tuple[str, float, float]]
 
-    def resolve(self, decoding: Decoding, *, skip: bool) -> tuple[Decoding, dict[str, str]]:
-        """Return the decoding with the range of deep values, and all files that cannot be read with it.
+    @property
+    def unknown(self) -> dict[str, tuple[str, float, float]]:
+        """Those of ``deep`` whose range is not known: of a kind that fills its own in no image.
 
-        16 bits are known if they fill their range, in some image or other: dark ones are dark then.
-
-        Raises:
-            DataError: there are others, so that any range would be a guess, and they are not to be skipped.
+        An image of 16 bits that is darker than others is dark.
         """
         known = {kind for kind, _, most in self.deep.values() if kind.startswith("16-bit") and most >= 2**15}
-        unknown = {file: span for file, span in self.deep.items() if span[0] not in known}
-        if unknown and not skip:
-            raise DataError(_refusal(unknown))
-        if known:
+        return {file: span for file, span in self.deep.items() if span[0] not in known}
+
+    def resolve(self, decoding: Decoding) -> tuple[Decoding, dict[str, str]]:
+        """Return the decoding with the range of deep values, where it is known, and all files it cannot read."""
+        unknown = {file: no_range(*span) for file, span in self.unknown.items()}
+        if len(self.deep) > len(unknown):
             decoding = replace(decoding, value_range=FULL_16_BIT)
-        return decoding, self.unreadable | {file: no_range(*span) for file, span in unknown.items()}
+        return decoding, self.unreadable | unknown
+
+    def refusal(self, advice: str) -> str:
+        """Say in one line which files cannot be read, and what helps: ``advice``, or a range to be given."""
+        said = []
+        if self.unreadable:
+            said.append(f"{_count(self.unreadable)} cannot be read: {shown(self.unreadable)}: {advice}")
+        unknown = self.unknown
+        for kind in dict.fromkeys(kind for kind, _, _ in unknown.values()):
+            of_kind = {file: span for file, span in unknown.items() if span[0] == kind}
+            said.append(f"{_spans(of_kind)}, of no known range ({next(iter(of_kind))!r} first): {_likely(of_kind)}")
+        return "; ".join(said)
 
     def __str__(self) -> str:
-        """What is to be said of deep values, if there are any."""
-        said = []
-        for kind in dict.fromkeys(kind for kind, _, _ in self.deep.values()):
-            spans = [span for span in self.deep.values() if span[0] == kind]
-            low = sum(most < 4096 for _, _, most in spans)
-            dark = f"; {low} stay below 4096, as 12 bits do" if low and kind.startswith("16-bit") else ""
-            said.append(f"{_span(spans)}{dark}.")
-        return " ".join(said)
+        """What is to be said of deep values that are taken as they are, if there are any."""
+        unknown = self.unknown
+        known = {file: span for file, span in self.deep.items() if file not in unknown}
+        low = sum(most < 4096 for _, _, most in known.values())
+        dark = f"; {low} of them stay below 4096, as 12 bits do" if low else ""
+        return f"{_spans(known)}, taken as all of 0 to 65535{dark}." if known else ""
 
 
 def check_files(
@@ -87,7 +95,7 @@ def check_files(
         if isinstance(finding, str):
             unreadable[path] = finding
         elif finding is not None:
-            deep[path] = finding
+            deep[path] = tuple(finding)  # which a loader makes a list
     if kept is not None:
         content = {"unreadable": unreadable, "deep": deep}
         with whole_file(kept) as file:
@@ -95,10 +103,10 @@ def check_files(
     return Check(unreadable, deep)
 
 
-def shown(unreadable: dict[str, str], number: int = 3) -> str:
-    """Name the first of the unreadable files in one line."""
-    named = [f"{path!r} ({why})" for path, why in list(unreadable.items())[:number]]
-    return "; ".join([*named, *(["…"] if len(unreadable) > number else [])])
+def shown(unreadable: Mapping[str, str]) -> str:
+    """Name the first of the unreadable files, and why they are."""
+    named = [f"{path!r} ({why})" for path, why in list(unreadable.items())[:3]]
+    return "; ".join([*named, *(["…"] if len(unreadable) > 3 else [])])
 
 
 class _Looked(Dataset[str | tuple[str, float, float] | None]):
@@ -136,21 +144,23 @@ def _has_end(path: str, kind: str | None) -> bool:
         return end in file.read()
 
 
-def _refusal(unknown: dict[str, tuple[str, float, float]]) -> str:
-    file, (kind, _, _) = next(iter(unknown.items()))
-    spans = [span for span in unknown.values() if span[0] == kind]
+def _count(files: Mapping[str, object]) -> str:
+    return f"{len(files)} image{'s' if len(files) > 1 else ''}"
+
+
+def _spans(deep: Mapping[str, tuple[str, float, float]]) -> str:
+    kinds = " and ".join(dict.fromkeys(kind for kind, _, _ in deep.values()))
+    least, most = min(span[1] for span in deep.values()), max(span[2] for span in deep.values())
+    return f"{_count(deep)} with {kinds} values, from {least:g} to {most:g}"
+
+
+def _likely(deep: Mapping[str, tuple[str, float, float]]) -> str:
+    kind = next(iter(deep.values()))[0]
+    least, most = min(span[1] for span in deep.values()), max(span[2] for span in deep.values())
     if "colour" in kind:
-        advice = "scale them to 8 bits, of which Pillow keeps no more"
-    else:
-        least, most = min(span[1] for span in spans), max(span[2] for span in spans)
-        likely = f"0,{2 ** int(most).bit_length() - 1}" if kind == "16-bit" else f"{least:g},{most:g}"
-        advice = f"give it as data.value_range, such as {likely}, or 1%,99% of each image's own values"
-    return f"{_span(spans)}, of no known range (the first is {file!r}): {advice}"
-
-
-def _span(spans: Sequence[tuple[str, float, float]]) -> str:
-    least, most = min(span[1] for span in spans), max(span[2] for span in spans)
-    return f"{len(spans)} images have {spans[0][0]} values, from {least:g} to {most:g}"
+        return "scale them to 8 bits, of which Pillow keeps no more"
+    likely = f"0,{2 ** int(most).bit_length() - 1}" if kind == "16-bit" else f"{least:g},{most:g}"
+    return f"give it as data.value_range, such as {likely}, or 1%,99% of each image's own values"
 
 
 def _stamp(path: str) -> str:

@@ -16,10 +16,11 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from torch_emc2.config import Config
-from torch_emc2.data import FiniteViews, ImageDataset, evaluation_transform, open_dataset
+from torch_emc2.data import FiniteViews, ImageDataset, evaluation_transform
 from torch_emc2.evaluation import evaluate, extract_features
 from torch_emc2.exact import global_backward
 from torch_emc2.files import whole_file
+from torch_emc2.run_images import evaluation_part
 
 __all__ = ["AccuracyCurve", "Curve", "GradientCurve", "Part", "read_curve"]
 
@@ -90,12 +91,9 @@ class AccuracyCurve(Curve):
         super().__init__()
         self.epochs = {math.ceil(config.epochs * (i + 1) / points) for i in range(points)}
         self.config = config
-        data = config.data
-        train, test = (
-            open_dataset(data.name, split, Path(data.root), channels=data.channels) for split in ("probe", "test")
-        )
+        train, test = (evaluation_part(config, Path(config.out), split) for split in ("probe", "test"))
         if train.labels is None:
-            raise ValueError(f"{data.name} has no labels to evaluate with")
+            raise ValueError(f"{config.data.name} has no labels to evaluate with")
         if part == "validation":
             fit, held = train_test_split(range(len(train)), test_size=0.2, stratify=train.labels, random_state=0)
             train, test = train.subset(torch.tensor(fit)), train.subset(torch.tensor(held))
