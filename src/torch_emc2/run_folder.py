@@ -48,7 +48,10 @@ def prepare_folder(config: Config, run: Path, facts: dict[str, Any], *, resume: 
         had, has = _what_counts(read_config(str(file)), facts | _read_facts(versions_file)), _what_counts(config, facts)
         if different := [name for name in has if had.get(name) != has[name]]:
             changes = "; ".join(f"{name}: {had.get(name)}, now {has[name]}" for name in different)
-            raise ValueError(f"cannot resume {run}: its config differs ({changes}); emc2 train {file} --resume has it")
+            advice = f"emc2 train {file} --resume has it"
+            if "images" in different:
+                advice = "put back the images that it began with, or start another run by --out FOLDER"
+            raise ValueError(f"cannot resume {run}: its config differs ({changes}); {advice}")
     versions = {"python": platform.python_version(), "platform": platform.platform(), **facts}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

@@ -125,7 +125,7 @@ def find_images(*paths: Path) -> Found:
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
             left_out["hidden"] += 1
-        elif os.path.exists(entry.path) and not os.path.isfile(entry.path):
+        elif _is_special(entry):
             left_out["that are no files"] += 1
         elif suffix in _suffixes() or (suffix not in _known_not() and _is_image(entry.path)):
             files.append(entry.path)
@@ -143,10 +143,21 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[os.DirEntry[str]]:
     except OSError as error:
         raise DataError(f"{folder!r} cannot be listed ({one_line(error)}): allow it, or move it away") from error
     for entry in entries:
-        if entry.name.startswith(".") or not os.path.isdir(entry.path):
+        if entry.name.startswith(".") or not _is_folder(entry):
             yield entry
         elif not any(Path(path).is_relative_to(os.path.realpath(entry.path)) for path in (*above, real)):
             yield from _walk(entry.path, (*above, real))  # but a link to a folder above would be followed for ever
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # known without asking for more
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Whether opening it might wait for ever; a link to nothing does not."""
+    if entry.is_symlink():
+        return os.path.exists(entry.path) and not os.path.isfile(entry.path)
+    return not entry.is_file()
 
 
 @cache

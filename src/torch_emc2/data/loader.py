@@ -13,6 +13,8 @@ from torch_emc2.data.images import ImageDataset
 from torch_emc2.data.views import Transform, seeded_view
 from torch_emc2.seeds import mix_seed
 
+__all__ = ["Batch", "ContrastiveDataset", "EpochSampler", "FiniteDataset", "make_loader"]
+
 _CARRIED_VIEW = 2
 
 

@@ -13,6 +13,8 @@ from torchvision.transforms.v2 import functional as tvf
 from torch_emc2.data.errors import DataError
 from torch_emc2.seeds import mix_seed
 
+__all__ = ["Augmentation", "Transform", "evaluation_transform", "seeded_view", "view_seed"]
+
 Transform = Callable[[Tensor], Tensor]
 
 
