@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -103,6 +104,31 @@ def test_unreadable_images_stop_or_are_counted_and_no_half_file_stays(
     done = embed_folder(run, photos, out, on_bad_image="skip")
     assert (done.embedded, done.skipped) == (3, {str(photos / "bad.png"): "empty"})
     assert len(pq.read_table(out)) == 3
+
+
+def test_embedding_follows_the_run_and_takes_single_files(finished: Path, photos: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("on_bad_image: raise", "on_bad_image: skip"))
+    Image.fromarray(np.array([[0, 4095]], np.uint16)).save(tmp_path / "deep.tif")
+    shutil.copy(photos / "b.png", tmp_path / "no image's name.txt")
+    (photos / "notes.txt").write_text("no image")
+    (photos / "bad.png").write_bytes(b"")
+    paths, out = [photos, tmp_path / "deep.tif", tmp_path / "no image's name.txt"], tmp_path / "out.parquet"
+
+    done = embed_folder(run, paths, out)
+    assert (done.embedded, list(done.skipped), dict(done.found.left_out)) == (
+        4,
+        [str(photos / "bad.png"), str(tmp_path / "deep.tif")],
+        {".txt": 1},
+    )
+    assert embed_folder(run, paths, out, value_range="0,4095").embedded == 5
+    rows = dict(zip(*(pq.read_table(out)[name].to_pylist() for name in ("path", "embedding")), strict=True))
+    assert rows[str(photos / "b.png")] == pytest.approx(rows[str(tmp_path / "no image's name.txt")], abs=1e-3)
+    with pytest.raises(
+        BadImageError, match=r"1 image cannot be read: .*bad\.png' \(empty\): .*; 1 image with 16-bit val"
+    ):
+        embed_folder(run, paths, out, on_bad_image="raise")
 
 
 def test_there_must_be_images_a_run_and_labels(tiny: Config, finished: Path, photos: Path) -> None:

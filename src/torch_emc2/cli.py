@@ -152,7 +152,7 @@ def _embed(argv: list[str]) -> None:
 
     done = embed_folder(args.run, args.paths, args.out, on_bad_image=args.on_bad_image, value_range=args.value_range)
     if done.skipped:
-        print(f"Skipped: {shown(done.skipped)}")
+        print(f"Unreadable, and left out: {shown(done.skipped)}")
     skipped, left_out = len(done.skipped), done.found.left_out.total()
     print(f"{done.embedded} images embedded, {skipped} skipped as unreadable, {left_out} files left out: {args.out}")
 

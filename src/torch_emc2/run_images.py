@@ -48,7 +48,7 @@ def first_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
         raise BadImageError(
             check.refusal(f"all in {run / 'unreadable.json'}; mend or remove them, or add --data.on_bad_image skip")
         )
-    _say_left_out(unreadable, len(files))
+    _say_left_out(unreadable, len(files), f" (all in {run / 'unreadable.json'})")
     assert isinstance(images.source, FileImages)  # no other has files
     images.source.decoding = decoding
     return replace(config, data=replace(data, value_range=decoding.value_range)), images.without(unreadable)
@@ -100,9 +100,9 @@ def _open(data: DataConfig, split: Split, seed: int) -> ImageDataset:
     )
 
 
-def _say_left_out(unreadable: Mapping[str, str], of: int) -> None:
+def _say_left_out(unreadable: Mapping[str, str], of: int, where: str = "") -> None:
     if unreadable:
-        _LOG.info("Left out: %d of %d images, which cannot be read: %s.", len(unreadable), of, shown(unreadable))
+        _LOG.info("Unreadable, and left out: %d of %d images%s: %s", len(unreadable), of, where, shown(unreadable))
 
 
 def _base(data: DataConfig) -> str:
