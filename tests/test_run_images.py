@@ -99,6 +99,15 @@ def test_a_run_goes_on_with_the_images_it_began_with(config: Config, photos: Pat
     assert identity(same_images(config, run)[1]) != identity(first)
 
 
+@pytest.mark.parametrize("name", ["folder:.", "folder:./", "folder:../photos/", "folder:../photos/train/.."])
+def test_what_is_left_out_is_found_again_however_the_folder_is_called(
+    name: str, config: Config, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos)
+    config = replace(config, data=replace(config.data, name=name))
+    assert len(first_images(config, tmp_path / "run")[1]) == len(same_images(config, tmp_path / "run")[1]) == 19
+
+
 def test_a_new_start_forgets_what_was_left_out(config: Config, photos: Path, tmp_path: Path) -> None:
     first_images(config, tmp_path / "run")
     for name in ("train/a/3.png", "valid/b/2.png"):

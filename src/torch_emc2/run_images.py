@@ -60,7 +60,7 @@ def same_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
     if data.value_range is None and (run / "config.yaml").is_file():
         data = replace(data, value_range=read_config(str(run / "config.yaml")).data.value_range)
         config = replace(config, data=data)
-    left_out = [os.path.join(_base(data), file) for file in _read_unreadable(run)]
+    left_out = {str(Path(_base(data), file)) for file in _read_unreadable(run)}
     return config, _open(data, "train", config.seed).without(left_out)
 
 

@@ -91,15 +91,13 @@ def decode_image(path: str | os.PathLike[str], decoding: Decoding = Decoding()) 
 
 def decode(path: str | os.PathLike[str], decoding: Decoding) -> Tensor:
     """`decode_image` with errors as they come; `refusal` has them in words."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of what it repairs
-        with open_image(path, decoding) as file:
-            depth = depth_of(file)
-            _scale_transparent_grey(file)
-            ImageOps.exif_transpose(file, in_place=True)
-            image = file if depth is None else _eight_bit(file, depth, decoding.value_range)
-            pixels = torch.from_numpy(np.asarray(_flat(image, decoding.background)))
-            return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+    with open_image(path, decoding) as file:
+        depth = depth_of(file)
+        _scale_transparent_grey(file)
+        ImageOps.exif_transpose(file, in_place=True)
+        image = file if depth is None else _eight_bit(file, depth, decoding.value_range)
+        pixels = torch.from_numpy(np.asarray(_flat(image, decoding.background)))
+        return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
 @contextlib.contextmanager
@@ -107,16 +105,17 @@ def open_image(
     path: str | os.PathLike[str], decoding: Decoding, kinds: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
     """Open an image by its content, of all `formats` or these ``kinds``; its header alone is read."""
-    pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is in its place
-    try:
-        file = Image.open(path, formats=kinds or formats())
-    finally:
-        Image.MAX_IMAGE_PIXELS = pillows
-    with file:
-        pixels = file.width * file.height
-        if pixels > decoding.max_pixels:
-            raise DataError(f"{file.width} x {file.height} pixels are more than max_pixels, {decoding.max_pixels}")
-        yield file
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of what it repairs
+        pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our limit is in its place
+        try:
+            file = Image.open(path, formats=kinds or formats())
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillows
+        with file:
+            if file.width * file.height > decoding.max_pixels:
+                raise DataError(f"{file.width} x {file.height} pixels are more than max_pixels, {decoding.max_pixels}")
+            yield file
 
 
 @cache

@@ -71,9 +71,9 @@ class ImageFolder:
         where = f" in {self.train_name + '/'!r}" if self.train_name else ""
         said = [f"{str(self.path)!r}: {len(self.train)} images to train on{where}, {_classes(self.train)}."]
         if self.held_out is not None:
-            held_out = f"{len(self.held_out)} in {self.held_out_name + '/'!r}" if self.held_out_name else ""
-            said.append(f"Held out, to test on: {held_out}, {_classes(self.held_out)}.")
-        else:
+            where = f" in {self.held_out_name + '/'!r}" if self.held_out_name else ""
+            said.append(f"Held out, to test on: {len(self.held_out)}{where}, {_classes(self.held_out)}.")
+        elif self.classes:
             said.append("No part is held out: a fixed fifth of each class tests what the others' labels teach.")
         return " ".join([*said, str(self.left_out)]).rstrip()
 
@@ -128,7 +128,7 @@ def find_images(*paths: Path) -> Found:
         elif _is_special(entry):
             left_out["that are no files"] += 1
         elif suffix in _suffixes() or (suffix not in _known_not() and _is_image(entry.path)):
-            files.append(entry.path)
+            files.append(str(Path(entry.path)))  # without a leading ./
         else:
             left_out[suffix if suffix.isprintable() and suffix else "without suffix"] += 1
     return Found(sorted(set(files)), left_out)
