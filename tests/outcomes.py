@@ -67,14 +67,21 @@ def assert_same(got: Any, want: Any) -> None:
     assert got[3] == want[3]
 
 
+def break_inside(image: Path) -> None:
+    """Change a byte in the middle of a PNG: its header and its end are whole, and so is its size."""
+    content = bytearray(image.read_bytes())
+    content[len(content) // 2] ^= 255
+    image.write_bytes(content)
+
+
 def photos(folder: Path, number: int) -> str:
-    """Write a folder of noise, its seventh image unreadable; returns its name as a data set."""
+    """Write a folder of noise, its image 7 unreadable, as only decoding finds; returns its name as a data set."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     for i in range(number):
         pixels = torch.randint(256, (12, 12, 3), dtype=torch.uint8, generator=generator).numpy()
         Image.fromarray(pixels).save(folder / f"{i}.png")
-    (folder / "7.png").write_bytes(b"no image")
+    break_inside(folder / "7.png")
     return f"folder:{folder}"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from outcomes import break_inside
 from torch_emc2 import runs
 from torch_emc2.cli import main
 from torch_emc2.config import Config, presets, read_config, to_yaml
@@ -145,7 +146,7 @@ def test_quickstart_train_evaluate_embed(
     assert main(["embed", "other", str(tmp_path / "runs"), "-o", "folder.parquet"]) == 2
     assert "folder.parquet is no file that could be written anew: give another name" in capsys.readouterr().err
     assert main(["embed", "other", str(tmp_path / "runs"), "-o", "out.parquet"]) == 0  # the run's own pictures
-    assert "2 images embedded, 0 skipped" in capsys.readouterr().out
+    assert "2 images embedded, 0 skipped as unreadable, " in capsys.readouterr().out
 
 
 def test_quickstart_refuses_what_it_could_not_evaluate_before_it_trains(
@@ -208,7 +209,8 @@ def test_an_unreadable_image_is_one_line_from_a_worker_too(
 ) -> None:
     (tmp_path / "photos").mkdir()
     for name in "abc":
-        (tmp_path / "photos" / f"{name}.png").write_bytes(b"no image")
+        Image.effect_noise((12, 12), 50).save(tmp_path / "photos" / f"{name}.png")
+        break_inside(tmp_path / "photos" / f"{name}.png")
     data = replace(tiny.data, name=f"folder:{tmp_path}/photos", limit=None, num_workers=1, channels=1)
     (tmp_path / "tiny.yaml").write_text(to_yaml(replace(tiny, data=data, batch_size=2)))
     assert main(["train", str(tmp_path / "tiny.yaml")]) == 2

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from outcomes import Outcome, assert_same, interrupt, outcome, photos, started
-from torch_emc2 import training
+from torch_emc2 import run_images
 from torch_emc2.cli import main
 from torch_emc2.config import Config, LossName, to_yaml
 from torch_emc2.training import train
@@ -190,7 +190,7 @@ def test_sigterm_before_the_first_step(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "open_dataset", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(run_images, "open_dataset", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit) as end:
             train(tiny)
     assert end.value.code is None  # which Python makes 0

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -27,7 +28,7 @@ from torch_emc2.data import (
 from torch_emc2.diagnostics import gradient_error, target_statistics
 from torch_emc2.evaluation import alignment, effective_rank, knn_accuracy, linear_probe, retrieval, uniformity
 from torch_emc2.models import load_encoder
-from torch_emc2.runs import diagnose_run, embed_folder, evaluate_run
+from torch_emc2.runs import diagnose_run, embed_images, evaluate_run
 from torch_emc2.training import train
 
 
@@ -147,7 +148,8 @@ def test_where_nothing_can_be_classified_the_rest_is_there(
 
 def test_embeddings_are_the_features_of_the_images(finished: Path, photos: Path) -> None:
     out = photos.parent / "out.parquet"
-    assert embed_folder(finished, photos, out) == (3, 0)
+    done = embed_images(finished, photos, out)
+    assert (done.embedded, done.skipped) == (3, {})
     table = pq.read_table(out)
     paths = table["path"].to_pylist()
     assert paths == sorted(str(photos / name) for name in ("a.jpg", "b.png", "deep/ü.png"))
@@ -166,7 +168,7 @@ def test_unreadable_images_stop_or_are_counted_and_no_half_file_stays(
     run, out = finished, photos.parent / "out.parquet"
     (photos / "bad.png").write_bytes(b"")
     with pytest.raises(BadImageError, match=r"bad\.png"):
-        embed_folder(run, photos, out)
+        embed_images(run, photos, out)
     assert list(photos.parent.glob("*out.parquet*")) == []
 
     def full(table: Any, file: Path) -> None:
@@ -176,10 +178,36 @@ def test_unreadable_images_stop_or_are_counted_and_no_half_file_stays(
     with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", full)
         with pytest.raises(OSError, match="no space left"):
-            embed_folder(run, photos, out, on_bad_image="skip")
+            embed_images(run, photos, out, on_bad_image="skip")
     assert list(photos.parent.glob("*out.parquet*")) == []
-    assert embed_folder(run, photos, out, on_bad_image="skip") == (3, 1)
+    done = embed_images(run, photos, out, on_bad_image="skip")
+    assert (done.embedded, done.skipped) == (3, {str(photos / "bad.png"): "empty"})
     assert len(pq.read_table(out)) == 3
+
+
+def test_embedding_follows_the_run_and_takes_single_files(finished: Path, photos: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("on_bad_image: raise", "on_bad_image: skip"))
+    Image.fromarray(np.array([[0, 4095]], np.uint16)).save(tmp_path / "deep.tif")
+    shutil.copy(photos / "b.png", tmp_path / "no image's name.txt")
+    (photos / "notes.txt").write_text("no image")
+    (photos / "bad.png").write_bytes(b"")
+    paths, out = [photos, tmp_path / "deep.tif", tmp_path / "no image's name.txt"], tmp_path / "out.parquet"
+
+    done = embed_images(run, paths, out)
+    assert (done.embedded, list(done.skipped), dict(done.found.left_out)) == (
+        4,
+        [str(photos / "bad.png"), str(tmp_path / "deep.tif")],
+        {".txt": 1},
+    )
+    assert embed_images(run, paths, out, value_range="0,4095").embedded == 5
+    rows = dict(zip(*(pq.read_table(out)[name].to_pylist() for name in ("path", "embedding")), strict=True))
+    assert rows[str(photos / "b.png")] == pytest.approx(rows[str(tmp_path / "no image's name.txt")], abs=1e-3)
+    with pytest.raises(
+        BadImageError, match=r"1 image cannot be read: .*bad\.png' \(empty\): .*; 1 image with 16-bit val"
+    ):
+        embed_images(run, paths, out, on_bad_image="raise")
 
 
 def test_there_must_be_images_and_a_run(finished: Path, photos: Path) -> None:
@@ -191,8 +219,8 @@ def test_there_must_be_images_and_a_run(finished: Path, photos: Path) -> None:
     with pytest.raises(ValueError, match="is not finished: emc2 train"):
         evaluate_run(empty)
     (photos.parent / "none").mkdir()
-    with pytest.raises(DataError, match="no images below"):
-        embed_folder(finished, photos.parent / "none", photos.parent / "out.parquet")
+    with pytest.raises(DataError, match=r"no images in .*none"):
+        embed_images(finished, photos.parent / "none", photos.parent / "out.parquet")
 
 
 def test_a_diagnosis_is_that_of_the_run_s_views_and_weights(finished: Path) -> None:

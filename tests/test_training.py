@@ -20,10 +20,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from outcomes import Outcome, Weights, assert_same, outcome, photos
-from torch_emc2 import training
 from torch_emc2.cli import main
 from torch_emc2.config import Config, OptimizerConfig, to_yaml
-from torch_emc2.data import ContrastiveDataset
+from torch_emc2.data import ContrastiveDataset, open_dataset
 from torch_emc2.losses import EMC2Loss
 from torch_emc2.models import Norm
 from torch_emc2.training import ContrastiveData, ContrastiveModule, train
@@ -237,7 +236,7 @@ def test_unreadable_images_are_skipped_and_counted(tiny: Config, tmp_path: Path)
 
 
 def test_data_is_placed_after_the_steps_taken(tiny: Config) -> None:
-    images = training.open_dataset("digits", "train", Path("data"), limit=66)
+    images = open_dataset("digits", "train", Path("data"), limit=66)
     data = ContrastiveData(replace(tiny, accumulate=2), images, None)
 
     def batches_after(steps: int) -> list[list[int]]:
@@ -330,7 +329,7 @@ def test_a_gradient_that_is_not_finite_names_all_samples_of_its_step(
 def test_an_overflow_of_the_scaling_is_skipped(
     scale: float, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = training.open_dataset("digits", "train", Path("data"), limit=66)
+    images = open_dataset("digits", "train", Path("data"), limit=66)
     module = ContrastiveModule(replace(tiny, emc2=replace(tiny.emc2, carry="drop")), images.channels, len(images))
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     trainer = L.Trainer(

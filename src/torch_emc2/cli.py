@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _USAGE = """\
@@ -17,7 +20,8 @@ usage: emc2 COMMAND …
   evaluate RUN [--data NAME] [--baselines]
                                      linear probe and k-NN of a run's encoder, and numbers that need no labels
   diagnose RUN                       how wrong each estimator's gradient is at a run's weights, and why
-  embed RUN FOLDER -o OUT.parquet    embed your own images
+  embed RUN FOLDER_OR_IMAGE … -o OUT.parquet
+                                     embed your own images
   experiment NAME [--dataset D] [--scale smoke|small|full] [--seeds 0 1 2]
                                      run one of the paper's experiments, or ours; emc2 experiment lists them
   presets [NAME [--FIELD VALUE …]]   list the presets, or print one as YAML to start from
@@ -43,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"emc2: error: no command {command!r}; there are {', '.join(commands)}", file=sys.stderr)
         return 2
     try:
-        commands[command](rest)
+        with _told():
+            commands[command](rest)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,6 +83,8 @@ def _train(argv: list[str]) -> None:
     preset, *rest = [argument for argument in argv if argument != "--resume"] or [""]
     if preset.startswith("-"):
         raise ValueError(f"the preset or YAML file comes first, got {preset}")
+    if rank_zero_only.rank:  # type: ignore[attr-defined]  # one process tells
+        logging.getLogger("torch_emc2").setLevel(logging.WARNING)
     config = read_config(preset, rest)
     run = train(config, resume=resume)
     rank_zero_only(print)(f"Run: {run}. Next: emc2 evaluate {run}")
@@ -92,10 +99,9 @@ def _quickstart(argv: list[str]) -> None:
         raise ValueError(f"quickstart has one device, got {config.devices}: emc2 train quickstart takes more")
     config.out = _free(config.out)
     from torch_emc2.evaluation import to_text
-    from torch_emc2.runs import evaluate_run, evaluation_parts
+    from torch_emc2.runs import evaluate_run
     from torch_emc2.training import train
 
-    evaluation_parts(config.data)  # what cannot be opened is refused before the training
     run = train(config)
     evaluation, written = evaluate_run(run, baselines=True)
     print(f"\n{to_text(evaluation)}\n")
@@ -139,16 +145,21 @@ def _diagnose(argv: list[str]) -> None:
 
 
 def _embed(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="emc2 embed", description="Embed a folder of images: a row a path.")
+    parser = argparse.ArgumentParser(prog="emc2 embed", description="Embed images: a row a path.")
     parser.add_argument("run", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("paths", type=Path, nargs="+", metavar="FOLDER_OR_IMAGE")
     parser.add_argument("-o", "--out", type=Path, required=True, help="Parquet file to write")
-    parser.add_argument("--on-bad-image", choices=("raise", "skip"), default="raise")
+    parser.add_argument("--on-bad-image", choices=("raise", "skip"), help="by default the run's setting")
+    parser.add_argument("--value-range", help="of values deeper than 8 bits, as min,max or low%%,high%%")
     args = parser.parse_args(argv)
-    from torch_emc2.runs import embed_folder
+    from torch_emc2.data import shown
+    from torch_emc2.runs import embed_images
 
-    embedded, skipped = embed_folder(args.run, args.folder, args.out, on_bad_image=args.on_bad_image)
-    print(f"{embedded} images embedded, {skipped} skipped as unreadable: {args.out}")
+    done = embed_images(args.run, args.paths, args.out, on_bad_image=args.on_bad_image, value_range=args.value_range)
+    if done.skipped:
+        print(f"Unreadable, and left out: {shown(done.skipped)}")
+    skipped, left_out = len(done.skipped), done.found.left_out.total()
+    print(f"{done.embedded} images embedded, {skipped} skipped as unreadable, {left_out} files left out: {args.out}")
 
 
 def _experiment(argv: list[str]) -> None:
@@ -199,6 +210,32 @@ def _presets(argv: list[str]) -> None:
         return
     for name, file in presets().items():
         print(f"{name:16s} {file.read_text().splitlines()[0].removeprefix('# ')}")
+
+
+class _Lines(logging.Handler):
+    """Prints what the library tells of its work, each thing once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())
+        if text not in self.told:
+            self.told.add(text)
+            print(text, flush=True)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    log, lines = logging.getLogger("torch_emc2"), _Lines()
+    log.setLevel(logging.INFO)
+    log.addHandler(lines)
+    try:
+        yield
+    finally:
+        log.removeHandler(lines)
+        log.setLevel(logging.NOTSET)
 
 
 def _free(folder: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
-from torch_emc2.data import Augmentation
+from torch_emc2.data import Augmentation, Decoding
 from torch_emc2.losses.emc2 import Carry, Kernel
 from torch_emc2.models import ModelConfig
 
@@ -35,6 +35,10 @@ class DataConfig:
         finite_views: views precomputed for every image, stored below root; by default two are drawn anew each time.
         num_workers: processes that read images; results do not depend on it.
         on_bad_image: raise stops at an unreadable image and names it, skip leaves it out and counts it.
+        background: the colour behind transparent pixels, such as white or #808080.
+        value_range: the values that become black and white in images deeper than 8 bits, as min,max, or as low%,high%
+            of each image's own; by default 16 bits that fill their range are taken, others refused.
+        max_pixels: an image with more counts as unreadable, before it takes memory.
     """
 
     name: str = "digits"
@@ -45,12 +49,21 @@ class DataConfig:
     finite_views: int | None = None
     num_workers: int = 0
     on_bad_image: Literal["raise", "skip"] = "raise"
+    background: str = "white"
+    value_range: str | None = None
+    max_pixels: int = 2**26
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
         if self.finite_views is not None and self.finite_views < 2:
             raise ValueError(f"finite_views must be at least 2, or null for none, got {self.finite_views}")
+        _ = self.decoding  # refuses what it cannot use
+
+    @property
+    def decoding(self) -> Decoding:
+        """What is made of files' pixels."""
+        return Decoding(self.background, self.value_range, self.max_pixels)
 
 
 @dataclass

@@ -21,21 +21,37 @@ __all__ = ["prepare_folder", "refuse_used", "validate_checkpoint"]
 _PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-learn", "numpy", "numba")
 
 
+# What a run that was stopped before its first checkpoint may have left.
+_BEFORE_A_CHECKPOINT = {
+    "checked.json",
+    "checkpoints",
+    "config.yaml",
+    "metrics.csv",
+    "tensorboard",
+    "unreadable.json",
+    "versions.json",
+}
+
+
 @rank_zero_only
 def refuse_used(run: Path) -> None:
-    """Raise FileExistsError where a run's folder would be among other files."""
-    if run.exists() and any(run.iterdir()):
+    """Raise FileExistsError where a run's folder would be among other files, or has a checkpoint."""
+    names = {file.name for file in run.iterdir()} if run.exists() else set()
+    if names - _BEFORE_A_CHECKPOINT or any(run.glob("checkpoints/*")):
         raise FileExistsError(f"{run} is not empty: --resume goes on with the run there, --out FOLDER starts another")
 
 
-def prepare_folder(config: Config, run: Path, facts: dict[str, Any]) -> None:
+def prepare_folder(config: Config, run: Path, facts: dict[str, Any], *, resume: bool) -> None:
     """Write down what is run, and what else its results depend on; refuse to go on with a run that was another."""
     file, versions_file = run / "config.yaml", run / "versions.json"
-    if file.exists():
+    if resume and file.exists():
         had, has = _what_counts(read_config(str(file)), facts | _read_facts(versions_file)), _what_counts(config, facts)
         if different := [name for name in has if had.get(name) != has[name]]:
             changes = "; ".join(f"{name}: {had.get(name)}, now {has[name]}" for name in different)
-            raise ValueError(f"cannot resume {run}: its config differs ({changes}); emc2 train {file} --resume has it")
+            advice = f"emc2 train {file} --resume has it"
+            if "images" in different:
+                advice = "put back the images that it began with, or start another run by --out FOLDER"
+            raise ValueError(f"cannot resume {run}: its config differs ({changes}); {advice}")
     versions = {"python": platform.python_version(), "platform": platform.platform(), **facts}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -73,6 +89,7 @@ def _what_counts(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
         "log_every_steps",
         "data.root",
         "data.num_workers",
+        "data.on_bad_image",
     ):
         fields.pop(name)
     fields["batch_size on all devices"] = fields.pop("batch_size") * facts["processes"]

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from torch_emc2.callbacks import EpochLines, MetricsFile, ProgressBar, StopOnSIGTERM, WholeCheckpoints
 from torch_emc2.config import Config
 from torch_emc2.data import (
+    BadImageError,
     Batch,
     ContrastiveDataset,
     EpochSampler,
@@ -35,7 +36,6 @@ from torch_emc2.data import (
     finite_views,
     identity,
     make_loader,
-    open_dataset,
 )
 from torch_emc2.losses import (
     ContrastiveLoss,
@@ -47,6 +47,7 @@ from torch_emc2.losses import (
 )
 from torch_emc2.models import build_encoder, save_encoder
 from torch_emc2.run_folder import prepare_folder, refuse_used, validate_checkpoint
+from torch_emc2.run_images import first_images, same_images
 from torch_emc2.seeds import mix_seed
 
 __all__ = ["ContrastiveData", "ContrastiveModule", "build_loss", "train"]
@@ -275,25 +276,27 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
 
 
 def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: StopOnSIGTERM) -> Path:
-    run, data = Path(config.out), config.data
+    run = Path(config.out)
     if not resume:
         refuse_used(run)  # before the work: views may have to be drawn
-    images = open_dataset(
-        data.name, "train", Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed
-    )
+    last = run / "checkpoints" / "last.ckpt"
+    checkpoint = last if resume and last.exists() else None
+    config, images = first_images(config, run) if checkpoint is None else same_images(config, run)
+    known = identity(images)
     L.seed_everything(config.seed, verbose=False)
     module = ContrastiveModule(config, images.channels, len(images))
     carried_ids = None
     if isinstance(module.loss, EMC2Loss) and module.loss.carry == "encode":
         carried_ids = module.loss.chains.ids.share_memory()  # where the loader's workers read them
-    datamodule = ContrastiveData(config, images, carried_ids)
-    last = run / "checkpoints" / "last.ckpt"
+    try:
+        datamodule = ContrastiveData(config, images, carried_ids)
+    except BadImageError as error:  # while finite views are drawn
+        raise BadImageError(f"{error}: mend or remove it, or leave it out by --data.on_bad_image skip") from error
     trainer = _trainer(config, run, [*_checkpoints(config, last.parent), *callbacks, stop])
     every = min(config.log_every_steps, module.steps_per_epoch(trainer.world_size))
     trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
-    checkpoint = last if resume and last.exists() else None
     if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
-        prepare_folder(config, run, {"processes": trainer.world_size, "images": identity(images)})
+        prepare_folder(config, run, {"processes": trainer.world_size, "images": known}, resume=resume)
         if resume and checkpoint is None:
             print(f"emc2: {run} has no checkpoint to go on from: starting", file=sys.stderr)
     if checkpoint is not None:
@@ -307,6 +310,11 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
             rank = f"rank {trainer.global_rank}"
             raise ConnectionError(f"{rank} waited for one that has ended; that one's own error says why") from error
         raise
+    except BadImageError as error:  # that was readable at the start, or seemed so
+        on = f"emc2 train {run / 'config.yaml'} --resume"
+        if identity(images) == known:
+            raise BadImageError(f"{error}: {on} --data.on_bad_image skip goes on without it") from error
+        raise BadImageError(f"{error}: put back all images as they were, then {on} goes on") from error
     except SIGTERMException:
         raise
     except SystemExit:  # what Lightning makes of Ctrl-C, after which it ignores any other

@@ -16,6 +16,7 @@ from torch_emc2.data import (
     BadImageError,
     ContrastiveDataset,
     DataError,
+    Decoding,
     EpochSampler,
     FileImages,
     FiniteDataset,
@@ -217,6 +218,17 @@ def test_a_pickle_does_not_copy_the_views(views):
 
 
 # --- unreadable images ------------------------------------------------------------------------------------------------
+
+
+def test_another_background_is_another_file(tmp_path):
+    for i in range(2):
+        Image.new("RGBA", (12, 12), (0, 0, 0, 0)).save(tmp_path / f"{i}.png")
+    names = [str(tmp_path / f"{i}.png") for i in range(2)]
+    white, black = (
+        _make(tmp_path, ImageDataset(FileImages(names, Decoding(background=name)))) for name in ("white", "black")
+    )
+    assert white.file != black.file
+    assert black.take(torch.tensor([0])).max() == 0 < white.take(torch.tensor([0])).min()
 
 
 def _files(folder, bad):

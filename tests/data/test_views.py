@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from torch_emc2.data import Augmentation, DataError, evaluation_transform, seeded_view, view_seed
+from torch_emc2.data import Augmentation, DataError, evaluation_transform, seeded_view, view_seed, views
 from torch_emc2.data.views import _blurred, _reflected_taps, _shift_hue
 
 integers = st.integers(0, 2**40)
@@ -160,3 +160,28 @@ def test_evaluation_cuts_the_middle_out_of_large_images():
 def test_wrong_settings_are_named(wrong, named):
     with pytest.raises(DataError, match=named):
         Augmentation(**{"size": 32} | wrong)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (1000, 130), (130, 1040)])
+def test_evaluation_of_ordinary_shapes_cuts_no_ends_off(height, width):
+    image = _image(3, height, width)
+    assert torch.equal(evaluation_transform(224)(image), v2.CenterCrop(224)(v2.Resize(256)(image)) / 255)
+
+
+@pytest.mark.parametrize("length", [2000, 2001, 3999])
+@pytest.mark.parametrize("short", [40, 41])
+def test_evaluation_of_long_thin_images_is_their_middle(length, short):
+    wave = 127.5 + 127 * torch.sin(torch.arange(length) / 15)
+    image = (wave.repeat(short, 1) - torch.arange(short)[:, None] / 2).clamp(0, 255).to(torch.uint8)[None]
+    for turned in (image, image.mT):
+        whole = v2.CenterCrop(224)(v2.Resize(256)(turned)) / 255
+        assert (evaluation_transform(224)(turned) - whole).abs().max() <= 3 / 255  # of 4 a half pixel of the image
+
+
+def test_evaluation_takes_memory_of_the_size_not_of_the_shape(monkeypatch):
+    resized = []
+    resize = views.tvf.resize
+    monkeypatch.setattr(views.tvf, "resize", lambda *a, **k: resized.append(resize(*a, **k)) or resized[-1])
+    for shape in ((1, 10_000), (10_000, 1), (3, 100_000), (10_000, 7)):
+        assert evaluation_transform(224)(_image(1, *shape)).shape == (1, 224, 224)
+    assert max(image.numel() for image in resized) <= 10 * 256**2

@@ -184,7 +184,10 @@ def test_embed_skips_and_counts(folder: Path, finished: Path, capsys: pytest.Cap
     out = folder.parent / "out.parquet"
     assert main(["embed", str(finished), str(folder), "-o", str(out), "--on-bad-image", "skip"]) == 0
     captured = capsys.readouterr()
-    assert captured.out == f"{len(GOOD)} images embedded, {len(BAD) + 2} skipped as unreadable: {out}\n"
+    understood, skipped, last = captured.out.splitlines()
+    assert understood == f"{str(folder)!r}: {len(GOOD) + len(BAD) + 2} images to embed."
+    assert skipped.startswith("Unreadable, and left out: ")
+    assert last == f"{len(GOOD)} images embedded, {len(BAD) + 2} skipped as unreadable, 0 files left out: {out}"
     table = pq.read_table(out)
     assert sorted(table["path"].to_pylist()) == sorted(str(folder / name) for name in GOOD)
     assert np.isfinite(np.stack(table["embedding"].to_pylist())).all()

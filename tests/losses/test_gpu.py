@@ -1,5 +1,6 @@
 """Every loss on a GPU: the numbers of the CPU, a process group of NCCL, and training in half precisions."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,12 @@ def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def on_cpu(pairs: Pairs) -> Pairs:
         return replace(pairs, rows=pairs.rows.detach().cpu())
 
-    def exponential(pairs: Pairs, *args: Any) -> Tensor:
-        return noise.exponential_noise(on_cpu(pairs), *args).to(pairs.rows.device)
+    def moved(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda pairs, *args: draw(on_cpu(pairs), *args).to(pairs.rows.device)
 
-    def order(pairs: Pairs, *args: Any) -> Tensor:
-        return noise.proposal_order(on_cpu(pairs), *args).to(pairs.rows.device)
-
-    monkeypatch.setattr(emc2, "exponential_noise", exponential)
-    monkeypatch.setattr(emc2, "proposal_order", order)
-    monkeypatch.setattr(negative_cache, "exponential_noise", exponential)
+    for name in ("exponential_noise", "proposal_sets", "fair_coins"):
+        monkeypatch.setattr(emc2, name, moved(getattr(noise, name)))
+    monkeypatch.setattr(negative_cache, "exponential_noise", moved(noise.exponential_noise))
 
 
 @pytest.mark.usefixtures("same_noise")

@@ -1,16 +1,12 @@
 """Data sets by name, views that can be drawn again, and batches that bring the carried images along."""
 
-from torch_emc2.data.datasets import image_files, open_dataset
+from torch_emc2.data.check import Check, check_files, shown
+from torch_emc2.data.datasets import open_dataset
+from torch_emc2.data.decode import Decoding, decode_image
+from torch_emc2.data.errors import BadImageError, DataError
 from torch_emc2.data.finite import FiniteViews, finite_views
-from torch_emc2.data.images import (
-    ArrayImages,
-    BadImageError,
-    DataError,
-    FileImages,
-    ImageDataset,
-    decode_image,
-    identity,
-)
+from torch_emc2.data.folders import Found, ImageFolder, find_images, read_folder
+from torch_emc2.data.images import ArrayImages, FileImages, ImageDataset, identity
 from torch_emc2.data.loader import Batch, ContrastiveDataset, EpochSampler, FiniteDataset, make_loader
 from torch_emc2.data.views import Augmentation, evaluation_transform, seeded_view, view_seed
 
@@ -19,20 +15,27 @@ __all__ = [
     "Augmentation",
     "BadImageError",
     "Batch",
+    "Check",
     "ContrastiveDataset",
     "DataError",
+    "Decoding",
     "EpochSampler",
     "FileImages",
     "FiniteDataset",
     "FiniteViews",
+    "Found",
     "ImageDataset",
+    "ImageFolder",
+    "check_files",
     "decode_image",
     "evaluation_transform",
+    "find_images",
     "finite_views",
     "identity",
-    "image_files",
     "make_loader",
     "open_dataset",
+    "read_folder",
     "seeded_view",
+    "shown",
     "view_seed",
 ]

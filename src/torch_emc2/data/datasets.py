@@ -1,6 +1,7 @@
 """Data sets by name."""
 
 import gzip
+import logging
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,9 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_emc2.data.images import ArrayImages, DataError, FileImages, ImageDataset, RecordImages
+from torch_emc2.data.decode import Decoding
+from torch_emc2.data.errors import DataError
+from torch_emc2.data.folders import find_images, read_folder
+from torch_emc2.data.images import ArrayImages, FileImages, ImageDataset, RecordImages
 from torch_emc2.files import one_line
 from torch_emc2.held_out import held_out_fifth
+
+__all__ = ["Split", "open_dataset"]
+
+_LOG = logging.getLogger(__name__)
 
 Split = Literal["train", "probe", "test"]
 
@@ -25,7 +33,14 @@ _STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "mon
 
 
 def open_dataset(
-    name: str, split: Split, root: Path, *, channels: int | None = None, limit: int | None = None, seed: int = 0
+    name: str,
+    split: Split,
+    root: Path,
+    *,
+    channels: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    decoding: Decoding = Decoding(),  # noqa: B008  # frozen
 ) -> ImageDataset:
     """The images of a data set that are pre-trained on ("train"), probed with labels ("probe"), or tested on ("test").
 
@@ -33,22 +48,26 @@ def open_dataset(
     All but `digits` and `folder:` are looked for under `root`; Fashion-MNIST, CIFAR-10 and STL-10 are downloaded to it.
 
     A folder's classes are the folders that hold its images; images that all lie directly in it have no labels. Its
-    `train/` and `test/` (or `val/`) are its splits. Where it has none, "train" is all images and "test" a fixed
-    random fifth of each class (of a class of one image, none), "probe" the rest.
+    splits are known by their usual names (`train/` and `test/`, `valid/`, …); of a test and a validation part the
+    first is "test", and neither is trained on. Where it has none, "train" is all images and "test" a fixed random
+    fifth of each class (of a class of one image, none), "probe" the rest. What was understood goes to the log.
 
     `channels` (1 or 3) converts every image; None keeps the data set's own. `limit` keeps a random subset of at most
-    that many images of "train", drawn with `seed`. Raises `DataError` for data that is not there or damaged.
+    that many images of "train", drawn with `seed`. `decoding` is for images in files. Raises
+    `DataError` for data that is not there or damaged.
     """
     if split not in get_args(Split):
         raise DataError(f"unknown split {split!r}; use one of {', '.join(get_args(Split))}")
     if limit is not None and limit < 2:
         raise DataError(f"limit must be at least 2, got {limit}: a lone image has no negatives")
     if name.startswith("folder:"):
-        dataset = _folder(_expanded(name.removeprefix("folder:")), split)
-    elif name in _NAMED:
-        dataset = _NAMED[name](split, _expanded(root))
+        dataset = _folder(_expanded(name.removeprefix("folder:")), split, decoding)
+    elif name == "imagenet100":
+        dataset = _imagenet100(split, _expanded(root), decoding)
+    elif name in _WITHOUT_FILES:
+        dataset = _WITHOUT_FILES[name](split, _expanded(root))
     else:
-        raise DataError(f"unknown data set {name!r}; use one of {', '.join(_NAMED)}, folder:PATH")
+        raise DataError(f"unknown data set {name!r}; use one of {', '.join(_WITHOUT_FILES)}, imagenet100, folder:PATH")
 
     if split == "train" and limit is not None:
         generator = torch.Generator().manual_seed(seed)
@@ -150,10 +169,10 @@ def _stl10(split: Split, root: Path) -> ImageDataset:
     )
 
 
-def _imagenet100(split: Split, root: Path) -> ImageDataset:
+def _imagenet100(split: Split, root: Path, decoding: Decoding) -> ImageDataset:
     folder = root / "imagenet" / ("val" if split == "test" else "train")
     wnids = sorted(files("torch_emc2.data").joinpath("imagenet100_wnids.txt").read_text().split())
-    tree = {wnid: image_files(folder / wnid) for wnid in wnids}
+    tree = {wnid: find_images(folder / wnid).files if (folder / wnid).is_dir() else [] for wnid in wnids}
     missing = [wnid for wnid, found in tree.items() if not found]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -161,33 +180,26 @@ def _imagenet100(split: Split, root: Path) -> ImageDataset:
             f"imagenet100: {len(missing)} of {len(wnids)} classes have no images in {str(folder)!r} ({shown}); "
             "put each class's ImageNet-1k images in a folder there named by its WordNet id"
         )
-    return _of_files([(file, wnid) for wnid, found in tree.items() for file in found], wnids)
+    return _of_files([(file, wnid) for wnid, found in tree.items() for file in found], wnids, decoding)
 
 
-def _folder(path: Path, split: Split) -> ImageDataset:
-    if not os.path.isdir(path):  # Path's own raises where the name is too long
-        raise DataError(f"{str(path)!r} is not a folder; give one that holds images, as folder:PATH")
-    train = path / "train"
-    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
-    if train.is_dir() and test is not None:
-        listings = {folder: _with_parents(folder) for folder in (train, test)}
-        # Both splits number the classes of either, so that a label means the same in both.
-        classes = sorted({parent for listing in listings.values() if _labelled(listing) for _, parent in listing})
-        return _of_files(listings[test if split == "test" else train], classes)
-    listing = _with_parents(path)
-    dataset = _of_files(listing, sorted({parent for _, parent in listing}))
-    if split == "train":
+def _folder(path: Path, split: Split, decoding: Decoding) -> ImageDataset:
+    folder = read_folder(path)
+    _LOG.info("%s", folder)
+    if split == "test" and folder.held_out is not None:
+        return _of_files(folder.held_out, folder.classes, decoding)
+    dataset = _of_files(folder.train, folder.classes, decoding)
+    if split == "train" or folder.held_out is not None:
         return dataset
     labels = torch.zeros(len(dataset)) if dataset.labels is None else dataset.labels
     return dataset.subset(_fifth(labels, test=split == "test"))
 
 
-_NAMED: dict[str, Callable[[Split, Path], ImageDataset]] = {
+_WITHOUT_FILES: dict[str, Callable[[Split, Path], ImageDataset]] = {
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
     "cifar10": _cifar10,
     "stl10": _stl10,
-    "imagenet100": _imagenet100,
 }
 
 
@@ -227,42 +239,9 @@ def _read_idx(file: Path) -> Tensor:
         raise DataError(f"{str(file)!r} is damaged ({one_line(error)}); remove it and fetch it again") from error
 
 
-def image_files(folder: Path) -> list[str]:
-    """Paths of all images in a folder and below it, in order of their names; hidden files are left out."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = Path(parent).resolve()
-        # A link to a folder above would be followed for ever.
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and not real.is_relative_to(Path(parent, name).resolve())
-        ]
-        found += [
-            os.path.join(parent, name)
-            for name in names
-            if not name.startswith(".") and name.lower().endswith((*IMG_EXTENSIONS, ".gif"))
-        ]
-    return sorted(found)
-
-
-def _with_parents(folder: Path) -> list[tuple[str, str]]:
-    """Images below a folder, each with the folder that holds it, relative to the first ('.' for its own)."""
-    listing = [(file, Path(file).parent.relative_to(folder).as_posix()) for file in image_files(folder)]
-    if len(listing) < 2:
-        raise DataError(f"{str(folder)!r} holds {len(listing)} images, at least 2 are needed; put images there")
-    return listing
-
-
-def _labelled(listing: Sequence[tuple[str, str]]) -> bool:
-    return any(parent != "." for _, parent in listing)
-
-
-def _of_files(listing: Sequence[tuple[str, str]], classes: Sequence[str]) -> ImageDataset:
-    source = FileImages([file for file, _ in listing])
-    if not _labelled(listing):
+def _of_files(listing: Sequence[tuple[str, str]], classes: Sequence[str], decoding: Decoding) -> ImageDataset:
+    source = FileImages([file for file, _ in listing], decoding)
+    if all(name == "." for _, name in listing):
         return ImageDataset(source)
     number = {name: i for i, name in enumerate(classes)}
-    return ImageDataset(source, labels=torch.tensor([number[parent] for _, parent in listing]), classes=classes)
+    return ImageDataset(source, labels=torch.tensor([number[name] for _, name in listing]), classes=classes)

@@ -17,9 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from torch_emc2.data.images import BadImageError, DataError, ImageDataset
+from torch_emc2.data.errors import BadImageError, DataError
+from torch_emc2.data.images import FileImages, ImageDataset
 from torch_emc2.data.views import Augmentation, seeded_view
 from torch_emc2.files import whole_file
+
+__all__ = ["FiniteViews", "finite_views"]
 
 Shape = tuple[int, int, int, int, int]
 
@@ -69,8 +72,8 @@ def finite_views(
     """The first `num_views` views of epoch 0 of every image, rounded to uint8; made unless `folder` has them whole.
 
     A file's name is a hash of all that its views depend on: `name` (the data set's), which of its images, for images
-    in files those files' paths, sizes and times, channels, augmentation, `num_views` and `seed`. A .json beside it
-    has that in words.
+    in files those files' paths, sizes, times and decoding, channels, augmentation, `num_views` and `seed`. A .json
+    beside it has that in words.
     """
     if num_views < 2:
         raise DataError(f"num_views must be at least 2, got {num_views}: a positive is another view of the sample")
@@ -83,6 +86,8 @@ def finite_views(
         "views": num_views,
         "seed": seed,
     }
+    if isinstance(images.source, FileImages):
+        origin["decoding"] = asdict(images.source.decoding)
     file = folder / f"{hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]}.npy"
     shape = len(images), num_views, images.channels, augmentation.size, augmentation.size
     views = _open(file, shape)

@@ -3,30 +3,18 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from torch_emc2.files import one_line
+from torch_emc2.data.decode import Decoding, decode_image
+from torch_emc2.data.errors import DataError
 
-
-class DataError(ValueError):
-    """Data that is missing or wrong; the message is one line and says what to do."""
-
-    def __init__(self, message: str) -> None:
-        # A DataLoader raises a worker's error anew with the worker's traceback as its message; our line is its last.
-        if message.startswith("Caught "):
-            message = message.rstrip().rpartition("\n")[2].partition("Error: ")[2]
-        super().__init__(message)
-
-
-class BadImageError(DataError):
-    """A file that should be an image and cannot be read as one; the message names it."""
+__all__ = ["ArrayImages", "FileImages", "ImageDataset", "ImageSource", "RecordImages", "identity"]
 
 
 class ImageSource(Protocol):
@@ -98,15 +86,15 @@ class FileImages:
 
     channels = 3
 
-    def __init__(self, files: Sequence[str]) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[str], decoding: Decoding = Decoding()) -> None:  # noqa: B008  # frozen
+        self.files, self.decoding = files, decoding
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, row: int) -> Tensor:
         """Image `row`, uint8 (3, h, w); raises `BadImageError` where it cannot be decoded."""
-        return decode_image(self.files[row])
+        return decode_image(self.files[row], self.decoding)
 
     def path(self, row: int) -> str | None:
         """The file of image `row`."""
@@ -157,6 +145,18 @@ class ImageDataset:
             self.source, rows=self.rows[picks], labels=labels, classes=self.classes, channels=self.channels
         )
 
+    def without(self, files: Collection[str]) -> "ImageDataset":
+        """The images whose files are not among ``files``, numbered anew in their order, as if those were not there."""
+        paths = [self.path(i) for i in range(len(self))]
+        picks = torch.tensor([i for i, path in enumerate(paths) if path not in files], dtype=torch.int64)
+        if len(picks) == len(self):
+            return self
+        kept = self.subset(picks)
+        assert isinstance(self.source, FileImages)  # no other has files
+        kept.source = FileImages([str(paths[i]) for i in picks.tolist()], self.source.decoding)
+        kept.rows = torch.arange(len(picks))
+        return kept
+
 
 def identity(images: ImageDataset) -> str:
     """What images these are: their number, and a hash of which of the data set's, and of files' names and sizes."""
@@ -166,31 +166,6 @@ def identity(images: ImageDataset) -> str:
             with contextlib.suppress(OSError):  # unreadable, as decoding it will find
                 digest.update(f"{os.path.basename(path)}\0{os.stat(path).st_size}\0".encode(errors="surrogateescape"))
     return f"{len(images)}, {digest.hexdigest()[:16]}"
-
-
-def decode_image(path: str | os.PathLike[str]) -> Tensor:
-    """First frame of an image file as RGB, uint8 (3, h, w), turned upright as its EXIF says; alpha is dropped.
-
-    Raises `BadImageError` naming the file where it cannot be read.
-    """
-    try:
-        with Image.open(path) as file:
-            image = _eight_bit(ImageOps.exif_transpose(file)).convert("RGB")
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    except Exception as error:  # Pillow's parsers raise whatever a damaged file makes of them, struct.error included
-        raise BadImageError(
-            f"cannot read image {os.fspath(path)!r} ({one_line(error)}); repair or remove it"
-        ) from error
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scales 16-bit grey to 8 bits, where Pillow's own conversion would clip it to white."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if not image.mode.startswith("I"):
-        return image
-    grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-    return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
 
 
 def _with_channels(image: Tensor, channels: int) -> Tensor:

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from torch_emc2.data.errors import BadImageError, DataError
 from torch_emc2.data.finite import FiniteViews
-from torch_emc2.data.images import BadImageError, DataError, ImageDataset
+from torch_emc2.data.images import ImageDataset
 from torch_emc2.data.views import Transform, seeded_view
 from torch_emc2.seeds import mix_seed
+
+__all__ = ["Batch", "ContrastiveDataset", "EpochSampler", "FiniteDataset", "make_loader"]
 
 _CARRIED_VIEW = 2
 

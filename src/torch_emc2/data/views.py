@@ -10,8 +10,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from torch_emc2.data.images import DataError
+from torch_emc2.data.errors import DataError
 from torch_emc2.seeds import mix_seed
+
+__all__ = ["Augmentation", "Transform", "evaluation_transform", "seeded_view", "view_seed"]
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -125,7 +127,7 @@ def evaluation_transform(size: int) -> Transform:
     """Maps uint8 (c, h, w) to float32 (c, size, size) in [0, 1], without chance.
 
     An image that has that size is kept. Up to 64 pixels others are resized to it; above, the middle is cut out of an
-    image whose shorter side is size * 256 / 224.
+    image whose shorter side is size * 256 / 224; of one that is very long, after its ends were cut off.
     """
     return partial(_evaluation_view, size=size)
 
@@ -135,8 +137,19 @@ def _evaluation_view(image: Tensor, size: int) -> Tensor:
         if size <= 64:
             image = tvf.resize(image, [size, size], antialias=True)
         else:
+            image = _middle(image)
             image = tvf.center_crop(tvf.resize(image, [round(size * 256 / 224)], antialias=True), [size, size])
     return image.float() / 255
+
+
+def _middle(image: Tensor) -> Tensor:
+    """Cut an image to at most eight times as long as wide, or one pixel more, around the same middle."""
+    for side in (-2, -1):
+        length, widest = image.shape[side], 8 * min(image.shape[-2:])
+        if length > widest:
+            kept = widest + (length - widest) % 2
+            image = image.narrow(side, (length - kept) // 2, kept)
+    return image
 
 
 def view_seed(seed: int, epoch: int, index: int, view: int) -> int:

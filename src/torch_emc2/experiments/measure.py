@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from torch_emc2.config import Config
-from torch_emc2.data import FiniteViews, ImageDataset, evaluation_transform, open_dataset
+from torch_emc2.data import FiniteViews, ImageDataset, evaluation_transform
 from torch_emc2.evaluation import accuracies, classifiable, extract_features
 from torch_emc2.exact import global_backward
 from torch_emc2.files import whole_file
 from torch_emc2.held_out import held_out_fifth
+from torch_emc2.run_images import evaluation_part
 
 __all__ = ["AccuracyCurve", "Curve", "GradientCurve", "Part", "read_curve"]
 
@@ -90,17 +91,14 @@ class AccuracyCurve(Curve):
         super().__init__()
         self.epochs = {math.ceil(config.epochs * (i + 1) / points) for i in range(points)}
         self.config = config
-        data = config.data
-        train, test = (
-            open_dataset(data.name, split, Path(data.root), channels=data.channels) for split in ("probe", "test")
-        )
+        train, test = (evaluation_part(config, Path(config.out), split) for split in ("probe", "test"))
         if part == "validation" and train.labels is not None:
             held = held_out_fifth(train.labels)
             train, test = train.subset((~held).nonzero()[:, 0]), train.subset(held.nonzero()[:, 0])
         train, test = _at_most(train, labelled), _at_most(test, labelled)
         rows, notes = classifiable(train.labels, test.labels, train.classes)
         if len(rows) == 0:
-            raise ValueError(f"{data.name} gives {'; '.join(notes)}")
+            raise ValueError(f"{config.data.name} gives {'; '.join(notes)}")
         self.parts = [train, test.subset(rows)]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,0 +1,231 @@
+"""From an image file to 8-bit RGB: by its content, upright, on a background, in a known range."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from torch_emc2.data.errors import BadImageError, DataError
+from torch_emc2.files import one_line
+
+__all__ = [
+    "FULL_16_BIT",
+    "Decoding",
+    "Depth",
+    "decode",
+    "decode_image",
+    "depth_of",
+    "formats",
+    "heif_bytes",
+    "no_range",
+    "open_image",
+    "refusal",
+]
+
+FULL_16_BIT = "0,65535"
+
+# Opened by other programs, or known to Pillow by name alone.
+_NOT_BY_PILLOW = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What is made of pixels that are not plain 8-bit colours.
+
+    Attributes:
+        background: the colour behind transparent pixels, as Pillow names it.
+        value_range: the values that become black and white, as ``min,max``, or as ``low%,high%`` of each image's own,
+            where integers are deeper than 8 bits, or floating-point. None: 16 bits that fill their range.
+        max_pixels: larger images are refused before they take memory.
+    """
+
+    background: str = "white"
+    value_range: str | None = None
+    max_pixels: int = 2**26
+
+    def __post_init__(self) -> None:
+        try:
+            opaque = len(ImageColor.getrgb(self.background)) == 3
+        except (AttributeError, ValueError):
+            opaque = False
+        if not opaque:
+            raise DataError(f"background must be a colour, such as white or #808080, got {self.background!r}")
+        if self.value_range is not None:
+            _parsed(self.value_range)
+        if self.max_pixels < 1:
+            raise DataError(f"max_pixels must be at least 1, got {self.max_pixels}")
+
+
+class Depth(NamedTuple):
+    """What an opened file tells of values deeper than 8 bits."""
+
+    kind: str  # in words
+    top: int | None  # the largest value; None where there may be any
+    colour: bool = False  # Pillow keeps the upper 8 bits
+    scaled: bool = False  # to 16 bits, by Pillow, from the range that the file names
+
+
+def decode_image(path: str | os.PathLike[str], decoding: Decoding = Decoding()) -> Tensor:
+    """First frame of an image file as RGB, uint8 (3, h, w), turned upright as its EXIF says.
+
+    Raises:
+        BadImageError: it cannot be read, is too large, or its values have no known range.
+    """
+    try:
+        return decode(path, decoding)
+    except Exception as error:  # Pillow's parsers raise whatever a damaged file makes of them, struct.error included
+        raise BadImageError(f"cannot read image {os.fspath(path)!r} ({refusal(path, error)})") from error
+
+
+def decode(path: str | os.PathLike[str], decoding: Decoding) -> Tensor:
+    """`decode_image` with errors as they come; `refusal` has them in words."""
+    with open_image(path, decoding) as file:
+        depth = depth_of(file)
+        _scale_transparent_grey(file)
+        ImageOps.exif_transpose(file, in_place=True)
+        image = file if depth is None else _eight_bit(file, depth, decoding.value_range)
+        pixels = torch.from_numpy(np.asarray(_flat(image, decoding.background)))
+        return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+
+
+@contextlib.contextmanager
+def open_image(
+    path: str | os.PathLike[str], decoding: Decoding, kinds: tuple[str, ...] | None = None
+) -> Iterator[Image.Image]:
+    """Open an image by its content, of all `formats` or these ``kinds``; its header alone is read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of what it repairs
+        pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our limit is in its place
+        try:
+            file = Image.open(path, formats=kinds or formats())
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillows
+        with file:
+            if file.width * file.height > decoding.max_pixels:
+                raise DataError(f"{file.width} x {file.height} pixels are more than max_pixels, {decoding.max_pixels}")
+            yield file
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of what it can open here by itself; HEIC is among them where pillow-heif is installed."""
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
+
+        register_heif_opener()
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _NOT_BY_PILLOW)
+
+
+def heif_bytes(start: bytes) -> bool:
+    """Whether a file that starts so is HEIC."""
+    return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
+
+
+def refusal(path: str | os.PathLike[str], error: Exception) -> str:
+    """Why a file cannot be read, in a few words."""
+    if isinstance(error, UnidentifiedImageError):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            start = file.read(12)
+            if heif_bytes(start):
+                return "HEIC, which Pillow opens after: python -m pip install pillow-heif"
+            return "of no kind that Pillow opens here" if start else "empty"
+    return str(error) if isinstance(error, DataError) else one_line(error)
+
+
+def depth_of(file: Image.Image) -> Depth | None:
+    """What is known of an opened image's values, None for 8 bits and less; decodes nothing."""
+    if file.mode == "F":
+        return Depth("floating-point", None)
+    if file.mode == "I":
+        return Depth("16-bit", 65535, scaled=True) if file.format == "PPM" else Depth("32-bit or signed", None)
+    if file.mode.startswith("I;16"):
+        return Depth("16-bit", 65535)
+    if _raw_mode(file).endswith((";16B", ";16L", ";16N")):
+        return Depth("16-bit colour", 65535, colour=True)
+    return None
+
+
+def _raw_mode(file: Image.Image) -> str:
+    """How the file has the pixels, in Pillow's words."""
+    for tile in getattr(file, "tile", ()):
+        first = tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args
+        return first if isinstance(first, str) else ""
+    return ""
+
+
+def _scale_transparent_grey(file: Image.Image) -> None:
+    """Name the transparent grey of a PNG of 2 or 4 bits as its pixels will be: Pillow scales them, and not it."""
+    scale = {"L;2": 85, "L;4": 17}.get(_raw_mode(file))
+    if scale is not None and isinstance(file.info.get("transparency"), int):
+        file.info["transparency"] *= scale
+
+
+def _eight_bit(image: Image.Image, depth: Depth, value_range: str | None) -> Image.Image:
+    """Scale deep values to 8 bits, where Pillow's own conversion would clip them to white."""
+    if depth.colour:
+        if "transparency" in image.info:
+            raise DataError("one of its 16-bit colours is transparent, Pillow keeps 8 bits: give it an alpha channel")
+        if value_range not in (None, FULL_16_BIT):
+            raise DataError("of 16-bit colour Pillow keeps the upper 8 bits: scale it to 8 bits for another range")
+        if value_range is None:
+            opaque = np.asarray(image.convert("RGB"))
+            _require_full(depth, 257 * int(opaque.min()), 257 * int(opaque.max()))
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise DataError("it has values that are not finite")
+    if value_range is None and not depth.scaled:
+        _require_full(depth, values.min(), values.max())
+    if value_range is None or depth.scaled:
+        value_range = FULL_16_BIT
+    low, high, of_each = _parsed(value_range)
+    if of_each:
+        low, high = np.percentile(values, (low, high))
+    scaled = Image.fromarray(np.rint((values.clip(low, high) - low) * (255 / ((high - low) or 1))).astype(np.uint8))
+    if "transparency" in image.info:  # the value that is
+        scaled.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return scaled
+
+
+def _require_full(depth: Depth, least: float, most: float) -> None:
+    if depth.top is None or most <= depth.top // 2:
+        raise DataError(no_range(depth.kind, least, most))
+
+
+def no_range(kind: str, least: float, most: float) -> str:
+    """Say that values have no known range."""
+    return f"{kind} values from {least:g} to {most:g} have no known range: value_range gives one"
+
+
+def _parsed(value_range: str) -> tuple[float, float, bool]:
+    """Lowest and highest value, and whether they are percentiles of each image."""
+    number = r"([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
+    found = re.fullmatch(rf"\s*{number}(%?)\s*,\s*{number}(%?)\s*", value_range)
+    if found:
+        low, high, of_each = float(found[1]), float(found[3]), bool(found[2])
+        if bool(found[4]) == of_each and low < high and (not of_each or (low >= 0 and high <= 100)):
+            return low, high, of_each
+    raise DataError(f"value_range must be as 0,4095 or 1%,99%, the lower value first, got {value_range!r}")
+
+
+def _flat(image: Image.Image, background: str) -> Image.Image:
+    """RGB, with the background where the image is transparent."""
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(image, mask=image)  # rounds c·a + b·(1 - a) to the nearest integer
+    return canvas

@@ -1,0 +1,130 @@
+"""The images of a run: checked before it starts, and the same ones whenever it goes on or is looked at."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from torch_emc2.config import Config, DataConfig, read_config
+from torch_emc2.data import BadImageError, FileImages, ImageDataset, check_files, open_dataset, shown
+from torch_emc2.data.datasets import Split
+from torch_emc2.files import one_line, whole_file
+
+__all__ = ["evaluation_part", "first_images", "same_images"]
+
+_LOG = logging.getLogger(__name__)
+
+
+def first_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
+    """Return the images that a new run trains on, and its config with the range of their values.
+
+    All images of its data set are looked at. ``unreadable.json`` in the run's folder names those that cannot be read;
+    they are left out, or stop it.
+
+    Raises:
+        BadImageError: some cannot be read, and are not to be skipped.
+        DataError: the images are not there, or the range of their values is not known.
+    """
+    data = config.data
+    images = _open(data, "train", config.seed)
+    files = [path for i in range(len(images)) if (path := images.path(i)) is not None]
+    if not files:
+        return config, images
+    if data.name.startswith("folder:"):  # evaluation will want its test part
+        test = _open(data, "test", config.seed)
+        files = sorted({*files, *(str(test.path(i)) for i in range(len(test)))})
+    check = check_files(files, data.decoding, num_workers=data.num_workers, kept=run / "checked.json")
+    if str(check):
+        _LOG.info("%s", check)
+    decoding, unreadable = check.resolve(data.decoding)
+    _write_unreadable(run, {os.path.relpath(file, _base(data)): why for file, why in unreadable.items()})
+    if unreadable and data.on_bad_image == "raise":
+        raise BadImageError(
+            check.refusal(f"all in {run / 'unreadable.json'}; mend or remove them, or add --data.on_bad_image skip")
+        )
+    _say_left_out(unreadable, len(files), f" (all in {run / 'unreadable.json'})")
+    assert isinstance(images.source, FileImages)  # no other has files
+    images.source.decoding = decoding
+    return replace(config, data=replace(data, value_range=decoding.value_range)), images.without(unreadable)
+
+
+def same_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
+    """Return what `first_images` returned when the run began."""
+    data = config.data
+    if data.value_range is None and (run / "config.yaml").is_file():
+        data = replace(data, value_range=read_config(str(run / "config.yaml")).data.value_range)
+        config = replace(config, data=data)
+    left_out = {str(Path(_base(data), file)) for file in _read_unreadable(run)}
+    return config, _open(data, "train", config.seed).without(left_out)
+
+
+def evaluation_part(config: Config, run: Path, split: Split) -> ImageDataset:
+    """Return a part of the run's data set to evaluate on; unreadable images stop it, or are left out, as in training.
+
+    Raises:
+        BadImageError: some cannot be read, and are not to be skipped.
+        DataError: the images are not there.
+    """
+    data = config.data
+    images = open_dataset(data.name, split, Path(data.root), channels=data.channels, decoding=data.decoding)
+    files = [path for i in range(len(images)) if (path := images.path(i)) is not None]
+    if not files:
+        return images
+    skip = data.on_bad_image == "skip"
+    check = check_files(files, data.decoding, whole=skip, num_workers=data.num_workers, kept=run / "checked.json")
+    decoding, unreadable = check.resolve(data.decoding)
+    if unreadable and not skip:
+        setting = f"data.on_bad_image: skip in {run / 'config.yaml'}"
+        raise BadImageError(check.refusal(f"mend or remove them, or leave them out by {setting}"))
+    _say_left_out(unreadable, len(files))
+    assert isinstance(images.source, FileImages)
+    images.source.decoding = decoding
+    return images.without(unreadable)
+
+
+def _open(data: DataConfig, split: Split, seed: int) -> ImageDataset:
+    return open_dataset(
+        data.name,
+        split,
+        Path(data.root),
+        channels=data.channels,
+        limit=data.limit,
+        seed=seed,
+        decoding=data.decoding,
+    )
+
+
+def _say_left_out(unreadable: Mapping[str, str], of: int, where: str = "") -> None:
+    if unreadable:
+        _LOG.info("Unreadable, and left out: %d of %d images%s: %s", len(unreadable), of, where, shown(unreadable))
+
+
+def _base(data: DataConfig) -> str:
+    """The folder that has the files, which may be moved from one start of a run to the next."""
+    return os.path.expanduser(data.name.removeprefix("folder:") if data.name.startswith("folder:") else data.root)
+
+
+@rank_zero_only
+def _write_unreadable(run: Path, unreadable: Mapping[str, str]) -> None:
+    file = run / "unreadable.json"
+    if unreadable:
+        with whole_file(file) as path:
+            path.write_text(json.dumps(unreadable, indent=2) + "\n")
+    else:
+        file.unlink(missing_ok=True)  # of a start that came to nothing
+
+
+def _read_unreadable(run: Path) -> dict[str, str]:
+    file = run / "unreadable.json"
+    try:
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({one_line(error)}): it names the images that the run leaves out"
+        ) from error

@@ -1,0 +1,185 @@
+"""The images of a run: those that it began with, whatever becomes of the others."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+from PIL import Image
+
+from outcomes import assert_same, break_inside, outcome
+from torch_emc2.cli import main
+from torch_emc2.config import Config, to_yaml
+from torch_emc2.data import BadImageError, DataError, ImageDataset, identity
+from torch_emc2.run_images import evaluation_part, first_images, same_images
+from torch_emc2.training import train
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two splits of two classes, two of the 20 + 8 images unreadable."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("valid", 4)):
+        for name in "ab":
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (tmp_path / "photos" / "train" / "a" / "3.png").write_bytes(b"no image")
+    (tmp_path / "photos" / "valid" / "b" / "2.png").write_bytes(b"")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def config(tiny: Config, photos: Path) -> Config:
+    data = replace(tiny.data, name=f"folder:{photos}", limit=None, on_bad_image="skip")
+    return replace(tiny, data=data, batch_size=5, loss="infonce")
+
+
+def _names(images: ImageDataset, folder: Path) -> list[str]:
+    return [str(Path(str(images.path(i))).relative_to(folder)) for i in range(len(images))]
+
+
+def _raising(config: Config) -> Config:
+    return replace(config, data=replace(config.data, on_bad_image="raise"))
+
+
+def test_unreadable_images_of_every_part_are_listed_at_the_start(config: Config, photos: Path, tmp_path: Path) -> None:
+    for i in range(4, 8):
+        (photos / "train" / "a" / f"{i}.png").write_bytes(b"")
+    run = tmp_path / "run"
+    with pytest.raises(BadImageError) as error:
+        first_images(_raising(config), run)
+    assert str(error.value) == (
+        f"6 images cannot be read: {str(photos / 'train/a/3.png')!r} (of no kind that Pillow opens here); "
+        f"{str(photos / 'train/a/4.png')!r} (empty); {str(photos / 'train/a/5.png')!r} (empty); …: "
+        f"all in {run / 'unreadable.json'}; mend or remove them, or add --data.on_bad_image skip"
+    )
+    listed = json.loads((run / "unreadable.json").read_text())
+    assert list(listed) == [*(f"train/a/{i}.png" for i in range(3, 8)), "valid/b/2.png"]
+
+
+def test_a_start_that_came_to_nothing_is_in_no_ones_way(
+    config: Config, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos.parent / "my.yaml").write_text(to_yaml(_raising(config)))
+    command = ["train", str(photos.parent / "my.yaml")]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("mend or remove them, or add --data.on_bad_image skip")
+    assert main([*command, "--data.on_bad_image", "skip"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith(f"{str(photos)!r}: 20 images to train on in 'train/', 2 classes of 10 ('a') to 10 images.")
+    assert out.count(out[0]) == 1  # though several parts of it were opened
+    assert out[1].startswith(f"Unreadable, and left out: 2 of 28 images (all in {config.out}/unreadable.json): '")
+    assert main(command) == 2  # a run that has a checkpoint is not begun anew
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_images_it_began_with(config: Config, photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _, first = first_images(config, run)
+    expected = [f"train/{name}/{i}.png" for name in "ab" for i in range(10) if (name, i) != ("a", 3)]
+    assert _names(first, photos) == expected
+    assert first.labels is not None
+    assert first.labels.tolist() == [0] * 9 + [1] * 10
+    for change in (
+        lambda file: Image.new("RGB", (9, 9)).save(file),  # mended
+        lambda file: file.unlink(),
+        lambda file: break_inside(photos / "train" / "b" / "5.png"),  # another broke
+    ):
+        change(photos / "train" / "a" / "3.png")
+        _, images = same_images(_raising(config), run)
+        assert _names(images, photos) == expected
+        assert identity(images) == identity(first)
+    (photos / "train" / "b" / "5.png").unlink()
+    assert identity(same_images(config, run)[1]) != identity(first)
+
+
+@pytest.mark.parametrize("name", ["folder:.", "folder:./", "folder:../photos/", "folder:../photos/train/.."])
+def test_what_is_left_out_is_found_again_however_the_folder_is_called(
+    name: str, config: Config, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos)
+    config = replace(config, data=replace(config.data, name=name))
+    assert len(first_images(config, tmp_path / "run")[1]) == len(same_images(config, tmp_path / "run")[1]) == 19
+
+
+def test_a_new_start_forgets_what_was_left_out(config: Config, photos: Path, tmp_path: Path) -> None:
+    first_images(config, tmp_path / "run")
+    for name in ("train/a/3.png", "valid/b/2.png"):
+        (photos / name).unlink()
+    assert len(first_images(config, tmp_path / "run")[1]) == 19
+    assert not (tmp_path / "run" / "unreadable.json").exists()
+
+
+def test_parts_follow_the_run_s_setting(config: Config, photos: Path, tmp_path: Path) -> None:
+    break_inside(photos / "valid" / "a" / "1.png")
+    test = evaluation_part(config, tmp_path / "run", "test")
+    assert _names(test, photos) == ["valid/a/0.png", "valid/a/2.png", "valid/a/3.png"] + [
+        f"valid/b/{i}.png" for i in (0, 1, 3)
+    ]
+    assert test.labels is not None
+    assert test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(BadImageError, match=r"1 image cannot .*2\.png' \(empty\): .* data\.on_bad_image: skip in "):
+        evaluation_part(_raising(config), tmp_path / "run", "test")
+
+
+def test_the_range_found_at_the_start_is_the_run_s(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    for i, most in enumerate((65535, 900, 300)):
+        Image.fromarray(np.array([[0, most]], np.uint16)).save(folder / f"{i}.png")
+    config = replace(config, data=replace(config.data, name=f"folder:{folder}"))
+    resolved, images = first_images(config, tmp_path / "run")
+    assert resolved.data.value_range == "0,65535"
+    assert [int(images.image(i)[0, 0, 1]) for i in range(3)] == [255, 4, 1]
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(resolved))
+    again, images = same_images(config, tmp_path / "run")
+    assert again == resolved
+    assert int(images.image(1)[0, 0, 1]) == 4
+
+    (folder / "0.png").unlink()
+    with pytest.raises(DataError, match="2 images with 16-bit values, from 0 to 900, of no known range"):
+        first_images(_raising(config), tmp_path / "run")
+
+
+def test_what_is_advised_when_an_image_breaks_goes_on(
+    config: Config, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train/a/3.png", "valid/b/2.png"):
+        (photos / name).unlink()
+
+    class Break(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.current_epoch == 1:
+                break_inside(photos / "train" / "b" / "5.png")
+
+    with pytest.raises(BadImageError, match=r"5\.png") as error:
+        train(_raising(config), callbacks=[Break()])
+    *_, advice = str(error.value).split(": ")
+    command, end = advice.split(" goes on ")
+    assert (command.split()[0], end) == ("emc2", "without it")
+    assert main(command.split()[1:]) == 0
+    assert float(outcome(Path(config.out))[3][-1]["skipped"]) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_an_image_that_was_lost_is_to_be_put_back(config: Config, photos: Path) -> None:
+    for name in ("train/a/3.png", "valid/b/2.png"):
+        (photos / name).unlink()
+    lost, kept = photos / "train" / "b" / "5.png", photos.parent / "kept.png"
+    whole = outcome(train(_raising(replace(config, out=config.out + "-whole"))))
+
+    class Lose(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.current_epoch == 1:
+                lost.rename(kept)
+
+    with pytest.raises(BadImageError, match=r"put back all images as they were, then emc2 train .* --resume goes on$"):
+        train(_raising(config), callbacks=[Lose()])
+    kept.rename(lost)
+    assert_same(outcome(train(_raising(config), resume=True)), whole)
