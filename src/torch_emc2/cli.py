@@ -47,11 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as error:
-        text = str(error).strip() or repr(error)
-        if "Traceback (most recent call last)" in text:  # a worker's, before the error's own words
-            text = text.splitlines()[-1]
-        print(f"emc2: error: {' '.join(text.split())}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        from torch_emc2.files import cause
+
+        print(f"emc2: error: {cause(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f'emc2: error: {error}; python -m pip install "torch-emc2[train]" installs it', file=sys.stderr)
@@ -105,7 +104,7 @@ def _quickstart(argv: list[str]) -> None:
 
 def _evaluate(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="emc2 evaluate", description="Linear probe and k-NN of a run's encoder.")
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=_path)
     args = parser.parse_args(argv)
     from torch_emc2.runs import draw, evaluate_run
 
@@ -118,7 +117,7 @@ def _diagnose(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="emc2 diagnose", description="How wrong each estimator's gradient is at a run's weights, and why."
     )
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=_path)
     parser.add_argument("--samples", type=int, default=512, help="random training images, two views each")
     parser.add_argument("--batch-size", type=int, help="by default the run's")
     parser.add_argument("--epochs", type=int, default=64, help="largest number of epochs whose gradients are averaged")
@@ -134,9 +133,9 @@ def _diagnose(argv: list[str]) -> None:
 
 def _embed(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="emc2 embed", description="Embed a folder of images: a row a path.")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="Parquet file to write")
+    parser.add_argument("run", type=_path)
+    parser.add_argument("folder", type=_path)
+    parser.add_argument("-o", "--out", type=_path, required=True, help="Parquet file to write")
     parser.add_argument("--on-bad-image", choices=("raise", "skip"), default="raise")
     args = parser.parse_args(argv)
     from torch_emc2.runs import embed_folder
@@ -159,8 +158,8 @@ def _experiment(argv: list[str]) -> None:
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--tuned", type=Path, help="best.yaml of the experiment search")
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--tuned", type=_path, help="best.yaml of the experiment search")
+    parser.add_argument("--out", type=_path, default=Path("results"))
     if not argv:
         for name, experiment in EXPERIMENTS.items():
             print(f"{name:16s} {experiment.title}")
@@ -193,6 +192,11 @@ def _presets(argv: list[str]) -> None:
         return
     for name, file in presets().items():
         print(f"{name:16s} {file.read_text().splitlines()[0].removeprefix('# ')}")
+
+
+def _path(text: str) -> Path:
+    """Give a path as a shell would have: one that follows an equals sign keeps its ~."""
+    return Path(os.path.expanduser(text))
 
 
 def _free(folder: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["is_running", "load_checkpoint", "one_line", "whole_file"]
+__all__ = ["cause", "is_running", "load_checkpoint", "one_line", "whole_file"]
 
 
 @contextmanager
@@ -89,6 +89,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "or remove it to go on from the newest that is left"
         ) from error
     return checkpoint
+
+
+def cause(error: BaseException) -> str:
+    """Return an error's own words as one line, without the traceback that a loader's worker puts before them."""
+    text = str(error).strip() or repr(error)
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1]
+    return " ".join(text.split())
 
 
 def one_line(error: BaseException) -> str:

@@ -22,9 +22,9 @@ __all__ = ["only_writer"]
 def only_writer(folder: Path) -> Iterator[None]:
     """Be the one process that writes into a folder, which is made; where it is left empty, it goes again.
 
-    The file ``.lock`` in it says whose it is. The lock on that file is the kernel's, and a record lock: it ends with its
-    process however that ends, the loader's workers, which outlive a process that is killed, do not inherit it, and NFS
-    has it too.
+    The file ``.lock`` in it says whose it is. The lock on that file is the kernel's, and a record lock: it ends with
+    its process however that ends, the loader's workers, which outlive a process that is killed, do not inherit it, and
+    NFS has it too.
 
     Raises:
         BlockingIOError: another process is at it; the message names it.
