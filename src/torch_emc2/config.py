@@ -200,8 +200,6 @@ class Config:
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}: a lone sample has no negatives")
         if self.devices != "auto" and self.devices < 1:
             raise ValueError(f"devices must be at least 1, or auto for all there are, got {self.devices}")
-        if not self.out or not self.data.root:
-            raise ValueError(f"out and data.root must name folders, got {self.out!r} and {self.data.root!r}")
         if self.optimizer.warmup_epochs > self.epochs:
             raise ValueError(
                 f"optimizer.warmup_epochs must not exceed epochs ({self.epochs}), got {self.optimizer.warmup_epochs}"

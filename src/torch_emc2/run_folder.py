@@ -77,11 +77,8 @@ def prepare_folder(config: Config, run: Path, facts: dict[str, Any], checkpoint:
         schedule = saved.get("schedule", [])
         if checkpoint is not None and longer:
             step = load_checkpoint(checkpoint)["global_step"]
-            schedule = [
-                *schedule,
-                f"{before.epochs} epochs up to step {step}, from there on the rates of {config.epochs}",
-            ]
-            print(f"emc2: {run} goes on: {schedule[-1]}", file=sys.stderr)
+            schedule = [*schedule, f"rates of {before.epochs} epochs up to step {step}, then those of {config.epochs}"]
+            print(f"emc2: {run} goes on, with the {schedule[-1]}", file=sys.stderr)
             for part in ("encoder", "head"):
                 if (trained := run / f"{part}.safetensors").exists():
                     trained.rename(run / f"{part}-{before.epochs}-epochs.safetensors")
