@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
 
 from torch_emc2.config import Config, read_config
@@ -142,6 +143,7 @@ def _live(config: Config, rank: int, ranks: int, port: int, group: int) -> None:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
             names |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "kill_loop"}
             os.environ.update({name: str(value) for name, value in names.items()})
+            rank_zero_only.rank = rank  # which was read from there when Lightning was imported
         train(config, resume=True)
         status = 0
     except SystemExit as end:  # after SIGTERM
