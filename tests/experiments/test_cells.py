@@ -47,7 +47,7 @@ def at_work(folder: Path) -> set[int]:
 
 def once_training(cell: Path) -> set[int]:
     """Wait for a cell's first epoch, and give its processes."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (cell / "log.txt").exists() or "Epoch 1" not in (cell / "log.txt").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
