@@ -264,7 +264,7 @@ def test_ctrl_c_ends_all_cells_and_their_workers(tiny: Config, tmp_path: Path) -
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - interrupted[0] < 10
-    assert len(seen) == 4  # a worker each
+    assert len(seen) >= 4  # a worker each, at least
     assert_gone(tmp_path, 1)
 
 
