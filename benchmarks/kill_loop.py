@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
 
 from torch_emc2.config import Config, read_config
@@ -59,7 +60,7 @@ def main() -> int:
             if _finished(pids, Path(killed.out), end):
                 break
             kills += 1
-            torn += _since(Path(killed.out) / "checkpoints" / ".last.ckpt.partial", born)
+            torn += _writing(Path(killed.out), born)
             before, saved = saved, _saved(Path(killed.out))  # fails if last.ckpt does not load
             taken = max(saved, _taken(Path(killed.out)))
             assert before <= saved, f"the last checkpoint went from step {before} back to {saved}"
@@ -85,7 +86,7 @@ def _wait(run: Path, pids: list[int], born: int, moments: random.Random, start_u
         time.sleep(0.001)
     time.sleep(moments.uniform(0, share))
     if kind == "writing":
-        while not _since(run / "checkpoints" / ".last.ckpt.partial", born) and _alive(pids[0]):
+        while not _writing(run, born) and _alive(pids[0]):
             time.sleep(0.0001)
 
 
@@ -99,6 +100,11 @@ def _since(file: Path, born: int) -> bool:
         return file.stat().st_mtime_ns > born
     except FileNotFoundError:
         return False
+
+
+def _writing(run: Path, born: int) -> bool:
+    """Tell whether a checkpoint is half written in this life."""
+    return any(_since(file, born) for file in (run / "checkpoints").glob(".last.ckpt.*.partial"))
 
 
 def _left_alone(config: Config, ranks: int) -> tuple[float, float]:
@@ -137,6 +143,7 @@ def _live(config: Config, rank: int, ranks: int, port: int, group: int) -> None:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
             names |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "kill_loop"}
             os.environ.update({name: str(value) for name, value in names.items()})
+            rank_zero_only.rank = rank  # which was read from there when Lightning was imported
         train(config, resume=True)
         status = 0
     except SystemExit as end:  # after SIGTERM

@@ -1,9 +1,12 @@
 """Presets, files and overrides: what is read is what was written, and nothing else."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import is_dataclass, replace
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 
 from torch_emc2.config import Config, presets, read_config, to_yaml
 from torch_emc2.data import Augmentation
@@ -71,11 +74,15 @@ def test_the_papers_settings() -> None:
             r"optimizer\.warmup_epochs must not exceed epochs \(5\), got 10",
         ),
         ("optimizer: {clip: 0.0}", "clip must be positive, or null for none, got 0.0"),
-        ("data: {num_workers: -2}", "num_workers must not be negative, got -2"),
+        ("data: {num_workers: -2}", "num_workers must be from 0 to 1024, got -2"),
         ("seed: -1", r"seed must be at least 0 and below 2\*\*32, got -1"),
         ("model: {out_dim: 0}", "out_dim must be at least 1, got 0"),
         ("data: {finite_views: 1}", "finite_views must be at least 2, or null for none, got 1"),
         ("checkpoint_every_steps: 0", "checkpoint_every_steps must be positive, got 0"),
+        ("devices: -1", "devices must be at least 1, or auto for all there are, got -1"),
+        ("emc2:", "emc2 must be fields and their values, got null"),
+        ("epochs: 10000000000", "epochs must be at most 4294967295, got 10000000000"),
+        ("temperature: .inf", "temperature must be finite, got inf"),
     ],
 )
 def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +142,84 @@ def test_a_runs_config_names_the_folder_it_lies_in(tmp_path: Path) -> None:
     (tmp_path / "versions.json").write_text("{}")
     assert read_config(str(file)).out == str(tmp_path)
     assert read_config(str(file), ["--out", "other"]).out == "other"
+
+
+def fields(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, hint in get_type_hints(kind).items():
+        yield from fields(hint, (*path, name)) if is_dataclass(hint) else [((*path, name), hint)]  # type: ignore[arg-type]
+
+
+EXTREMES = {
+    int: [-1, 1, 2**32 - 1, 10**30],
+    float: [-1.0, 5e-324, 1.7e308, float("inf"), float("nan")],
+    str: ["", "\0"],
+    type(None): [None],
+}
+
+
+def extremes(hint: Any) -> list[Any]:
+    if get_origin(hint) is tuple:
+        return [[value] * len(get_args(hint)) for value in EXTREMES[get_args(hint)[0]]]
+    if str(hint).startswith("typing.Literal"):
+        return [*get_args(hint), "x", 3]
+    return EXTREMES[hint] if hint in EXTREMES else [value for part in get_args(hint) for value in extremes(part)]
+
+
+@pytest.mark.parametrize(("path", "hint"), [pytest.param(*field, id=".".join(field[0])) for field in fields(Config)])
+def test_every_field_at_its_extremes_is_a_config_or_named(
+    path: tuple[str, ...], hint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for value in [None, *extremes(hint)]:
+        tree = yaml.safe_load(to_yaml(Config()))
+        group = tree
+        for name in path[:-1]:
+            group = group[name]
+        group[path[-1]] = value
+        Path("my.yaml").write_text(yaml.safe_dump(tree))
+        try:
+            got: Any = read_config("my.yaml")
+        except ValueError as error:
+            (line,) = str(error).splitlines()
+            assert path[-1] in line, value
+            assert value is not None or "must not be null" in line
+            continue
+        for name in path:
+            got = getattr(got, name)
+        assert got == (tuple(value) if isinstance(value, list) else value)
+        assert value is not None or type(None) in get_args(hint)
+
+
+def bomb(line: str) -> str:
+    """Nine levels of ten each."""
+    lines = ["a: &a0 {seed: 1}"]
+    lines += [f"a{i}: &a{i} {line}".replace("*", f"*a{i - 1}") for i in range(1, 10)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text", [bomb(f"[{', '.join('*' * 10)}]"), bomb(f"{{<<: [{', '.join('*' * 10)}]}}"), "&a [*a]"]
+)
+def test_nested_aliases_are_bounded(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bomb.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"bomb\.yaml' has more than 10000 values, its aliases written out"):
+        read_config(str(tmp_path / "bomb.yaml"))
+
+
+def test_aliases_are_read(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("epochs: &n 7\nbatch_size: *n\noptimizer: {<<: {lr: 0.5}, momentum: 0.25}")
+    config = read_config(str(tmp_path / "my.yaml"))
+    assert (config.epochs, config.batch_size, config.optimizer.lr, config.optimizer.momentum) == (7, 7, 0.5, 0.25)
+
+
+def test_home_is_written_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text("{out: ~/a, data: {root: ~/b, name: 'folder:~/c', augmentation: {size: 8}}}")
+    config = read_config("~/my.yaml")
+    assert (config.out, config.data.root, config.data.name) == (
+        f"{tmp_path}/a",
+        f"{tmp_path}/b",
+        f"folder:{tmp_path}/c",
+    )
+    assert read_config("~/my.yaml", ["--out=~/d"]).out == f"{tmp_path}/d"
+    assert replace(config, out="~").out == str(tmp_path)

@@ -3,6 +3,8 @@
 import csv
 import errno
 import json
+import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -11,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
@@ -21,7 +23,7 @@ from outcomes import Outcome, assert_same, interrupt, outcome, photos, started
 from torch_emc2 import run_images
 from torch_emc2.cli import main
 from torch_emc2.config import Config, LossName, to_yaml
-from torch_emc2.training import train
+from torch_emc2.training import ContrastiveModule, train
 
 
 @pytest.mark.parametrize("loss", ["emc2", "infonce", "dcl", "sogclr", "negative-cache"])
@@ -352,7 +354,8 @@ def test_files_of_a_run_that_are_not_its_own_are_named(tiny: Config, capsys: pyt
     torch.save(checkpoint, last)
     with pytest.raises(ValueError, match=r"last\.ckpt is of another encoder"):
         train(replace(tiny, epochs=1), resume=True)
-    last.unlink()
+    for name in ("last.ckpt", "../encoder.safetensors", "../head.safetensors"):
+        (last.parent / name).unlink()
     (run / "config.yaml").write_text("loss: emc2")  # the rest are defaults
     with pytest.raises(ValueError, match="config differs"):
         train(replace(tiny, epochs=1), resume=True)
@@ -360,6 +363,134 @@ def test_files_of_a_run_that_are_not_its_own_are_named(tiny: Config, capsys: pyt
     capsys.readouterr()
     train(replace(tiny, epochs=1), resume=True)
     assert capsys.readouterr().err == f"emc2: {run} has no checkpoint to go on from: starting\n"
+
+
+def test_without_the_last_checkpoint_it_goes_on_from_the_newest_whole_one(
+    tiny: Config, uninterrupted: Callable[[Config], Outcome], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    tiny = replace(tiny, epochs=4, checkpoint_every_epochs=1)
+    interrupt(tiny, 14, monkeypatch)
+    folder = Path(tiny.out) / "checkpoints"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "epoch-0.ckpt",
+        "epoch-1.ckpt",
+        "epoch-2.ckpt",
+        "last.ckpt",
+    ]
+    (folder / "last.ckpt").unlink()
+    (folder / "epoch-2.ckpt").write_bytes(b"cut")
+    (folder / "epoch-1.ckpt").rename(folder / "a.ckpt")  # what counts is its step, not its name
+    capsys.readouterr()
+    got = outcome(train(tiny, resume=True))
+    assert capsys.readouterr().err == f"emc2: {folder}/last.ckpt is gone: going on from a.ckpt, step 8\n"
+    assert_same(got, uninterrupted(replace(tiny, checkpoint_every_epochs=None)))
+
+
+@pytest.mark.parametrize("left", ["encoder.safetensors", "checkpoints/epoch-0.ckpt", "metrics.csv", "steps"])
+def test_a_run_with_results_is_never_started_over(left: str, tiny: Config) -> None:
+    run = Path(tiny.out)
+    (run / "checkpoints").mkdir(parents=True)
+    every = 3 if left == "steps" else None
+    (run / "config.yaml").write_text(to_yaml(replace(tiny, checkpoint_every_steps=every)))
+    rows = {"metrics.csv": "step,epoch\n0,0\n4,1\n", "steps": "step,epoch\n2,0\n3,0\n"}
+    (run / ("metrics.csv" if left == "steps" else left)).write_text(rows.get(left, "damaged"))
+    before = {file: file.read_text() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(
+        ValueError, match=rf"{run} has results but no whole checkpoint to go on from: put one into {run}/"
+    ):
+        train(tiny, resume=True)
+    assert {file: file.read_text() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_finished_run_goes_on_to_more_epochs(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = replace(tiny, optimizer=replace(tiny.optimizer, lr=0.01, warmup_epochs=1))
+    run = train(tiny)
+    trained, words = (run / "encoder.safetensors").read_bytes(), "rates of 2 epochs up to step 8, then those of 5"
+    capsys.readouterr()
+    assert main(["train", f"{run}/config.yaml", "--resume", "--epochs", "5"]) == 0
+    assert capsys.readouterr().err == f"emc2: {run} goes on, with the {words}\n"
+    rows = outcome(run)[3]
+    assert [int(row["step"]) for row in rows] == list(range(20))  # four steps an epoch
+    warm = [0.01 * (step + 1) / 4 for step in range(4)]
+    first, then = ([0.005 * (1 + math.cos(math.pi * (step - 4) / left)) for step in steps]
+                   for left, steps in ((4, range(4, 8)), (16, range(8, 20))))  # fmt: skip
+    assert [float(row["lr"]) for row in rows] == pytest.approx([*warm, *first, *then], rel=1e-5)
+    assert (run / "encoder-2-epochs.safetensors").read_bytes() == trained
+    assert (run / "encoder.safetensors").read_bytes() != trained
+    assert train(replace(tiny, epochs=5), resume=True) == run
+    assert json.loads((run / "versions.json").read_text())["schedule"] == [words]
+    with pytest.raises(ValueError, match=r"config differs \(epochs: 5, now 2\)"):
+        train(tiny, resume=True)
+
+
+def test_a_second_training_is_refused_with_the_firsts_process(tiny: Config, tmp_path: Path, capsys: Any) -> None:
+    tiny = replace(tiny, epochs=200, data=replace(tiny.data, num_workers=1))
+    last = Path(tiny.out) / "checkpoints" / "last.ckpt"
+    with started(tiny, tmp_path / "tiny.yaml", last.exists) as process:
+        for words in ([], ["--resume"]):
+            capsys.readouterr()
+            assert main(["train", str(tmp_path / "tiny.yaml"), *words]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"{tiny.out} is in use by process {process.pid} on {socket.gethostname()} since " in line
+        process.kill()  # alone: its worker outlives it
+        process.wait()
+        steps = torch.load(last, weights_only=True)["global_step"]
+        enough = 4 * (steps // 4 + 1)
+        tiny = replace(tiny, epochs=200)
+
+        class Enough(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+                trainer.should_stop = trainer.global_step >= enough
+
+        train(tiny, resume=True, callbacks=[Enough()])
+    assert torch.load(last, weights_only=True)["global_step"] == enough
+    assert not (Path(tiny.out) / ".lock").exists()
+
+
+def test_a_killed_worker_is_one_line_that_says_how_to_go_on(
+    tiny: Config,
+    uninterrupted: Callable[[Config], Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    tiny = replace(tiny, data=replace(tiny.data, num_workers=1))
+    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny))
+    start = ContrastiveModule.on_train_batch_start
+
+    def kill(module: ContrastiveModule, batch: Any, batch_idx: int) -> None:
+        start(module, batch, batch_idx)
+        if module.trainer.global_step == 5:
+            (worker,) = multiprocessing.active_children()
+            os.kill(cast(int, worker.pid), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContrastiveModule, "on_train_batch_start", kill)
+        assert main(["train", str(tmp_path / "tiny.yaml")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("emc2: error: DataLoader worker (pid")
+    assert line.endswith(f"; emc2 train {tiny.out}/config.yaml --resume goes on from the last checkpoint")
+    assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory. Tried"),
+        (MemoryError(), "MemoryError()"),
+        (RuntimeError("In worker 0.\nTraceback (most recent call last):\n x\nOSError: own"), "OSError: own"),
+    ],
+)  # fmt: skip
+def test_what_stops_a_run_keeps_its_kind_and_says_how_to_go_on(
+    error: Exception, words: str, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ContrastiveModule, "training_step", fail)
+    with pytest.raises(type(error)) as raised:
+        train(tiny)
+    assert str(raised.value) == f"{words}; emc2 train {tiny.out}/config.yaml --resume goes on from the last checkpoint"
 
 
 def test_a_run_does_not_go_among_other_files(tiny: Config, tmp_path: Path) -> None:

@@ -14,14 +14,15 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from torch_emc2.files import whole_file
+from torch_emc2.run_folder import resume_command
 
-__all__ = ["EpochLines", "MetricsFile", "ProgressBar", "StopOnSIGTERM", "WholeCheckpoints"]
+__all__ = ["EpochLines", "KeptCheckpoints", "MetricsFile", "ProgressBar", "StopOnSIGTERM", "WholeCheckpoints"]
 
 
 class MetricsFile(L.Callback):
@@ -83,6 +84,13 @@ def _is_whole(row: Mapping[str | None, Any]) -> bool:
     return str(row.get("step")).isdigit() and None not in row and None not in row.values()
 
 
+class KeptCheckpoints(ModelCheckpoint):
+    """Checkpoints beside the last one.
+
+    Lightning tells callbacks apart by class and settings, and one that keeps every epoch's has those of the last one's.
+    """
+
+
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that take their name when they are whole.
 
@@ -123,8 +131,8 @@ class StopOnSIGTERM(L.Callback):
         if self.handles:
             signal.signal(signal.SIGTERM, self.before)
         if kind is SIGTERMException:
-            config = self.run / "config.yaml"
-            how = f"emc2 train {config} --resume goes on" if config.exists() else "the run had not begun"
+            begun = (self.run / "config.yaml").exists()
+            how = f"{resume_command(self.run)} goes on" if begun else "the run had not begun"
             rank_zero_only(print)(f"emc2: stopped by SIGTERM; {how}", file=sys.stderr)
 
     def meet(self) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 _USAGE = """\
 usage: emc2 COMMAND …
@@ -47,17 +49,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"emc2: error: no command {command!r}; there are {', '.join(commands)}", file=sys.stderr)
         return 2
     try:
-        with _told():
+        with _interruptible(), _told():
             commands[command](rest)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as error:
-        text = str(error).strip() or repr(error)
-        if "Traceback (most recent call last)" in text:  # a worker's, before the error's own words
-            text = text.splitlines()[-1]
-        print(f"emc2: error: {' '.join(text.split())}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        from torch_emc2.files import cause
+
+        print(f"emc2: error: {cause(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f'emc2: error: {error}; python -m pip install "torch-emc2[train]" installs it', file=sys.stderr)
@@ -114,7 +115,7 @@ def _evaluate(argv: list[str]) -> None:
         prog="emc2 evaluate",
         description="Linear probe and k-NN of a run's encoder, and numbers and a picture that need no labels.",
     )
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=_path)
     parser.add_argument("--data", metavar="NAME", help="another data set than the run's, such as folder:PATH")
     parser.add_argument("--baselines", action="store_true", help="the untrained encoder and raw pixels beside it")
     args = parser.parse_args(argv)
@@ -130,7 +131,7 @@ def _diagnose(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="emc2 diagnose", description="How wrong each estimator's gradient is at a run's weights, and why."
     )
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=_path)
     parser.add_argument("--samples", type=int, default=512, help="random training images, two views each")
     parser.add_argument("--batch-size", type=int, help="by default the run's")
     parser.add_argument("--epochs", type=int, default=64, help="largest number of epochs whose gradients are averaged")
@@ -146,9 +147,9 @@ def _diagnose(argv: list[str]) -> None:
 
 def _embed(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="emc2 embed", description="Embed images: a row a path.")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("paths", type=Path, nargs="+", metavar="FOLDER_OR_IMAGE")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="Parquet file to write")
+    parser.add_argument("run", type=_path)
+    parser.add_argument("paths", type=_path, nargs="+", metavar="FOLDER_OR_IMAGE")
+    parser.add_argument("-o", "--out", type=_path, required=True, help="Parquet file to write")
     parser.add_argument("--on-bad-image", choices=("raise", "skip"), help="by default the run's setting")
     parser.add_argument("--value-range", help="of values deeper than 8 bits, as min,max or low%%,high%%")
     args = parser.parse_args(argv)
@@ -176,8 +177,8 @@ def _experiment(argv: list[str]) -> None:
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--tuned", type=Path, help="best.yaml of the experiment search")
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--tuned", type=_path, help="best.yaml of the experiment search")
+    parser.add_argument("--out", type=_path, default=Path("results"))
     if not argv:
         for name, experiment in EXPERIMENTS.items():
             print(f"{name:16s} {experiment.title}")
@@ -236,6 +237,34 @@ def _told() -> Iterator[None]:
     finally:
         log.removeHandler(lines)
         log.setLevel(logging.NOTSET)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end an import too: there some packages catch the exception, and go on with half of themselves."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_globals.get("__name__") == "importlib._bootstrap":
+                os.write(2, b"emc2: interrupted\n")
+                os._exit(130)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, as a background shell's children do, or a caller's own
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _path(text: str) -> Path:
+    """Give a path as a shell would have: one that follows an equals sign keeps its ~."""
+    return Path(os.path.expanduser(text))
 
 
 def _free(folder: str) -> str:

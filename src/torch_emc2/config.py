@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser
 
+from torch_emc2.config_tree import load_tree, refuse_extremes, refuse_groups, validate_tree
 from torch_emc2.data import Augmentation, Decoding
 from torch_emc2.losses.emc2 import Carry, Kernel
 from torch_emc2.models import ModelConfig
@@ -20,6 +20,8 @@ from torch_emc2.models import ModelConfig
 __all__ = ["Config", "DataConfig", "LossName", "config_parser", "presets", "read_config", "to_yaml"]
 
 LossName = Literal["emc2", "infonce", "dcl", "sogclr", "negative-cache"]
+
+_MOST_WORKERS = 1024
 
 
 @dataclass
@@ -54,8 +56,14 @@ class DataConfig:
     max_pixels: int = 2**26
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
+        kind, colon, path = self.name.partition(":")
+        self.name, self.root = kind + colon + os.path.expanduser(path), os.path.expanduser(self.root)
+        if self.channels not in (None, 1, 3):
+            raise ValueError(f"channels must be 1 or 3, or null for those of the data set, got {self.channels}")
+        if self.limit is not None and self.limit < 2:
+            raise ValueError(f"limit must be at least 2, or null for all images, got {self.limit}")
+        if not 0 <= self.num_workers <= _MOST_WORKERS:
+            raise ValueError(f"num_workers must be from 0 to {_MOST_WORKERS}, got {self.num_workers}")
         if self.finite_views is not None and self.finite_views < 2:
             raise ValueError(f"finite_views must be at least 2, or null for none, got {self.finite_views}")
         _ = self.decoding  # refuses what it cannot use
@@ -82,6 +90,14 @@ class EMC2Config:
     carry: Carry = "encode"
     kernel: Kernel = "metropolis"
 
+    def __post_init__(self) -> None:
+        if self.burn_in is not None and not 0 <= self.burn_in < 1:
+            raise ValueError(f"burn_in must be at least 0 and below 1, got {self.burn_in}")
+        if self.burn_in is not None and self.kernel == "isir":
+            raise ValueError(f"burn_in must be null for the kernel isir, which has none, got {self.burn_in}")
+        if self.num_chains < 1:
+            raise ValueError(f"num_chains must be at least 1, got {self.num_chains}")
+
 
 @dataclass
 class SogCLRConfig:
@@ -93,6 +109,10 @@ class SogCLRConfig:
 
     gamma: float = 0.9
 
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be above 0 and at most 1, got {self.gamma}")
+
 
 @dataclass
 class NegativeCacheConfig:
@@ -103,6 +123,10 @@ class NegativeCacheConfig:
     """
 
     refresh_fraction: float = 0.01024
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.refresh_fraction <= 1:
+            raise ValueError(f"refresh_fraction must be from 0 to 1, got {self.refresh_fraction}")
 
 
 @dataclass
@@ -178,6 +202,8 @@ class Config:
     out: str = "runs/train"
 
     def __post_init__(self) -> None:
+        self.out = os.path.expanduser(self.out)
+        refuse_extremes(asdict(self))
         positive = ("batch_size", "epochs", "temperature", "accumulate", "log_every_steps")
         for name in (*positive, "checkpoint_every_epochs", "checkpoint_every_steps"):
             value = getattr(self, name)
@@ -187,6 +213,8 @@ class Config:
             raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}: a lone sample has no negatives")
+        if self.devices != "auto" and self.devices < 1:
+            raise ValueError(f"devices must be at least 1, or auto for all there are, got {self.devices}")
         if self.optimizer.warmup_epochs > self.epochs:
             raise ValueError(
                 f"optimizer.warmup_epochs must not exceed epochs ({self.epochs}), got {self.optimizer.warmup_epochs}"
@@ -215,14 +243,15 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
         ValueError: no such preset or file, an unknown field, or a value that does not fit.
     """
     known = presets()
-    file = known.get(preset, Path(preset))
+    file = known.get(preset, Path(os.path.expanduser(preset)))
     if not os.path.isfile(file):  # Path's own raises where the name is too long
         raise ValueError(f"{preset!r} is neither a preset ({', '.join(known)}) nor a YAML file")
     parser = config_parser(prog)
     try:
-        _refuse_classes(_load(file))
-        _refuse_groups(overrides or [])
-        from_file = parser.parse_string(file.read_text() or "{}")
+        text = file.read_text()
+        validate_tree(load_tree(text, file), Config)
+        refuse_groups(overrides or [], Config)
+        from_file = parser.parse_string(text or "{}")
         if file.name == "config.yaml" and (file.parent / "versions.json").is_file():
             from_file.out = str(file.parent)
         given = parser.parse_args(overrides or [], namespace=from_file)
@@ -231,45 +260,6 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
         raise ValueError(f"{str(file)!r} is nested too deeply, or an alias in it refers to itself") from error
-
-
-def _load(file: Path) -> Any:
-    try:
-        return yaml.safe_load(file.read_text())
-    except Exception as error:  # PyYAML raises whatever a wrong value makes of it, AttributeError included
-        raise ValueError(f"{str(file)!r} is not YAML ({type(error).__name__}: {error})") from error
-
-
-def _refuse_classes(tree: Any) -> None:
-    """Refuse a class in the place of a group of fields: jsonargparse would import it, and run its module."""
-    groups = set(_groups(Config))
-    for path, value in _leaves(tree):
-        if "class_path" in path or (path in groups and value is not None):
-            raise ValueError(f"{'.'.join(path)} must be fields and their values, got {value!r}")
-
-
-def _refuse_groups(overrides: list[str]) -> None:
-    """Refuse a file or class in the place of a group of fields on the command line, for the same reason."""
-    groups = {".".join(path) for path in _groups(Config)}
-    for word in overrides:
-        name = word.partition("=")[0].removeprefix("--")
-        if word.startswith("--") and (name in groups or "class_path" in name.split(".")):
-            raise ValueError(f"{word} must be a field of a group and its value, as --optimizer.lr 0.1")
-
-
-def _groups(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, hint in get_type_hints(kind).items():
-        if is_dataclass(hint) and isinstance(hint, type):
-            yield (*path, name)
-            yield from _groups(hint, (*path, name))
-
-
-def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _leaves(value, (*path, *str(key).split(".")))
-    else:
-        yield path, tree
 
 
 def to_yaml(config: Config) -> str:

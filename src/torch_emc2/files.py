@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import secrets
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 import torch
 
-__all__ = ["load_checkpoint", "one_line", "whole_file"]
+__all__ = ["cause", "is_running", "load_checkpoint", "one_line", "whole_file"]
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a name beside ``path`` to write to; the file takes ``path``, or the place of what is there, when whole.
+    """Give an empty file beside ``path`` to write; it takes ``path``, or the place of what is there, when whole.
 
-    Where ``path`` is a link, all that is said of it is said of the file that it leads to.
+    Each writer has one of its own: of several the last one's stands. It has the mode of what is there, else the one
+    that any new file gets, also where a library puts another file in its place. Where ``path`` is a link, all that is
+    said of it is said of the file that it leads to.
 
     Raises:
         OSError: it could not be written; what is there is kept.
@@ -26,11 +32,17 @@ def whole_file(path: Path) -> Iterator[Path]:
     if target.exists() and not target.is_file():
         raise OSError(f"{path} is no file that could be written anew: give another name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
+    _remove_left_over(target)
+    writer = f"{os.getpid()}@{socket.gethostname()}"
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{writer}.partial")
     try:
+        partial.touch(exist_ok=False)
+        mode = S_IMODE((target if target.exists() else partial).stat().st_mode)
         yield partial
         with partial.open("rb+") as file:  # some file systems find out only now that they are full
             os.fsync(file.fileno())
+        if S_IMODE(partial.stat().st_mode) != mode:
+            partial.chmod(mode)
         os.replace(partial, target)
     except OSError as error:
         failure = OSError(f"{path} was not written, what was there is kept: {error.strerror or error}")
@@ -38,6 +50,27 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise failure from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_left_over(target: Path) -> None:
+    """Remove what writers left that were killed on this host; of those on others nothing is known."""
+    end = f"@{socket.gethostname()}.partial"
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{glob.escape(end)}"):
+        pid = left.name.removesuffix(end).rpartition(".")[2]
+        if pid.isdecimal() and not is_running(int(pid)):
+            with suppress(OSError):  # another user's, or one that another writer has removed
+                left.unlink()
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether this host has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -53,9 +86,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever unpickling makes of foreign bytes
         raise ValueError(
             f"{path} is damaged ({one_line(error)[:200]}): put another checkpoint in its place, "
-            "or remove it to start again"
+            "or remove it to go on from the newest that is left"
         ) from error
     return checkpoint
+
+
+def cause(error: BaseException) -> str:
+    """Return an error's own words as one line, without the traceback that a loader's worker puts before them."""
+    text = str(error).strip() or repr(error)
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1]
+    return " ".join(text.split())
 
 
 def one_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from torch_emc2.files import one_line, whole_file
 
 Norm = Literal["batch", "group", "none"]
 
+MOST_LAYERS = 100
 SMALL_IMAGE = 64  # pixels; up to here a stride-2 convolution and a pooling would throw away too much
 
 
@@ -50,6 +51,8 @@ class ModelConfig:
         for name, least in (("hidden_dim", 1), ("out_dim", 1), ("hidden_layers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.hidden_layers > MOST_LAYERS:
+            raise ValueError(f"hidden_layers must be at most {MOST_LAYERS}, got {self.hidden_layers}")
 
 
 class Encoder(nn.Module):

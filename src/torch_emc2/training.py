@@ -19,12 +19,13 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from torch_emc2.callbacks import EpochLines, MetricsFile, ProgressBar, StopOnSIGTERM, WholeCheckpoints
+from torch_emc2.callbacks import EpochLines, KeptCheckpoints, MetricsFile, ProgressBar, StopOnSIGTERM, WholeCheckpoints
 from torch_emc2.config import Config
 from torch_emc2.data import (
     BadImageError,
@@ -37,6 +38,8 @@ from torch_emc2.data import (
     identity,
     make_loader,
 )
+from torch_emc2.files import cause
+from torch_emc2.locks import only_writer
 from torch_emc2.losses import (
     ContrastiveLoss,
     DCLLoss,
@@ -46,7 +49,7 @@ from torch_emc2.losses import (
     SogCLRLoss,
 )
 from torch_emc2.models import build_encoder, save_encoder
-from torch_emc2.run_folder import prepare_folder, refuse_used, validate_checkpoint
+from torch_emc2.run_folder import find_checkpoint, prepare_folder, refuse_used, resume_command, validate_checkpoint
 from torch_emc2.run_images import first_images, same_images
 from torch_emc2.seeds import mix_seed
 
@@ -110,6 +113,15 @@ class ContrastiveModule(L.LightningModule):
         """Count the optimiser's steps in an epoch."""
         batches = self.num_samples // (self.config.batch_size * world_size)
         return math.ceil(batches / self.config.accumulate)
+
+    def on_train_start(self) -> None:
+        """Take the rate of this run's schedule, where the checkpoint's was that of fewer epochs."""
+        schedule = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_schedulers())
+        for group, base, factor in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make dropout and its like a function of the place in training, so that a resumed run draws the same."""
@@ -204,7 +216,8 @@ class ContrastiveData(L.LightningDataModule):
     def __init__(self, config: Config, images: ImageDataset, carried_ids: Tensor | None) -> None:
         super().__init__()
         self.config = config
-        EpochSampler(len(images), config.batch_size, config.seed)  # refuses a batch larger than the data
+        # Refuses a batch larger than the data, before ranks are launched.
+        EpochSampler(len(images), config.batch_size, config.seed, world_size=_least_ranks(config))
         data = config.data
         self.dataset: ContrastiveDataset | FiniteDataset
         if data.finite_views is None:
@@ -221,7 +234,7 @@ class ContrastiveData(L.LightningDataModule):
                 data.augmentation,
                 data.finite_views,
                 seed=config.seed,
-                folder=Path(data.root).expanduser() / "views",
+                folder=Path(data.root) / "views",
                 name=data.name,
                 on_bad_image=data.on_bad_image,
                 num_workers=data.num_workers,
@@ -244,6 +257,10 @@ class ContrastiveData(L.LightningDataModule):
         return loader
 
 
+def _least_ranks(config: Config) -> int:
+    return 1 if config.devices == "auto" else config.devices
+
+
 def _outlive_sigterm(worker: int) -> None:
     """Let a worker go on with the step at hand: a cluster signals all processes of a job."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -257,21 +274,28 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
 
     Args:
         config: the run.
-        resume: go on from the last checkpoint in ``config.out``; without one, start.
+        resume: go on from the last checkpoint in ``config.out``; before the first, start. With more epochs than the run
+            had, the learning rate is from there on that of a run of so many.
         callbacks: Lightning's, besides the run's own.
 
     Raises:
         DataError: the images are not there.
         FileExistsError: ``config.out`` is not empty and ``resume`` is not set.
         ValueError: the run there has another config, or this machine does not have the accelerator.
-            Or a step is not finite: its message has the step, its samples and numbers.
-        OSError: a file cannot be written; those before are kept. Or (ConnectionError) another rank has ended.
+            Or a step is not finite: its message has the step, its samples and numbers. Or the run has results, and no
+            checkpoint to go on from.
+        OSError: a file cannot be written; those before are kept. Or (ConnectionError) another rank has ended, or
+            (BlockingIOError) another process trains in that folder.
+        RuntimeError: of whatever else stopped the run, such as memory or a loader's worker that was killed; what the
+            last checkpoint has is kept. Its message says how to go on. So does a MemoryError's.
         KeyboardInterrupt: by Ctrl-C; what the last checkpoint has is kept. Its message says how to go on.
         SystemExit: by SIGTERM, with status 0: the step at hand is finished and saved, a line says how to go on. Of
             several processes, those that still wait for one another at the start are ended by the signal.
     """
-    stop = StopOnSIGTERM(Path(config.out))
-    with _hushed(), stop:
+    run = Path(config.out)
+    stop = StopOnSIGTERM(run)
+    alone = only_writer(run) if rank_zero_only.rank == 0 else contextlib.nullcontext()  # type: ignore[attr-defined]
+    with _hushed(), stop, alone:
         return _train(config, resume, callbacks, stop)
 
 
@@ -279,8 +303,7 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     run = Path(config.out)
     if not resume:
         refuse_used(run)  # before the work: views may have to be drawn
-    last = run / "checkpoints" / "last.ckpt"
-    checkpoint = last if resume and last.exists() else None
+    checkpoint = find_checkpoint(run) if resume else None
     config, images = first_images(config, run) if checkpoint is None else same_images(config, run)
     known = identity(images)
     L.seed_everything(config.seed, verbose=False)
@@ -292,11 +315,12 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
         datamodule = ContrastiveData(config, images, carried_ids)
     except BadImageError as error:  # while finite views are drawn
         raise BadImageError(f"{error}: mend or remove it, or leave it out by --data.on_bad_image skip") from error
-    trainer = _trainer(config, run, [*_checkpoints(config, last.parent), *callbacks, stop])
+    trainer = _trainer(config, run, [*_checkpoints(config, run / "checkpoints"), *callbacks, stop])
     every = min(config.log_every_steps, module.steps_per_epoch(trainer.world_size))
     trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
     if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
-        prepare_folder(config, run, {"processes": trainer.world_size, "images": known}, resume=resume)
+        facts = {"processes": trainer.world_size, "images": known}
+        prepare_folder(config, run, facts, resume=resume, checkpoint=checkpoint)
         if resume and checkpoint is None:
             print(f"emc2: {run} has no checkpoint to go on from: starting", file=sys.stderr)
     if checkpoint is not None:
@@ -305,13 +329,14 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
         stop.meet()
     try:
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             rank = f"rank {trainer.global_rank}"
             raise ConnectionError(f"{rank} waited for one that has ended; that one's own error says why") from error
+        error.args = (f"{cause(error)}; {resume_command(run)} goes on from the last checkpoint",)
         raise
     except BadImageError as error:  # that was readable at the start, or seemed so
-        on = f"emc2 train {run / 'config.yaml'} --resume"
+        on = resume_command(run)
         if identity(images) == known:
             raise BadImageError(f"{error}: {on} --data.on_bad_image skip goes on without it") from error
         raise BadImageError(f"{error}: put back all images as they were, then {on} goes on") from error
@@ -319,7 +344,7 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
         raise
     except SystemExit:  # what Lightning makes of Ctrl-C, after which it ignores any other
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt(f"emc2 train {run / 'config.yaml'} --resume goes on from the last checkpoint") from None
+        raise KeyboardInterrupt(f"{resume_command(run)} goes on from the last checkpoint") from None
     if trainer.is_global_zero:
         save_encoder(module.encoder, run)
     return run
@@ -376,7 +401,7 @@ def _hushed() -> Iterator[None]:
 def _checkpoints(config: Config, folder: Path) -> list[L.Callback]:
     """Return what renews last.ckpt at the end of each epoch, and the config's own checkpoints."""
     renew = partial(ModelCheckpoint, folder, "last", enable_version_counter=False)
-    keep = partial(ModelCheckpoint, folder, "epoch-{epoch}", save_top_k=-1, auto_insert_metric_name=False)
+    keep = partial(KeptCheckpoints, folder, "epoch-{epoch}", save_top_k=-1, auto_insert_metric_name=False)
     callbacks: list[L.Callback] = [renew(every_n_epochs=1, save_on_train_epoch_end=True)]
     if config.checkpoint_every_steps is not None:
         callbacks.append(renew(every_n_train_steps=config.checkpoint_every_steps))

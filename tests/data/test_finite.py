@@ -2,6 +2,8 @@ import json
 import multiprocessing
 import pickle
 import shutil
+import socket
+import subprocess
 import time
 from types import SimpleNamespace
 
@@ -167,7 +169,9 @@ def test_an_interrupted_one_leaves_nothing_and_starts_anew(views, tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             _make(tmp_path)
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".lock"] == []
-    (tmp_path / f".{views.file.name}.partial").write_bytes(b"of a killed process" * 1000)
+    killed = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    left = tmp_path / f".{views.file.name}.0.{killed}@{socket.gethostname()}.partial"
+    left.write_bytes(b"of a killed process" * 1000)
     assert _make(tmp_path).file.read_bytes() == views.file.read_bytes()
     assert {file.suffix for file in tmp_path.iterdir()} <= {".npy", ".json", ".lock"}
 

@@ -26,6 +26,7 @@ from torch_emc2.experiments.cells import Cell, run_cells
 from torch_emc2.experiments.definitions import EXPERIMENTS
 from torch_emc2.experiments.measure import AccuracyCurve, GradientCurve, read_curve
 from torch_emc2.experiments.runner import read_tuned, run_experiment
+from torch_emc2.locks import only_writer
 from torch_emc2.runs import evaluate_run
 from torch_emc2.training import train
 
@@ -33,6 +34,32 @@ from torch_emc2.training import train
 def cells_of(tiny: Config, *seeds: int, **changes: Any) -> list[Cell]:
     own = replace(tiny, **changes)
     return [Cell("EMC²", 1, replace(own, seed=seed), "accuracy", 1, 200, "test") for seed in seeds]
+
+
+def at_work(folder: Path) -> set[int]:
+    """Give the processes that log to files below a folder."""
+    found = set()
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
+        with contextlib.suppress(OSError):
+            if output.readlink().is_relative_to(folder):
+                found.add(int(output.parts[2]))
+    return found
+
+
+def once_training(cell: Path) -> set[int]:
+    """Wait for a cell's first epoch, and give its processes."""
+    deadline = time.monotonic() + 300
+    while not (cell / "log.txt").exists() or "Epoch 1" not in (cell / "log.txt").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return at_work(cell)
+
+
+def assert_gone(folder: Path, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while left := at_work(folder):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
 
 
 def table(file: Path) -> list[dict[str, str]]:
@@ -97,6 +124,7 @@ def test_a_killed_experiment_goes_on(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert done, "no cell was finished in time"
+    assert_gone(tmp_path)  # the cells are in groups of their own, and end with the experiment
     written = {file: file.stat().st_mtime_ns for file in done}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert {file: file.stat().st_mtime_ns for file in done} == written
@@ -232,16 +260,68 @@ def test_a_cell_that_is_killed_has_failed_and_leaves_the_others(tiny: Config, tm
     run_cells([good], tmp_path, 1, tmp_path / "results.csv")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run_cells, [good, bad], tmp_path, 1, tmp_path / "results.csv")
-        log = tmp_path / bad.key / "log.txt"
-        while not log.exists() or "Epoch 1" not in log.read_text():
-            time.sleep(0.05)
-        for process in Path("/proc").glob("[0-9]*/fd/1"):
-            with contextlib.suppress(OSError):
-                if process.readlink() == log:
-                    os.kill(int(process.parts[2]), signal.SIGKILL)
+        for process in once_training(tmp_path / bad.key):
+            os.kill(process, signal.SIGKILL)
         with pytest.raises(ValueError, match="1 of 2 cells failed, the others are kept"):
             running.result(timeout=60)
     assert [row["cell"] for row in table(tmp_path / "results.csv")] == [good.key]
+
+
+def test_ctrl_c_ends_all_cells_and_their_workers(tiny: Config, tmp_path: Path) -> None:
+    cells = cells_of(tiny, 0, 1, epochs=50_000, data=replace(tiny.data, num_workers=1))
+    interrupted, seen = [], set()
+
+    def ctrl_c() -> None:
+        try:
+            for cell in cells:
+                seen.update(once_training(tmp_path / cell.key))
+        finally:
+            interrupted.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)  # the parent alone
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children ignore it
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(ctrl_c)
+            with pytest.raises(KeyboardInterrupt, match="0 of 2 runs are finished, the same command goes on"):
+                run_cells(cells, tmp_path, 2, tmp_path / "results.csv")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - interrupted[0] < 10
+    assert len(seen) >= 4  # a worker each, at least
+    assert_gone(tmp_path, 1)
+
+
+def test_a_terminals_ctrl_c_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch_emc2", "experiment", "burn-in", "--dataset", "digits", "--scale", "smoke"]
+    command += ["--seeds", "0", "--out", str(tmp_path), "--data.num_workers", "1"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        while not list(tmp_path.glob("digits-smoke/cells/*/run/metrics.csv")) and process.poll() is None:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "emc2: interrupted; 0 of 5 runs are finished, the same command goes on\n"
+    assert_gone(tmp_path)
+
+
+def test_a_run_that_is_gone_on_with_by_hand_is_kept(tiny: Config, tmp_path: Path) -> None:
+    (cell,) = cells_of(tiny, 0)
+    file = tmp_path / cell.key / "run" / "metrics.csv"
+    with only_writer(file.parent):
+        file.write_text("step")
+        with pytest.raises(
+            ValueError, match=rf"log\.txt: BlockingIOError: .*run is in use by process {os.getpid()} on"
+        ):
+            run_cells([cell], tmp_path, 1, tmp_path / "results.csv")
+        assert file.read_text() == "step"
 
 
 def test_what_is_no_search_is_refused(tmp_path: Path) -> None:

@@ -130,7 +130,6 @@ def _make(file: Path, shape: Shape, drawn: "_Drawn", origin: dict[str, Any], num
     loader = DataLoader(drawn, batch_size=None, num_workers=num_workers, generator=torch.Generator())
     unreadable = {}
     with whole_file(file) as partial:
-        partial.unlink(missing_ok=True)  # a killed process's, in the room that is asked for next
         needed, free = math.prod(shape), shutil.disk_usage(file.parent).free
         if needed > free:
             raise DataError(

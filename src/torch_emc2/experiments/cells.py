@@ -7,16 +7,18 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from filelock import FileLock  # torch's own dependency
@@ -27,6 +29,7 @@ import torch_emc2
 from torch_emc2.config import Config, to_yaml
 from torch_emc2.experiments.measure import AccuracyCurve, Curve, GradientCurve, Part
 from torch_emc2.files import whole_file
+from torch_emc2.locks import only_writer
 from torch_emc2.training import train
 
 __all__ = ["Cell", "Row", "run_cells"]
@@ -79,32 +82,17 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int, results: Path) -> 
     todo = {cell.key: cell for cell in cells if cell.key not in rows}
     failed = []
     _write(cells, rows, results)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    # A server that has imported the package once and has no threads: its forks start at once and measure alone.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with (
-        ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool,
-        tqdm(total=len(todo), desc="Cells", disable=None) as bar,
-    ):
-        running = {pool.submit(_run, cell, folder / key, threads): cell for key, cell in todo.items()}
-        try:
-            for done in as_completed(running):
-                cell = running[done]
-                bar.set_postfix_str(f"{cell.series}, {cell.x}, seed {cell.config.seed}")
-                bar.update()
-                try:
-                    row = done.result()
-                except BrokenProcessPool:  # killed, for want of memory perhaps; and with it all that were running
-                    row = None
+    try:
+        with closing(_done(todo, folder, jobs)) as done:
+            for cell in done:
+                row = _finished(folder / cell.key)
                 if row is None:
                     failed.append(folder / cell.key / "log.txt")
                 else:
                     rows[cell.key] = row
                     _write(cells, rows, results)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{len(rows)} of {len(cells)} runs are finished, the same command goes on") from None
     if failed:
         lines = failed[0].read_text().strip().splitlines() if failed[0].exists() else []
         reason = lines[-1] if lines else "it was killed"
@@ -112,21 +100,80 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int, results: Path) -> 
     return _rows(cells, rows)
 
 
-def _run(cell: Cell, folder: Path, threads: int) -> Row | None:
-    """Run a cell from its start; None if it failed, which its log tells of."""
+def _done(todo: Mapping[str, Cell], folder: Path, jobs: int) -> Generator[Cell]:
+    """Run cells, so many at a time, in a process each, and give each once its process has ended, however it did."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # A server that has imported the package once and has no threads: its forks start at once and measure alone.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    _start_server()
+    waiting, running = list(todo.items()), dict[BaseProcess, Cell]()
+    try:
+        with tqdm(total=len(todo), desc="Cells", disable=None) as bar:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    key, cell = waiting.pop(0)
+                    process = context.Process(target=_run, args=(cell, folder / key, threads))
+                    process.start()
+                    running[process] = cell
+                wait([process.sentinel for process in running])
+                for ended in [process for process in running if not process.is_alive()]:
+                    cell = running.pop(ended)
+                    bar.set_postfix_str(f"{cell.series}, {cell.x}, seed {cell.config.seed}")
+                    bar.update()
+                    yield cell
+    finally:
+        for left in running:
+            with suppress(ProcessLookupError):  # not yet the first of its group
+                os.killpg(cast(int, left.pid), signal.SIGKILL)  # the loader's workers too
+            left.kill()
+            left.join()
+
+
+def _start_server() -> None:
+    """Start what forks the cells' processes. They leave Ctrl-C to the parent, which ends them."""
+    killed = "ignore:resource_tracker:UserWarning"  # it tells of semaphores that it removes after a killed process
+    sys.warnoptions.append(killed)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(killed)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run(cell: Cell, folder: Path, threads: int) -> None:
+    """Run a cell from its start; it leaves row.json, or a log that tells why not."""
+    os.setpgid(0, 0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     threadpool_limits(threads)  # those of numpy and scikit-learn
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # another experiment, or what a killed one left behind, may be at it
-        return _finished(folder) or _measure(cell, folder)
+    with FileLock(folder.with_suffix(".lock")):  # another experiment may be at it
+        if _finished(folder) is None:
+            _measure(cell, folder)
 
 
-def _measure(cell: Cell, folder: Path) -> Row | None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _end_with_parent() -> None:
+    """End this process and its own when the experiment's has ended, however that did."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)
+
+
+def _measure(cell: Cell, folder: Path) -> None:
+    run = folder / "run"
+    folder.mkdir(parents=True, exist_ok=True)
     with _logging_to(folder / "log.txt"):
         try:
-            config = replace(cell.config, out=str(folder / "run"))
+            with only_writer(run):
+                pass  # nobody goes on with it by hand
+            shutil.rmtree(run, ignore_errors=True)
+            config = replace(cell.config, out=str(run))
             curve: Curve
             if cell.measured == "accuracy":
                 curve = AccuracyCurve(config, cell.points, cell.labelled, cell.part)
@@ -135,9 +182,9 @@ def _measure(cell: Cell, folder: Path) -> Row | None:
             train(config, callbacks=[curve])
         except BaseException:  # SystemExit too: what ends a cell is the cell's
             traceback.print_exc()
-            return None
+            return
     curve.write(folder / "curve.csv")
-    shutil.rmtree(folder / "run" / "checkpoints")  # large, and of no use once the run is whole
+    shutil.rmtree(run / "checkpoints")  # large, and of no use once the run is whole
     row = {
         **curve.rows[-1],
         "peak_memory_mb": curve.peak_memory_mb,
@@ -148,7 +195,6 @@ def _measure(cell: Cell, folder: Path) -> Row | None:
     }
     with whole_file(folder / "row.json") as file:
         file.write_text(json.dumps(row) + "\n")
-    return row
 
 
 def _gpu() -> str | None:
