@@ -18,9 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from torch_emc2 import training
 from torch_emc2.config import Config, to_yaml
-from torch_emc2.training import train
+from torch_emc2.training import run, train
 
 Weights = dict[str, Tensor]
 Outcome = tuple[Weights, Weights, Any, list[dict[str, str]]]
@@ -43,8 +42,8 @@ class StopAfter(L.Callback):
 
 def interrupt(config: Config, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        original = training._checkpoints
-        patch.setattr(training, "_checkpoints", lambda *args: [*original(*args), StopAfter(steps)])
+        original = run._checkpoints
+        patch.setattr(run, "_checkpoints", lambda *args: [*original(*args), StopAfter(steps)])
         with pytest.raises(Stop):
             train(config)
 

@@ -1,0 +1,94 @@
+"""How wrong each estimator's gradient is at a run's weights, on its own images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torch_emc2.chains import EMPTY
+from torch_emc2.data import ContrastiveDataset
+from torch_emc2.diagnosis import Diagnosis, diagnose, embed_views, to_markdown
+from torch_emc2.diagnostics import Staleness, score_staleness
+from torch_emc2.files import load_checkpoint, whole_file
+from torch_emc2.models import Encoder
+from torch_emc2.report import plot_errors
+from torch_emc2.run_images import same_images
+from torch_emc2.runs.finished import leave_out_advised, load_run
+
+__all__ = ["diagnose_run"]
+
+
+def diagnose_run(
+    run: Path, *, samples: int = 512, batch_size: int | None = None, epochs: int = 64, seed: int = 0
+) -> Diagnosis:
+    """Measure how wrong each estimator's gradient is at a run's weights, and why; see `torch_emc2.diagnosis`.
+
+    Writes diagnosis.json, diagnosis.md and diagnosis.png.
+
+    Args:
+        run: its folder.
+        samples: at most so many random training images, with two views each of the run's own augmentation.
+        batch_size: samples a batch, by default the run's.
+        epochs: the largest number of epochs averaged.
+        seed: of the choice of images and of their views.
+
+    Raises:
+        ValueError: the folder is no finished run, or the samples do not fill a batch.
+    """
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, got {samples}: a lone sample has no negatives")
+    config, encoder, _ = load_run(run)
+    encoder.eval()
+    data = config.data
+    config, images = same_images(config, run)
+    views = ContrastiveDataset(images, data.augmentation.transform(), seed=seed, on_bad_image=data.on_bad_image)
+    picks = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
+    with leave_out_advised(run):
+        index, pairs = _two_views(views, picks)
+    diagnosis = diagnose(
+        encoder,
+        pairs,
+        config.temperature,
+        config.batch_size if batch_size is None else batch_size,
+        burn_in=0.5 if config.emc2.burn_in is None else config.emc2.burn_in,
+        epochs=epochs,
+        # Finite views have chains of their own, which met other views than these two.
+        staleness=None if data.finite_views else _staleness(run, encoder, views, index, pairs, config.temperature),
+    )
+    with whole_file(run / "diagnosis.json") as file:
+        file.write_text(json.dumps(asdict(diagnosis), indent=2, ensure_ascii=False) + "\n")
+    with whole_file(run / "diagnosis.md") as file:
+        file.write_text(to_markdown(diagnosis))
+    with whole_file(run / "diagnosis.png") as file:
+        plot_errors(diagnosis.errors, file)
+    return diagnosis
+
+
+def _two_views(views: ContrastiveDataset, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw two views of images ``ids``: the ids that can be read (k,), and (k, 2, c, s, s)."""
+    batch = views.__getitems__([(0, i) for i in ids.tolist()])
+    return batch.index, torch.stack([batch.first, batch.second], 1)
+
+
+def _staleness(
+    run: Path, encoder: Encoder, views: ContrastiveDataset, index: Tensor, pairs: Tensor, temperature: float
+) -> Staleness | None:
+    """Compare what the run's last checkpoint has stored, for the chains of samples ``index`` with views ``pairs``."""
+    file = run / "checkpoints" / "last.ckpt"
+    if not file.is_file():
+        return None
+    chains = load_checkpoint(file)["state_dict"].get("loss._extra_state", {}).get("chains", {})
+    if "similarities" not in chains:
+        return None
+    ids, similarities = (chains[name][index] for name in ("ids", "similarities"))
+    if (ids != EMPTY).sum() < 2:
+        return None
+    carried_index, carried_pairs = _two_views(views, torch.unique(ids[ids != EMPTY]).long())
+    row, chain = torch.isin(ids, carried_index).nonzero(as_tuple=True)
+    place = torch.searchsorted(carried_index, ids[row, chain].long())
+    anchors, carried = embed_views(encoder, pairs), embed_views(encoder, carried_pairs)
+    return score_staleness(similarities[row, chain] / temperature, anchors[row], carried[place], temperature)

@@ -1,0 +1,133 @@
+"""How good a run's encoder is: numbers of its features, and pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torch_emc2.config import DataConfig
+from torch_emc2.data import ContrastiveDataset, ImageDataset, evaluation_transform
+from torch_emc2.evaluation import Evaluation, Features, compare, extract_features, nearest_neighbours, raw_pixels
+from torch_emc2.files import whole_file
+from torch_emc2.models import build_encoder
+from torch_emc2.report import plot_curves, plot_neighbours, thumbnail
+from torch_emc2.run_images import evaluation_part
+from torch_emc2.runs.finished import leave_out_advised, load_run
+
+__all__ = ["evaluate_run"]
+
+_VIEWED = 1000  # test images of which two random views are compared
+
+
+def evaluate_run(run: Path, data: str | None = None, *, baselines: bool = False) -> tuple[Evaluation, list[Path]]:
+    """Measure a run's encoder, and draw its curves, and random test images with the training images nearest to them.
+
+    Where there are labels a probe is fitted, and its L2 strength chosen, on the training part; the test part is used
+    once. Nearest is by the cosine of features.
+
+    Args:
+        run: its folder.
+        data: another data set than the run's, named as in a config; the files that are written then have its name.
+        baselines: measure the encoder as it was before training, and raw pixels, beside it.
+
+    Returns:
+        What was measured, and the files that were written.
+
+    Raises:
+        ValueError: the folder is no finished run, or its files or the data set's are damaged or not there.
+    """
+    config, encoder, device = load_run(run)
+    source = replace(config.data, name=data or config.data.name, channels=encoder.channels)
+    evaluated = replace(config, data=source)
+    train, test = evaluation_part(evaluated, run, "probe"), evaluation_part(evaluated, run, "test")
+    # In random order, so that any first ones are a random choice.
+    test = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(config.seed)))
+    encoders: dict[str, Callable[[Tensor], Tensor]] = {"trained": encoder.features}
+    if baselines:
+        torch.manual_seed(config.seed)  # the weights that the run started from
+        untrained = build_encoder(config.model, encoder.channels, encoder.image_size).to(device)
+        encoders |= {"untrained": untrained.features, "raw pixels": raw_pixels}
+    with leave_out_advised(run):
+        features = {
+            name: _features(encode, train, test, source, config.seed, device) for name, encode in encoders.items()
+        }
+    evaluation = compare(
+        source.name, features, train.labels, test.labels, train.classes, probe=config.probe, seed=config.seed
+    )
+
+    suffix = "" if source.name == config.data.name else f"-{_file_name(source.name)}"
+    numbers, grid, curves = run / f"evaluation{suffix}.json", run / f"neighbours{suffix}.png", run / "curves.png"
+    with whole_file(numbers) as file:
+        file.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
+    with whole_file(grid) as file:
+        _draw_neighbours(features["trained"], train, test, file)
+    if suffix:
+        return evaluation, [numbers, grid]
+    with whole_file(curves) as file:
+        plot_curves(run / "metrics.csv", file)
+    return evaluation, [numbers, grid, curves]
+
+
+def _features(
+    encode: Callable[[Tensor], Tensor],
+    train: ImageDataset,
+    test: ImageDataset,
+    data: DataConfig,
+    seed: int,
+    device: torch.device,
+) -> Features:
+    embed = partial(extract_features, encode, device=device, num_workers=data.num_workers, progress=True)
+    still = evaluation_transform(data.augmentation.size)
+    viewed = test.subset(torch.arange(min(len(test), _VIEWED)))
+    pairs = _Pairs(ContrastiveDataset(viewed, data.augmentation.transform(), seed=seed))
+    views = torch.unflatten(embed(pairs, torch.nn.Identity()), 0, (-1, 2))
+    return Features(embed(train, still), embed(test, still), views)
+
+
+class _Pairs:
+    """Two random views of each image, one after the other."""
+
+    def __init__(self, views: ContrastiveDataset) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        return 2 * len(self.views)
+
+    def image(self, index: int) -> Tensor:
+        return self.views.view(0, *divmod(index, 2))
+
+
+def _draw_neighbours(
+    features: Features, train: ImageDataset, test: ImageDataset, out: Path, queries: int = 5, neighbours: int = 8
+) -> None:
+    neighbours = min(neighbours, len(train))
+    nearest, _ = nearest_neighbours(features.train, features.test[:queries], neighbours, "cosine")
+    own = others = None
+    if train.labels is not None and test.labels is not None:
+        own = [test.classes[label] for label in test.labels[:queries].tolist()]
+        others = [[train.classes[label] for label in row] for row in train.labels[nearest].tolist()]
+    plot_neighbours(
+        [thumbnail(test.image(i)) for i in range(len(nearest))],
+        [[thumbnail(train.image(i)) for i in row] for row in nearest.tolist()],
+        own,
+        others,
+        out,
+    )
+
+
+def _file_name(data: str) -> str:
+    """Return a short name for a data set; that of a folder differs from those of others which end alike."""
+    if not data.startswith("folder:"):
+        return data
+    path = os.path.abspath(os.path.expanduser(data.removeprefix("folder:")))
+    plain = re.sub(r"[^\w.-]+", "-", os.path.basename(path), flags=re.ASCII)[:40]
+    return f"{plain}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"

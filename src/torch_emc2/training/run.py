@@ -1,0 +1,178 @@
+"""A run from its start to its end, however it ends, and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from torch_emc2.callbacks import EpochLines, KeptCheckpoints, MetricsFile, ProgressBar, StopOnSIGTERM, WholeCheckpoints
+from torch_emc2.config import Config
+from torch_emc2.data import BadImageError, identity
+from torch_emc2.files import cause
+from torch_emc2.locks import only_writer
+from torch_emc2.losses import EMC2Loss
+from torch_emc2.models import save_encoder
+from torch_emc2.run_folder import find_checkpoint, prepare_folder, refuse_used, resume_command, validate_checkpoint
+from torch_emc2.run_images import first_images, same_images
+from torch_emc2.training.batches import ContrastiveData
+from torch_emc2.training.step import ContrastiveModule
+
+__all__ = ["train"]
+
+
+def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callback] = ()) -> Path:
+    """Train, and return the run's folder.
+
+    It holds config.yaml, versions.json, metrics.csv, TensorBoard's log, checkpoints/ and, once trained,
+    encoder.safetensors and head.safetensors (see `torch_emc2.models`).
+
+    Args:
+        config: the run.
+        resume: go on from the last checkpoint in ``config.out``; before the first, start. With more epochs than the run
+            had, the learning rate is from there on that of a run of so many.
+        callbacks: Lightning's, besides the run's own.
+
+    Raises:
+        DataError: the images are not there.
+        FileExistsError: ``config.out`` is not empty and ``resume`` is not set.
+        ValueError: the run there has another config, or this machine does not have the accelerator.
+            Or a step is not finite: its message has the step, its samples and numbers. Or the run has results, and no
+            checkpoint to go on from.
+        OSError: a file cannot be written; those before are kept. Or (ConnectionError) another rank has ended, or
+            (BlockingIOError) another process trains in that folder.
+        RuntimeError: of whatever else stopped the run, such as memory or a loader's worker that was killed; what the
+            last checkpoint has is kept. Its message says how to go on. So does a MemoryError's.
+        KeyboardInterrupt: by Ctrl-C; what the last checkpoint has is kept. Its message says how to go on.
+        SystemExit: by SIGTERM, with status 0: the step at hand is finished and saved, a line says how to go on. Of
+            several processes, those that still wait for one another at the start are ended by the signal.
+    """
+    run = Path(config.out)
+    stop = StopOnSIGTERM(run)
+    alone = only_writer(run) if rank_zero_only.rank == 0 else contextlib.nullcontext()  # type: ignore[attr-defined]
+    with _hushed(), stop, alone:
+        return _train(config, resume, callbacks, stop)
+
+
+def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: StopOnSIGTERM) -> Path:
+    run = Path(config.out)
+    if not resume:
+        refuse_used(run)  # before the work: views may have to be drawn
+    checkpoint = find_checkpoint(run) if resume else None
+    config, images = first_images(config, run) if checkpoint is None else same_images(config, run)
+    known = identity(images)
+    L.seed_everything(config.seed, verbose=False)
+    module = ContrastiveModule(config, images.channels, len(images))
+    carried_ids = None
+    if isinstance(module.loss, EMC2Loss) and module.loss.carry == "encode":
+        carried_ids = module.loss.chains.ids.share_memory()  # where the loader's workers read them
+    try:
+        datamodule = ContrastiveData(config, images, carried_ids)
+    except BadImageError as error:  # while finite views are drawn
+        raise BadImageError(f"{error}: mend or remove it, or leave it out by --data.on_bad_image skip") from error
+    trainer = _trainer(config, run, [*_checkpoints(config, run / "checkpoints"), *callbacks, stop])
+    every = min(config.log_every_steps, module.steps_per_epoch(trainer.world_size))
+    trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
+    if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
+        facts = {"processes": trainer.world_size, "images": known}
+        prepare_folder(config, run, facts, resume=resume, checkpoint=checkpoint)
+        if resume and checkpoint is None:
+            print(f"emc2: {run} has no checkpoint to go on from: starting", file=sys.stderr)
+    if checkpoint is not None:
+        validate_checkpoint(checkpoint, module)
+    if trainer.world_size > 1:
+        stop.meet()
+    try:
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            rank = f"rank {trainer.global_rank}"
+            raise ConnectionError(f"{rank} waited for one that has ended; that one's own error says why") from error
+        error.args = (f"{cause(error)}; {resume_command(run)} goes on from the last checkpoint",)
+        raise
+    except BadImageError as error:  # that was readable at the start, or seemed so
+        on = resume_command(run)
+        if identity(images) == known:
+            raise BadImageError(f"{error}: {on} --data.on_bad_image skip goes on without it") from error
+        raise BadImageError(f"{error}: put back all images as they were, then {on} goes on") from error
+    except SIGTERMException:
+        raise
+    except SystemExit:  # what Lightning makes of Ctrl-C, after which it ignores any other
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt(f"{resume_command(run)} goes on from the last checkpoint") from None
+    if trainer.is_global_zero:
+        save_encoder(module.encoder, run)
+    return run
+
+
+def _trainer(config: Config, run: Path, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    """Build Lightning's trainer.
+
+    Raises:
+        ValueError: this machine does not have the accelerator, or so many devices.
+    """
+    interactive = sys.stdout.isatty()
+    shown = ProgressBar(refresh_rate=10) if interactive else EpochLines()
+    try:
+        return L.Trainer(
+            max_epochs=config.epochs,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision=config.precision,
+            accumulate_grad_batches=config.accumulate,
+            gradient_clip_val=config.optimizer.clip,
+            logger=TensorBoardLogger(run, name="", version="tensorboard"),
+            callbacks=[MetricsFile(run / "metrics.csv"), shown, *callbacks],
+            plugins=[WholeCheckpoints()],
+            use_distributed_sampler=False,  # the sampler knows its rank
+            enable_progress_bar=interactive,
+            enable_model_summary=False,
+            default_root_dir=run,
+        )
+    except MisconfigurationException as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{reason} (accelerator: {config.accelerator}, devices: {config.devices})") from error
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep Lightning from telling of hardware, of every end of a fit, and of what is meant to be as it is."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    expected = "does not have many workers|LeafSpec|dataloader is not resumable|exists and is not empty"
+    changed = "callbacks used to create the checkpoint|dirpath has changed"  # a resumed run's settings or folder
+    skipped = r"Detected call of `lr_scheduler\.step"  # by fp16's scaler, in the first step
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".*({expected}|{changed}|{skipped}).*")
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _checkpoints(config: Config, folder: Path) -> list[L.Callback]:
+    """Return what renews last.ckpt at the end of each epoch, and the config's own checkpoints."""
+    renew = partial(ModelCheckpoint, folder, "last", enable_version_counter=False)
+    keep = partial(KeptCheckpoints, folder, "epoch-{epoch}", save_top_k=-1, auto_insert_metric_name=False)
+    callbacks: list[L.Callback] = [renew(every_n_epochs=1, save_on_train_epoch_end=True)]
+    if config.checkpoint_every_steps is not None:
+        callbacks.append(renew(every_n_train_steps=config.checkpoint_every_steps))
+    if config.checkpoint_every_epochs is not None:
+        callbacks.append(keep(every_n_epochs=config.checkpoint_every_epochs, save_on_train_epoch_end=True))
+    return callbacks

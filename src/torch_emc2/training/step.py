@@ -1,0 +1,180 @@
+"""The training step: encoder, loss and optimiser."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import lightning as L
+import torch
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from torch import Tensor
+
+from torch_emc2.config import Config
+from torch_emc2.data import Batch
+from torch_emc2.losses import (
+    ContrastiveLoss,
+    DCLLoss,
+    EMC2Loss,
+    InfoNCELoss,
+    NegativeCacheLoss,
+    SogCLRLoss,
+)
+from torch_emc2.models import build_encoder
+from torch_emc2.seeds import mix_seed
+
+__all__ = ["ContrastiveModule", "build_loss"]
+
+_NAMED = 64  # samples, in a message
+
+
+def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
+    """Build the loss that a config names, for a data set of ``num_samples``; finite views have an entry each."""
+    num_views = config.data.finite_views or 1
+    num_samples *= num_views
+    match config.loss:
+        case "emc2":
+            own = config.emc2
+            return EMC2Loss(
+                num_samples,
+                config.temperature,
+                burn_in=own.burn_in,
+                num_chains=own.num_chains,
+                carry=own.carry,
+                kernel=own.kernel,
+                seed=config.seed,
+            )
+        case "infonce":
+            return InfoNCELoss(config.temperature)
+        case "dcl":
+            return DCLLoss(config.temperature)
+        case "sogclr":
+            return SogCLRLoss(num_samples, config.temperature, config.sogclr.gamma)
+        case "negative-cache":
+            return NegativeCacheLoss(
+                num_samples,
+                config.model.out_dim,
+                config.temperature,
+                refresh_fraction=config.negative_cache.refresh_fraction,
+                views_per_sample=num_views,
+                seed=config.seed,
+            )
+
+
+class ContrastiveModule(L.LightningModule):
+    """Encoder and loss; the loss's memory of every sample is part of the checkpoint.
+
+    A loss or gradient that is not finite stops the run before the weights change, and with them the last checkpoint.
+    Where fp16 overflows and the scaler skips the optimiser's step, chains have moved and weights have not. That is
+    consistent: their states are draws at the weights of this step, which still are today's.
+    """
+
+    skipped: Tensor
+
+    def __init__(self, config: Config, channels: int, num_samples: int) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = build_encoder(config.model, channels, config.data.augmentation.size)
+        self.loss = build_loss(config, num_samples)
+        self.num_samples = num_samples
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # unreadable images met so far
+
+    def steps_per_epoch(self, world_size: int = 1) -> int:
+        """Count the optimiser's steps in an epoch."""
+        batches = self.num_samples // (self.config.batch_size * world_size)
+        return math.ceil(batches / self.config.accumulate)
+
+    def on_train_start(self) -> None:
+        """Take the rate of this run's schedule, where the checkpoint's was that of fewer epochs."""
+        schedule = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_schedulers())
+        for group, base, factor in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make dropout and its like a function of the place in training, so that a resumed run draws the same."""
+        torch.manual_seed(mix_seed(self.config.seed, self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Embed both views and the carried negatives that came with them, and compare."""
+        size = len(batch.index)
+        embeddings = self.encoder(torch.cat([batch.first, batch.second, batch.carried]))
+        z1, z2, carried = embeddings.split([size, size, len(batch.carried)])
+
+        def encode(ids: Tensor) -> Tensor:
+            place = torch.searchsorted(batch.carried_ids, ids)
+            if len(carried) and torch.equal(batch.carried_ids[place.clamp(max=len(carried) - 1)], ids):
+                return cast(Tensor, carried[place])
+            views = self.trainer.datamodule.dataset.encode_inputs(batch.epoch, ids)  # type: ignore[attr-defined]
+            # Batch norm's statistics of a handful of images are no statistics: such go in the batch's company.
+            company = batch.first if self.config.model.norm == "batch" and len(ids) < size else batch.first[:0]
+            return cast(Tensor, self.encoder(torch.cat([views.to(batch.first), company]))[: len(ids)])
+
+        try:
+            loss: Tensor = self.loss(z1, z2, batch.index, encode)
+        except ValueError as error:
+            broken = ~torch.stack([z1, z2]).isfinite().all(2).all(0)
+            rows = f"; {self._samples(batch.index[broken])}" if broken.any() else ""
+            error.args = (f"step {self.trainer.global_step}: {error}{rows}",)
+            raise
+        if batch_idx % self.config.accumulate == 0:
+            self._step_index = []
+        self._step_index.append(batch.index)
+        numbers = {"loss": loss.detach(), **self.loss.last}
+        means = self.trainer.strategy.reduce(torch.stack(list(numbers.values())), reduce_op="mean")  # over ranks
+        self._numbers = dict(zip(numbers, cast(Tensor, means), strict=True))
+        if not self._numbers["loss"].isfinite():
+            raise self._not_finite("loss", batch.index, self._numbers)
+        for name, value in self._numbers.items():
+            self.log(name, value, prog_bar=name in ("loss", "acceptance", "carried_share"))
+        self.log("lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
+        if self.config.data.on_bad_image == "skip":
+            skipped = torch.tensor(batch.skipped, device=self.device)
+            self.skipped += cast(Tensor, self.trainer.strategy.reduce(skipped, reduce_op="sum"))
+            self.log("skipped", self.skipped.float(), prog_bar=True)
+        # Lightning divides by accumulate in an epoch's last step too, which may have fewer batches.
+        batches, accumulate = cast(int, self.trainer.num_training_batches), self.config.accumulate
+        left = batches % accumulate
+        return loss * (accumulate / left) if batch_idx >= batches - left else loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a gradient that is not finite, unless it is the scaling of fp16 that overflows."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.get_scale() > 1:
+            return
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.encoder.parameters() if p.grad is not None])
+        if not norm.isfinite():
+            raise self._not_finite("gradient", torch.cat(self._step_index), self._numbers | {"gradient_norm": norm})
+
+    def _not_finite(self, what: str, index: Tensor, numbers: dict[str, Tensor]) -> ValueError:
+        shown = ", ".join(f"{name} {float(value):.4g}" for name, value in numbers.items())
+        return ValueError(
+            f"step {self.trainer.global_step}: the {what} is not finite ({shown}; {self._samples(index)}); "
+            "the last checkpoint is from before: look at these images, or start a run with a lower optimizer.lr"
+        )
+
+    def _samples(self, index: Tensor) -> str:
+        """Name the samples that ids, of them or of their views, belong to; the first of many."""
+        ids = index if index.ndim == 1 else index[:, 0] // cast(int, self.config.data.finite_views)
+        return f"samples {', '.join(map(str, ids[:_NAMED].tolist()))}{', …' if len(ids) > _NAMED else ''}"
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser with linear warm-up and half a cosine, a step at a time."""
+        own = self.config.optimizer
+        name = {"sgd": "momentum"}.get(own.name, own.name)  # timm's "sgd" is Nesterov's
+        optimizer = create_optimizer_v2(
+            self.encoder, opt=name, lr=own.lr, weight_decay=own.weight_decay, momentum=own.momentum
+        )
+        # Lightning's estimate would load the data before the steps of a resumed run are known, and so from the start.
+        total = self.config.epochs * self.steps_per_epoch(self.trainer.world_size)
+        warmup = round(total * own.warmup_epochs / self.config.epochs)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
