@@ -7,6 +7,8 @@ def check_matrix(name: str, x: Tensor, rows: int = 1) -> None:
     """Raise unless x is a finite matrix of at least so many rows."""
     if x.ndim != 2 or len(x) < rows:
         raise ValueError(f"{name} features have shape {tuple(x.shape)}; give a matrix (n, d) with n >= {rows}")
+    if x.is_complex():
+        raise ValueError(f"{name} features are {x.dtype}; give real numbers")
     finite = x.isfinite().all(dim=1)
     if not finite.all():
         row = int((~finite).nonzero()[0])
