@@ -21,6 +21,7 @@ import sys
 absent = ("numba", "torchvision", "timm", "lightning", "sklearn", "jsonargparse", "matplotlib", "PIL")
 sys.modules.update(dict.fromkeys(absent))  # to who looks for them, too, as torch's compiler does
 import torch, torch_emc2
+assert "torch._dynamo" not in sys.modules  # which takes seconds
 z1, z2 = torch.randn(2, 8, 4).unbind()
 with_scan = torch_emc2.EMC2Loss(8)
 for _ in range(3):

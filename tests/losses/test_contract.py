@@ -250,6 +250,22 @@ def test_averages_of_another_temperature_are_refused(name: str) -> None:
 
 
 @each_loss
+def test_the_default_dtype_makes_no_difference(name: str) -> None:
+    outcomes = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            loss_fn, rows, losses = MAKERS[name](), table().float(), []
+            for step in range(3):
+                z1, z2, index = batch(step, 6)
+                losses.append(loss_fn(z1.float(), z2.float(), index, encode=rows.__getitem__))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        outcomes.append((losses, loss_fn.state_dict()))
+    assert_same(outcomes[0], outcomes[1])
+
+
+@each_loss
 def test_nothing_of_the_size_of_the_similarities_outlives_a_step(name: str) -> None:
     def large() -> int:
         gc.collect()

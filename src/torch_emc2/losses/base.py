@@ -11,6 +11,7 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -97,6 +98,7 @@ class ContrastiveLoss(nn.Module, ABC):
 
     def __init__(self, temperature: float = 0.07) -> None:
         super().__init__()
+        _keep_out_of_graphs()
         self.temperature = temperature
         self.num_samples: int | None = None
         self.last: dict[str, Tensor] = {}
@@ -110,9 +112,6 @@ class ContrastiveLoss(nn.Module, ABC):
     def _accept_temperature(self, value: Any) -> float:
         return require_temperature(value)
 
-    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-        reason="a loss and its memory are no part of a graph: compile without fullgraph=True, or the encoder alone"
-    )
     def forward(self, z1: Tensor, z2: Tensor, index: Tensor | None = None, encode: Encode | None = None) -> Tensor:
         """Return the loss of a batch, a scalar whose gradient is the estimator's.
 
@@ -187,6 +186,13 @@ def require_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return int(value)
+
+
+@cache
+def _keep_out_of_graphs() -> None:
+    """Let a compiled step call losses as they are. At the first of them: this imports the compiler, for seconds."""
+    reason = "a loss and its memory are no part of a graph: compile without fullgraph=True, or the encoder alone"
+    ContrastiveLoss.forward = torch.compiler.disable(ContrastiveLoss.forward, reason=reason)  # type: ignore
 
 
 def _refuse_tracing(loss: nn.Module) -> None:

@@ -85,7 +85,8 @@ class EMC2Loss(StatefulLoss):
             raise ValueError(f"burn_in must be in [0, 1), the share of steps left out; got {burn_in}")
         if burn_in is not None and kernel == "isir":
             raise ValueError(f'kernel="isir" has no burn-in, got burn_in={burn_in}: leave it out')
-        if require_int("num_chains", num_chains) < 1:
+        num_chains = require_int("num_chains", num_chains)
+        if num_chains < 1:
             raise ValueError(f"num_chains must be at least 1, got {num_chains}")
         if carry not in get_args(Carry):
             raise ValueError(f"carry must be one of {', '.join(get_args(Carry))}; got {carry!r}")
@@ -192,6 +193,7 @@ class EMC2Loss(StatefulLoss):
         """
         inside = torch.stack([torch.isin(carried, pairs.column_ids[columns]) for columns in sets], 1)
         candidates = inside | ~inside.any(1, keepdim=True)  # (rows, 2, chains)
+        share = candidates.to(logits.dtype) / candidates.sum(1, keepdim=True)
         in_set = torch.where(candidates.all(1), in_set, candidates[:, 1].long())
         # A sample's chains draw from different parts of (0, 1], in random order: each uniform, together well spread.
         noise = exponential_noise(pairs, (2, self.num_chains), self.seed, self._calls).flatten(0, 1)
@@ -199,7 +201,7 @@ class EMC2Loss(StatefulLoss):
         done = resample(
             logits,
             torch.where(inside, -torch.inf, carried_score[:, None]),
-            candidates / candidates.sum(1, keepdim=True),
+            share,
             in_set,
             uniform,
         )

@@ -54,7 +54,8 @@ class NegativeCacheLoss(StatefulLoss):
             raise ValueError(f"refresh_fraction must be in [0, 1], a share of the cache; got {refresh_fraction}")
         if require_int("dim", dim) < 1:
             raise ValueError(f"dim must be at least 1, the dimension of the embeddings; got {dim}")
-        if require_int("views_per_sample", views_per_sample) < 1:
+        views_per_sample = require_int("views_per_sample", views_per_sample)
+        if views_per_sample < 1:
             raise ValueError(f"views_per_sample must be at least 1, got {views_per_sample}")
         self.refresh_fraction = float(refresh_fraction)
         self.views_per_sample = views_per_sample

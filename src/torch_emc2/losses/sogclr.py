@@ -91,7 +91,8 @@ class SogCLRLoss(StatefulLoss):
     def _load(self, state: dict[str, Any]) -> None:
         self._slots.check(state["keys"], state["log_u"])
         self._log_u.check(state["log_u"])
-        if state["temperature"] != self.temperature:
+        visited = bool((state["log_u"] > -torch.inf).any())
+        if visited and state["temperature"] != self.temperature:
             raise ValueError(
                 f"the saved averages are of temperature {state['temperature']:g} and cannot be converted to "
                 f"{self.temperature:g}: build the loss with the temperature it was saved with"
