@@ -1,11 +1,13 @@
 """A run that is stopped, whatever stops it, goes on bit for bit; two runs do not get mixed up."""
 
+import copy
 import csv
 import errno
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +24,9 @@ import torch
 from outcomes import Outcome, assert_same, interrupt, outcome, photos, started
 from torch_emc2 import run_images
 from torch_emc2.cli import main
-from torch_emc2.config import Config, LossName, to_yaml
+from torch_emc2.config import Config, LossName, read_config, to_yaml
+from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_another, validate_checkpoint
+from torch_emc2.runs.finished import load_run
 from torch_emc2.training import ContrastiveModule, train
 
 
@@ -421,6 +425,51 @@ def test_a_finished_run_goes_on_to_more_epochs(tiny: Config, capsys: pytest.Capt
     assert json.loads((run / "versions.json").read_text())["schedule"] == [words]
     with pytest.raises(ValueError, match=r"config differs \(epochs: 5, now 2\)"):
         train(tiny, resume=True)
+
+
+def test_a_finished_encoder_stays_until_a_longer_run_is_finished(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    two = read_config(str(run / "config.yaml"))
+    facts, last = json.loads((run / "versions.json").read_text()), run / "checkpoints" / "last.ckpt"
+    trained = (run / "encoder.safetensors").read_bytes()
+    for epochs in (300, 3, 2):  # none of which takes a step: 300 is mistyped, 3 stopped, and 2 what there was
+        config = replace(two, epochs=epochs)
+        refuse_another(config, run, facts, last)
+        prepare_folder(config, run, facts, last)
+        assert load_run(run).config.epochs == epochs
+        assert (run / "encoder.safetensors").read_bytes() == trained
+    with pytest.raises(ValueError, match=r"config differs \(epochs: 2, now 1\)"):
+        refuse_another(replace(two, epochs=1), run, facts, last)
+    keep_finished(run, 2)
+    assert load_run(run)
+    keep_finished(run, 3)
+    assert sorted(file.name for file in run.glob("*.safetensors")) == [
+        "encoder-2-epochs.safetensors",
+        "head-2-epochs.safetensors",
+    ]
+    prepare_folder(replace(two, epochs=3), run, facts, last)  # killed before the encoder was written
+    with pytest.raises(ValueError, match=r"config differs \(epochs: 3, now 2\)"):
+        refuse_another(two, run, facts, last)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    last, config = run / "checkpoints" / "last.ckpt", read_config(str(run / "config.yaml"))
+    checkpoint = torch.load(last, weights_only=True)
+    memory = checkpoint["state_dict"]["loss._extra_state"]
+    module = ContrastiveModule(config, 1, 66)
+    before = copy.deepcopy(module.state_dict())
+    validate_checkpoint(last, module)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    for foreign in (None, {"a": 1}, memory | {"chains": {}}, memory | {"seed": "0"}):
+        checkpoint["state_dict"]["loss._extra_state"] = foreign
+        torch.save(checkpoint, last)
+        with pytest.raises(ValueError, match=r"last\.ckpt is of another loss \(.*put this run's in its place"):
+            validate_checkpoint(last, module)
+    kept = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="is of another loss"):
+        train(replace(config, epochs=5), resume=True)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == kept
 
 
 def test_a_second_training_is_refused_with_the_firsts_process(tiny: Config, tmp_path: Path, capsys: Any) -> None:

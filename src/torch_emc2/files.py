@@ -81,7 +81,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not {"pytorch-lightning_version", "global_step", "state_dict"} <= checkpoint.keys():
+        if not {"pytorch-lightning_version", "epoch", "global_step", "state_dict"} <= checkpoint.keys():
             raise KeyError("no checkpoint of a run")
     except Exception as error:  # whatever unpickling makes of foreign bytes
         raise ValueError(
