@@ -406,6 +406,23 @@ def test_a_run_with_results_is_never_started_over(left: str, tiny: Config) -> No
     assert {file: file.read_text() for file in run.rglob("*") if file.is_file()} == before
 
 
+def test_a_start_in_the_folder_of_another_has_rows_of_its_own(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Path(tiny.out)
+    interrupt(replace(tiny, temperature=0.5), 2, monkeypatch)
+    (before,) = (run / "tensorboard").glob("events*")
+    train(replace(tiny, epochs=1, log_every_steps=4))
+    assert [row["step"] for row in outcome(run)[3]] == ["3"]
+    (events,) = (run / "tensorboard").glob("events*")
+    assert events.name != before.name
+    shutil.rmtree(run / "checkpoints")
+    for part in ("encoder", "head"):
+        (run / f"{part}.safetensors").unlink()
+    (run / "metrics.csv").write_text(rows := "step,epoch\n3,0\n7,1\n")  # a checkpoint's worth, which stays
+    with pytest.raises(FileExistsError, match="is not empty"):
+        train(tiny)
+    assert (run / "metrics.csv").read_text() == rows
+
+
 def test_a_finished_run_goes_on_to_more_epochs(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = replace(tiny, optimizer=replace(tiny.optimizer, lr=0.01, warmup_epochs=1))
     run = train(tiny)

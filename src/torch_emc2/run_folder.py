@@ -8,6 +8,7 @@ import csv
 import json
 import platform
 import shlex
+import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,7 +51,7 @@ _BEFORE_A_CHECKPOINT = {
 def refuse_used(run: Path) -> None:
     """Raise FileExistsError where a run's folder would be among other files, or has a checkpoint."""
     names = {file.name for file in run.iterdir()} if run.exists() else set()
-    if names - _BEFORE_A_CHECKPOINT or any(run.glob("checkpoints/*")):
+    if names - _BEFORE_A_CHECKPOINT or any(run.glob("checkpoints/*")) or _passed_a_checkpoint(run):
         raise FileExistsError(f"{run} is not empty: --resume goes on with the run there, --out FOLDER starts another")
 
 
@@ -109,13 +110,16 @@ def refuse_another(config: Config, run: Path, facts: dict[str, Any], checkpoint:
 
 
 def prepare_folder(config: Config, run: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
-    """Write down what is run, and what else its results depend on.
+    """Write down what is run, and what else its results depend on; what another start has logged goes.
 
     Where a run goes on to other epochs, the learning rate is from its checkpoint on that of a run of so many; the line
     that says so is kept in versions.json.
     """
     file, versions_file = run / "config.yaml", run / "versions.json"
-    if checkpoint is not None and file.exists():
+    if checkpoint is None:
+        (run / "metrics.csv").unlink(missing_ok=True)
+        shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    elif file.exists():
         before, saved = read_config(str(file)), _read_facts(versions_file)
         schedule = saved.get("schedule", [])
         if config.epochs != before.epochs:
