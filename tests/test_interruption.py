@@ -25,7 +25,7 @@ from outcomes import Outcome, assert_same, interrupt, outcome, photos, started
 from torch_emc2 import run_images
 from torch_emc2.cli import main
 from torch_emc2.config import Config, LossName, read_config, to_yaml
-from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_another, validate_checkpoint
+from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_another, refuse_used, validate_checkpoint
 from torch_emc2.runs.finished import load_run
 from torch_emc2.training import ContrastiveModule, train
 
@@ -565,6 +565,20 @@ def test_a_run_does_not_go_among_other_files(tiny: Config, tmp_path: Path) -> No
     with pytest.raises(FileExistsError, match="is not empty"):
         train(tiny)
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_start_killed_while_it_wrote_a_file_leaves_a_folder_to_start_in(tmp_path: Path) -> None:
+    refuse_used(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "checkpoints/last.ckpt"):
+        file = tmp_path / "run" / name
+        file.with_name(f".{file.name}.00aa11bb.{2**30}@elsewhere.partial").touch()
+    refuse_used(tmp_path / "run")
+    for name in (".config.yaml", "thesis.partial", "checkpoints/last.ckpt"):
+        (tmp_path / "run" / name).touch()
+        with pytest.raises(FileExistsError, match="is not empty"):
+            refuse_used(tmp_path / "run")
+        (tmp_path / "run" / name).unlink()
 
 
 def test_what_results_do_not_depend_on_may_change(

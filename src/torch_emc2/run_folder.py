@@ -51,7 +51,8 @@ _BEFORE_A_CHECKPOINT = {
 def refuse_used(run: Path) -> None:
     """Raise FileExistsError where a run's folder would be among other files, or has a checkpoint."""
     names = {file.name for file in run.iterdir()} if run.exists() else set()
-    if names - _BEFORE_A_CHECKPOINT or any(run.glob("checkpoints/*")) or _passed_a_checkpoint(run):
+    names -= {name for name in names if name.startswith(".") and name.endswith(".partial")}  # of killed writers
+    if names - _BEFORE_A_CHECKPOINT or any(run.glob("checkpoints/[!.]*")) or _passed_a_checkpoint(run):
         raise FileExistsError(f"{run} is not empty: --resume goes on with the run there, --out FOLDER starts another")
 
 
