@@ -128,6 +128,19 @@ def test_parts_follow_the_run_s_setting(config: Config, photos: Path, tmp_path: 
         evaluation_part(_raising(config), tmp_path / "run", "test")
 
 
+def test_where_too_few_can_be_read_that_is_said(config: Config, photos: Path, tmp_path: Path) -> None:
+    for file in photos.glob("valid/*/*.png"):
+        file.write_bytes(b"")
+    first, run = str(photos / "valid/a/0.png"), tmp_path / "run"
+    with pytest.raises(DataError, match=rf"^0 of 8 images can be read, at least 1 are needed: '{first}' \(empty\); "):
+        evaluation_part(config, run, "test")
+    assert len(first_images(config, run)[1]) == 19  # training needs no test part
+    for file in sorted(photos.glob("train/*/*.png"))[1:]:
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"^1 of 20 images can be read, at least 2 are needed: '.*/train/a/1\.png' "):
+        first_images(config, run)
+
+
 def test_the_range_found_at_the_start_is_the_run_s(config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "deep"
     folder.mkdir()

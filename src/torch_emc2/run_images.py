@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 from torch_emc2.config import Config, DataConfig, read_config
-from torch_emc2.data import BadImageError, FileImages, ImageDataset, check_files, open_dataset, shown
+from torch_emc2.data import BadImageError, DataError, FileImages, ImageDataset, check_files, open_dataset, shown
 from torch_emc2.data.datasets import Split
 from torch_emc2.files import one_line, whole_file
 
@@ -29,7 +29,7 @@ def first_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
 
     Raises:
         BadImageError: some cannot be read, and are not to be skipped.
-        DataError: the images are not there, or the range of their values is not known.
+        DataError: the images are not there, or too few of them can be read, or the range of their values is not known.
     """
     data = config.data
     images = _open(data, "train", config.seed)
@@ -51,7 +51,7 @@ def first_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
     _say_left_out(unreadable, len(files), f" (all in {run / 'unreadable.json'})")
     assert isinstance(images.source, FileImages)  # no other has files
     images.source.decoding = decoding
-    return replace(config, data=replace(data, value_range=decoding.value_range)), images.without(unreadable)
+    return replace(config, data=replace(data, value_range=decoding.value_range)), _readable(images, unreadable, 2)
 
 
 def same_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
@@ -69,7 +69,7 @@ def evaluation_part(config: Config, run: Path, split: Split) -> ImageDataset:
 
     Raises:
         BadImageError: some cannot be read, and are not to be skipped.
-        DataError: the images are not there.
+        DataError: the images are not there, or none of them can be read.
     """
     data = config.data
     images = open_dataset(data.name, split, Path(data.root), channels=data.channels, decoding=data.decoding)
@@ -85,7 +85,18 @@ def evaluation_part(config: Config, run: Path, split: Split) -> ImageDataset:
     _say_left_out(unreadable, len(files))
     assert isinstance(images.source, FileImages)
     images.source.decoding = decoding
-    return images.without(unreadable)
+    return _readable(images, unreadable, 1)
+
+
+def _readable(images: ImageDataset, unreadable: Mapping[str, str], least: int) -> ImageDataset:
+    """Leave out the unreadable ones, if enough are left."""
+    left = images.without(unreadable)
+    if len(left) < least:
+        named = {file: why for i in range(len(images)) if (why := unreadable.get(file := str(images.path(i))))}
+        raise DataError(
+            f"{len(left)} of {len(images)} images can be read, at least {least} are needed: {shown(named)}: mend them"
+        )
+    return left
 
 
 def _open(data: DataConfig, split: Split, seed: int) -> ImageDataset:
