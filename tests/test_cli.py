@@ -146,7 +146,7 @@ def test_quickstart_train_evaluate_embed(
     Path("folder.parquet").mkdir()
     assert main(["embed", "other", str(tmp_path / "runs"), "-o", "folder.parquet"]) == 2
     assert "folder.parquet is no file that could be written anew: give another name" in capsys.readouterr().err
-    assert main(["embed", "other", str(tmp_path / "runs"), "-o", "out.parquet"]) == 0  # the run's own pictures
+    assert main(["embed", "other", "runs/quickstart", "-o", "out.parquet"]) == 0  # the run's own pictures
     assert "2 images embedded, 0 skipped as unreadable, " in capsys.readouterr().out
 
 
