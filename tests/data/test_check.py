@@ -93,6 +93,24 @@ def test_what_was_found_is_kept_until_a_file_changes(tmp_path, monkeypatch):
     assert len(json.loads(kept.read_text())) == 1
 
 
+@pytest.mark.parametrize("content", ["[1]", "5", "null", "[" * 100_000, b"\xff", 5, {}, {"deep": {}}])
+@pytest.mark.parametrize("deep", [5, {"a": 5}, {"a": ["16-bit", "x", 1]}])
+def test_what_is_kept_and_damaged_is_found_again(tmp_path, content, deep):
+    Image.fromarray(_noise()).save(tmp_path / "a.png")
+    kept, files = tmp_path / "checked.json", [str(tmp_path / "a.png")]
+    check_files(files, Decoding(), kept=kept)
+    whole = kept.read_text()
+    if isinstance(content, bytes):
+        kept.write_bytes(content)
+    elif isinstance(content, str):
+        kept.write_text(content)
+    else:
+        (key,) = json.loads(whole)
+        kept.write_text(json.dumps({key: content or {"unreadable": {}, "deep": deep}}))
+    assert check_files(files, Decoding(), kept=kept) == Check({}, {})
+    assert kept.read_text() == whole
+
+
 def _sixteen(folder, *largest, dtype=np.uint16):
     for i, value in enumerate(largest):
         Image.fromarray(np.array([[0, value]], dtype)).save(folder / f"{i}.tif")

@@ -82,8 +82,8 @@ def check_files(
     for path in files:
         digest.update(f"{os.path.abspath(path)}\0{_stamp(path)}\0".encode(errors="surrogateescape"))
     known = _read(kept)
-    if (found := known.get(digest.hexdigest())) is not None:
-        return Check(found["unreadable"], {file: tuple(span) for file, span in found["deep"].items()})
+    if (found := _kept_check(known.get(digest.hexdigest()))) is not None:
+        return found
 
     unreadable: dict[str, str] = {}
     deep: dict[str, tuple[str, float, float]] = {}
@@ -172,7 +172,18 @@ def _stamp(path: str) -> str:
 
 
 def _read(kept: Path | None) -> dict[str, Any]:
+    """Return what is kept; nothing where that is damaged: it is found again."""
     try:
-        return dict(json.loads(kept.read_text())) if kept is not None else {}
-    except (OSError, ValueError):
+        content = json.loads(kept.read_text()) if kept is not None else {}
+    except (OSError, ValueError, RecursionError):
         return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _kept_check(content: Any) -> Check | None:
+    try:
+        unreadable = {file: str(why) for file, why in content["unreadable"].items()}
+        deep = {file: (str(kind), float(least), float(most)) for file, (kind, least, most) in content["deep"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return Check(unreadable, deep)
