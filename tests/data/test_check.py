@@ -93,7 +93,9 @@ def test_what_was_found_is_kept_until_a_file_changes(tmp_path, monkeypatch):
     assert len(json.loads(kept.read_text())) == 1
 
 
-@pytest.mark.parametrize("content", ["[1]", "5", "null", "[" * 100_000, b"\xff", 5, {}, {"deep": {}}])
+@pytest.mark.parametrize(
+    "content", ["[1]", "5", "null", pytest.param("[" * 100_000, id="nested"), b"\xff", 5, {}, {"deep": {}}]
+)
 @pytest.mark.parametrize("deep", [5, {"a": 5}, {"a": ["16-bit", "x", 1]}])
 def test_what_is_kept_and_damaged_is_found_again(tmp_path, content, deep):
     Image.fromarray(_noise()).save(tmp_path / "a.png")
@@ -155,6 +157,14 @@ def test_a_range_is_not_guessed(tmp_path, largest, dtype, words):
         assert str(error.value) == f"cannot read image {file!r} ({why})"
     given = Decoding(value_range="0,5000")
     assert check_files(list(unreadable), given).resolve(given) == (given, {})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_unreadable(tmp_path, value):
+    files = _sixteen(tmp_path, value, dtype=np.float32)
+    found = check_files(files, Decoding())
+    assert found == Check({files[0]: "it has values that are not finite"}, {})
+    assert found == check_files(files, Decoding(value_range="0,1"))
 
 
 def test_a_range_for_some_is_none_for_others(tmp_path):

@@ -15,7 +15,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from torch_emc2.data.decode import FULL_16_BIT, Decoding, decode, depth_of, no_range, open_image, refusal
+from torch_emc2.data.decode import (
+    FULL_16_BIT,
+    Decoding,
+    decode,
+    depth_of,
+    no_range,
+    open_image,
+    refusal,
+    require_finite,
+)
 from torch_emc2.files import whole_file
 
 __all__ = ["Check", "check_files", "shown"]
@@ -125,6 +134,7 @@ class _Looked(Dataset[str | tuple[str, float, float] | None]):
                 depth = depth_of(file)
                 if depth is not None and self.decoding.value_range is None and not depth.scaled:
                     values = np.asarray(file.convert("RGB") if depth.colour else file)
+                    require_finite(values)
                     scale = 257 if depth.colour else 1
                     return depth.kind, scale * float(values.min()), scale * float(values.max())
                 seems_whole = not self.whole and _has_end(path, file.format)
