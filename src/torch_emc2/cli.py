@@ -29,6 +29,8 @@ usage: emc2 COMMAND …
   presets [NAME [--FIELD VALUE …]]   list the presets, or print one as YAML to start from
 """
 
+_VALUE_RANGE = "of values deeper than 8 bits: --value-range=0,4095, --value-range=-1000,3000, or --value-range=1%%,99%%"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0, 2 for what the user can mend, 130 when interrupted."""
@@ -117,7 +119,7 @@ def _evaluate(argv: list[str]) -> None:
     )
     parser.add_argument("run", type=_path)
     parser.add_argument("--data", metavar="NAME", help="another data set than the run's, such as folder:PATH")
-    parser.add_argument("--value-range", help="of values deeper than 8 bits, as min,max or low%%,high%%")
+    parser.add_argument("--value-range", help=_VALUE_RANGE)
     parser.add_argument("--baselines", action="store_true", help="the untrained encoder and raw pixels beside it")
     args = parser.parse_args(argv)
     from torch_emc2.evaluation import to_text
@@ -152,7 +154,7 @@ def _embed(argv: list[str]) -> None:
     parser.add_argument("paths", type=_path, nargs="+", metavar="FOLDER_OR_IMAGE")
     parser.add_argument("-o", "--out", type=_path, required=True, help="Parquet file to write")
     parser.add_argument("--on-bad-image", choices=("raise", "skip"), help="by default the run's setting")
-    parser.add_argument("--value-range", help="of values deeper than 8 bits, as min,max or low%%,high%%")
+    parser.add_argument("--value-range", help=_VALUE_RANGE)
     args = parser.parse_args(argv)
     from torch_emc2.data import shown
     from torch_emc2.runs import embed_images

@@ -47,7 +47,10 @@ def first_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
     _write_unreadable(run, {os.path.relpath(file, _base(data)): why for file, why in unreadable.items()})
     if unreadable and data.on_bad_image == "raise":
         raise BadImageError(
-            check.refusal(f"all in {run / 'unreadable.json'}; mend or remove them, or add --data.on_bad_image skip")
+            check.refusal(
+                f"all in {run / 'unreadable.json'}; mend or remove them, or add --data.on_bad_image skip",
+                "--data.value_range",
+            )
         )
     _say_left_out(unreadable, len(files), f" (all in {run / 'unreadable.json'})")
     assert isinstance(images.source, FileImages)  # no other has files
@@ -93,7 +96,7 @@ def evaluation_parts(config: Config, run: Path, *, own: bool = True) -> tuple[Im
     decoding, unreadable = check.resolve(data.decoding)
     if unreadable and not skip:
         setting = f"data.on_bad_image: skip in {run / 'config.yaml'}"
-        raise BadImageError(check.refusal(f"mend or remove them, or leave them out by {setting}"))
+        raise BadImageError(check.refusal(f"mend or remove them, or leave them out by {setting}", "--value-range"))
     unreadable = left_out | unreadable
     _say_left_out(unreadable, len(files))
     for part in (train, test):

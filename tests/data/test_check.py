@@ -137,17 +137,26 @@ def test_a_dark_image_among_those_that_fill_their_range_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("largest", "dtype", "words"),
     [
-        ((4095, 900), np.uint16, "2 images with 16-bit values, from 0 to 4095, .* such as 0,4095,"),
-        ((600,), np.uint16, "such as 0,1023,"),
-        ((32767,), np.uint16, "such as 0,32767,"),
-        ((70000, -3), np.int32, "2 images with 32-bit or signed values, from -3 to 70000, .* such as -3,70000,"),
-        ((1.5,), np.float32, "floating-point values, from 0 to 1.5, .* such as 0,1.5, or 1%,99% of each image's own"),
+        ((4095, 900), np.uint16, "2 images with 16-bit values, from 0 to 4095, .* such as --range=0,4095,"),
+        ((600,), np.uint16, "such as --range=0,1023,"),
+        ((0,), np.uint16, "such as --range=0,1,"),
+        ((32767,), np.uint16, "such as --range=0,32767,"),
+        (
+            (70000, -3),
+            np.int32,
+            "2 images with 32-bit or signed values, from -3 to 70000, .* such as --range=-3,70000,",
+        ),
+        (
+            (1.5,),
+            np.float32,
+            "floating-point values, from 0 to 1.5, .* such as --range=0,1.5, or --range=1%,99% of each image's own",
+        ),
     ],
 )
 def test_a_range_is_not_guessed(tmp_path, largest, dtype, words):
     found = check_files(_sixteen(tmp_path, *largest, dtype=dtype), Decoding())
     assert not found.unreadable
-    assert re.search(words, found.refusal("mend it"))
+    assert re.search(words, found.refusal("mend it", "--range"))
     assert str(found) == ""
     decoding, unreadable = found.resolve(Decoding())
     assert decoding == Decoding()
@@ -172,10 +181,10 @@ def test_a_range_for_some_is_none_for_others(tmp_path):
     Image.fromarray(np.ones((3, 3), np.float32)).save(tmp_path / "float.tif")
     (tmp_path / "empty.png").write_bytes(b"")
     found = check_files([*files, str(tmp_path / "float.tif"), str(tmp_path / "empty.png")], Decoding())
-    assert found.refusal("mend it").replace(str(tmp_path), "FOLDER") == (
+    assert found.refusal("mend it", "--range").replace(str(tmp_path), "FOLDER") == (
         "1 image cannot be read: 'FOLDER/empty.png' (empty): mend it; 1 image with floating-point values, from 1 to 1, "
-        "of no known range ('FOLDER/float.tif' first): give it as data.value_range, such as 1,1, "
-        "or 1%,99% of each image's own values"
+        "of no known range ('FOLDER/float.tif' first): give it, such as --range=1,2, "
+        "or --range=1%,99% of each image's own values"
     )
     decoding, unreadable = found.resolve(Decoding())
     assert decoding.value_range == "0,65535"

@@ -59,15 +59,17 @@ class Check(NamedTuple):
             decoding = replace(decoding, value_range=FULL_16_BIT)
         return decoding, self.unreadable | unknown
 
-    def refusal(self, advice: str) -> str:
-        """Say in one line which files cannot be read, and what helps: ``advice``, or a range to be given."""
+    def refusal(self, advice: str, option: str) -> str:
+        """Say in one line which files cannot be read, and what helps: ``advice``, or a range given by ``option``."""
         said = []
         if self.unreadable:
             said.append(f"{_count(self.unreadable)} cannot be read: {shown(self.unreadable)}: {advice}")
         unknown = self.unknown
         for kind in dict.fromkeys(kind for kind, _, _ in unknown.values()):
             of_kind = {file: span for file, span in unknown.items() if span[0] == kind}
-            said.append(f"{_spans(of_kind)}, of no known range ({next(iter(of_kind))!r} first): {_likely(of_kind)}")
+            said.append(
+                f"{_spans(of_kind)}, of no known range ({next(iter(of_kind))!r} first): {_likely(of_kind, option)}"
+            )
         return "; ".join(said)
 
     def __str__(self) -> str:
@@ -164,13 +166,15 @@ def _spans(deep: Mapping[str, tuple[str, float, float]]) -> str:
     return f"{_count(deep)} with {kinds} values, from {least:g} to {most:g}"
 
 
-def _likely(deep: Mapping[str, tuple[str, float, float]]) -> str:
+def _likely(deep: Mapping[str, tuple[str, float, float]], option: str) -> str:
     kind = next(iter(deep.values()))[0]
     least, most = min(span[1] for span in deep.values()), max(span[2] for span in deep.values())
     if "colour" in kind:
         return "scale them to 8 bits, of which Pillow keeps no more"
+    most += most == least  # a range has two ends
     likely = f"0,{2 ** int(most).bit_length() - 1}" if kind == "16-bit" else f"{least:g},{most:g}"
-    return f"give it as data.value_range, such as {likely}, or 1%,99% of each image's own values"
+    # After an equals sign, or a range that begins with a minus would be taken for another option.
+    return f"give it, such as {option}={likely}, or {option}=1%,99% of each image's own values"
 
 
 def _stamp(path: str) -> str:

@@ -77,7 +77,8 @@ def embed_images(
     check = check_files(found.files, decoding, whole=skip, num_workers=data.num_workers)
     decoding, unreadable = check.resolve(decoding)
     if unreadable and not skip:
-        raise BadImageError(check.refusal("mend or remove them, or leave them out by --on-bad-image skip"))
+        advice = "mend or remove them, or leave them out by --on-bad-image skip"
+        raise BadImageError(check.refusal(advice, "--value-range"))
     good = [path for path in found.files if path not in unreadable]
     if not good:
         raise DataError(f"none of the {len(found.files)} images in {named} can be read: {shown(unreadable)}")
