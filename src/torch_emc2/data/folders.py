@@ -121,6 +121,9 @@ def find_images(*paths: Path) -> Found:
     """
     files, left_out = [str(path) for path in paths if os.path.isfile(path)], Counter[str]()
     folders = [path for path in paths if not os.path.isfile(path)]
+    for path in folders:
+        if not os.path.exists(path):
+            raise DataError(f"there is no {str(path)!r}: give images, or folders that hold some")
     for entry in chain.from_iterable(_walk(str(folder), ()) for folder in folders):
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
