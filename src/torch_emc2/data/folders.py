@@ -114,7 +114,8 @@ def read_folder(path: Path) -> ImageFolder:
 def find_images(*paths: Path) -> Found:
     """Find all images in folders and below them, by name or, where that does not tell, by content.
 
-    What is hidden is left out, and folders of runs, which hold pictures of their own. A path that is a file counts as an image, whatever its name.
+    What is hidden is left out, and folders of runs, which hold pictures of their own. A path that is a file counts as
+    an image, whatever its name.
 
     Raises:
         DataError: there is no such path, or a folder cannot be listed.
