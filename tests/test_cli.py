@@ -142,10 +142,10 @@ def test_quickstart_train_evaluate_embed(
     out = capsys.readouterr().out
     assert out.startswith((tmp_path / "other" / "diagnosis.md").read_text())
     assert out.endswith("Written: other/diagnosis.json, other/diagnosis.md, other/diagnosis.png\n")
-    assert main(["embed", "other", str(tmp_path / "runs"), "-o", "embeddings.csv"]) == 2
+    assert main(["embed", "other", "runs/quickstart", "-o", "embeddings.csv"]) == 2
     assert "embeddings.csv will be a Parquet file" in capsys.readouterr().err
     Path("folder.parquet").mkdir()
-    assert main(["embed", "other", str(tmp_path / "runs"), "-o", "folder.parquet"]) == 2
+    assert main(["embed", "other", "runs/quickstart", "-o", "folder.parquet"]) == 2
     assert "folder.parquet is no file that could be written anew: give another name" in capsys.readouterr().err
     assert main(["embed", "other", "runs/quickstart", "-o", "out.parquet"]) == 0  # the run's own pictures
     assert "2 images embedded, 0 skipped as unreadable, " in capsys.readouterr().out
