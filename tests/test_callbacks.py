@@ -20,12 +20,19 @@ from torch_emc2.config import Config
 from torch_emc2.training import train
 
 
+def metrics_file(path: Path) -> MetricsFile:
+    """Give a metrics file as a run that starts or goes on has it."""
+    file = MetricsFile(path)
+    file.setup()
+    return file
+
+
 def test_metrics_file_widens_and_cuts(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path / "metrics.csv")
+    file = metrics_file(tmp_path / "metrics.csv")
     file.write({"loss": 1.0}, 0)
     file.write({"loss": 2.0, "skipped": 1.0}, 1)
     file.write({"loss": 3.0}, 2)
-    again = MetricsFile(tmp_path / "metrics.csv")
+    again = metrics_file(tmp_path / "metrics.csv")
     again.write({"loss": 4.0}, 1)
     again.write({"loss": 5.0}, 2)
     with (tmp_path / "metrics.csv").open(newline="") as table:
@@ -40,15 +47,15 @@ def test_metrics_file_widens_and_cuts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rest", ["1", "1,0.", "1,0.5,2.0\n", ",\n", "x,1\n"])
 def test_a_line_that_is_not_whole_is_left_out(rest: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    MetricsFile(path).write({"loss": 1.0}, 0)
+    metrics_file(path).write({"loss": 1.0}, 0)
     with path.open("a") as file:
         file.write(rest)
-    again = MetricsFile(path)
+    again = metrics_file(path)
     again.write({"loss": 2.0}, 1)
     again.write({"loss": 3.0}, 2)
     assert path.read_text().splitlines() == ["step,loss", "0,1", "1,2", "2,3"]
     path.write_text("loss,step\n1\n")
-    assert MetricsFile(path).rows == []
+    assert metrics_file(path).rows == []
 
 
 @pytest.mark.parametrize(("accumulate", "every", "steps"), [(1, 3, [2, 5]), (1, 10, [3, 7]), (2, 1, [0, 1, 2, 3])])
@@ -73,7 +80,7 @@ def test_a_row_is_written_before_the_checkpoint_of_its_step(tiny: Config, monkey
 
 def test_a_full_disk_leaves_no_half_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.csv"
-    file = MetricsFile(path)
+    file = metrics_file(path)
     file.write({"loss": 1.0}, 0)
     whole = path.read_text()
 

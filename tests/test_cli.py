@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -141,25 +142,43 @@ def test_quickstart_train_evaluate_embed(
     out = capsys.readouterr().out
     assert out.startswith((tmp_path / "other" / "diagnosis.md").read_text())
     assert out.endswith("Written: other/diagnosis.json, other/diagnosis.md, other/diagnosis.png\n")
-    assert main(["embed", "other", str(tmp_path / "runs"), "-o", "embeddings.csv"]) == 2
+    assert main(["embed", "other", "runs/quickstart", "-o", "embeddings.csv"]) == 2
     assert "embeddings.csv will be a Parquet file" in capsys.readouterr().err
     Path("folder.parquet").mkdir()
-    assert main(["embed", "other", str(tmp_path / "runs"), "-o", "folder.parquet"]) == 2
+    assert main(["embed", "other", "runs/quickstart", "-o", "folder.parquet"]) == 2
     assert "folder.parquet is no file that could be written anew: give another name" in capsys.readouterr().err
-    assert main(["embed", "other", str(tmp_path / "runs"), "-o", "out.parquet"]) == 0  # the run's own pictures
+    assert main(["embed", "other", "runs/quickstart", "-o", "out.parquet"]) == 0  # the run's own pictures
     assert "2 images embedded, 0 skipped as unreadable, " in capsys.readouterr().out
+
+
+def test_an_advised_range_is_taken_though_it_begins_with_a_minus(
+    finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    for i in range(4):
+        Image.fromarray(np.array([[-1000, 3000 - i]], np.int32)).save(f"mine/{i}.tif")
+    embed, evaluate = ["embed", str(finished), "mine", "-o", "a.parquet"], ["evaluate", str(finished)]
+    for command in (embed, [*evaluate, "--data", "folder:mine"], ["train", "quickstart", "--data.name", "folder:mine"]):
+        assert main(command) == 2
+        advice = capsys.readouterr().err.split("such as ")[1].split(", or ")[0]
+        assert advice.endswith("value_range=-1000,3000" if command[0] == "train" else "--value-range=-1000,3000")
+        if command[0] == "embed":
+            assert main([*command, advice]) == 0
+    assert read_config("quickstart", [advice]).data.value_range == "-1000,3000"
 
 
 def test_quickstart_refuses_what_it_could_not_evaluate_before_it_trains(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("train/a.png", "train/b.png", "test/a.png"):
-        Path(name).parent.mkdir(exist_ok=True)
+    Path("test").mkdir()
+    Path("train").mkdir()
+    for name in ("train/a.png", "train/b.png"):
         Image.new("RGB", (9, 9)).save(name)
     assert main(["quickstart", "--data.name", "folder:.", "--batch_size", "2"]) == 2
     out, err = capsys.readouterr()
-    assert "'test' holds 1 images, at least 2 are needed" in err
+    assert "'test' holds 0 images, at least 1 are needed" in err
     assert out == ""
     assert not Path("runs").exists()
 

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from torch_emc2.config import Config, presets, read_config, to_yaml
+from torch_emc2.config import Config, EMC2Config, presets, read_config, to_yaml
 from torch_emc2.data import Augmentation
 
 
@@ -143,6 +143,19 @@ def test_a_runs_config_names_the_folder_it_lies_in(tmp_path: Path) -> None:
     (tmp_path / "versions.json").write_text("{}")
     assert read_config(str(file)).out == str(tmp_path)
     assert read_config(str(file), ["--out", "other"]).out == "other"
+
+
+def test_a_run_of_an_earlier_version_may_have_a_burn_in_that_its_kernel_has_not(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("emc2: {kernel: isir, burn_in: 0.5}")
+    with pytest.raises(ValueError, match="burn_in must be null for the kernel isir"):
+        read_config(str(file))  # any file of that name
+    (tmp_path / "versions.json").write_text("{}")
+    assert read_config(str(file)).emc2 == EMC2Config(kernel="isir")
+    with pytest.raises(ValueError, match="burn_in must be null for the kernel isir"):
+        read_config(str(file), ["--emc2.burn_in", "0.5"])
+    file.write_text("emc2: {burn_in: 0.5}")
+    assert read_config(str(file)).emc2 == EMC2Config(burn_in=0.5)
 
 
 def fields(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

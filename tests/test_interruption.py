@@ -1,11 +1,13 @@
 """A run that is stopped, whatever stops it, goes on bit for bit; two runs do not get mixed up."""
 
+import copy
 import csv
 import errno
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +24,9 @@ import torch
 from outcomes import Outcome, assert_same, interrupt, outcome, photos, started
 from torch_emc2 import run_images
 from torch_emc2.cli import main
-from torch_emc2.config import Config, LossName, to_yaml
+from torch_emc2.config import Config, LossName, read_config, to_yaml
+from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_another, refuse_used, validate_checkpoint
+from torch_emc2.runs.finished import load_run
 from torch_emc2.training import ContrastiveModule, train
 
 
@@ -402,6 +406,23 @@ def test_a_run_with_results_is_never_started_over(left: str, tiny: Config) -> No
     assert {file: file.read_text() for file in run.rglob("*") if file.is_file()} == before
 
 
+def test_a_start_in_the_folder_of_another_has_rows_of_its_own(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Path(tiny.out)
+    interrupt(replace(tiny, temperature=0.5), 2, monkeypatch)
+    (before,) = (run / "tensorboard").glob("events*")
+    train(replace(tiny, epochs=1, log_every_steps=4))
+    assert [row["step"] for row in outcome(run)[3]] == ["3"]
+    (events,) = (run / "tensorboard").glob("events*")
+    assert events.name != before.name
+    shutil.rmtree(run / "checkpoints")
+    for part in ("encoder", "head"):
+        (run / f"{part}.safetensors").unlink()
+    (run / "metrics.csv").write_text(rows := "step,epoch\n3,0\n7,1\n")  # a checkpoint's worth, which stays
+    with pytest.raises(FileExistsError, match="is not empty"):
+        train(tiny)
+    assert (run / "metrics.csv").read_text() == rows
+
+
 def test_a_finished_run_goes_on_to_more_epochs(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = replace(tiny, optimizer=replace(tiny.optimizer, lr=0.01, warmup_epochs=1))
     run = train(tiny)
@@ -421,6 +442,51 @@ def test_a_finished_run_goes_on_to_more_epochs(tiny: Config, capsys: pytest.Capt
     assert json.loads((run / "versions.json").read_text())["schedule"] == [words]
     with pytest.raises(ValueError, match=r"config differs \(epochs: 5, now 2\)"):
         train(tiny, resume=True)
+
+
+def test_a_finished_encoder_stays_until_a_longer_run_is_finished(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    two = read_config(str(run / "config.yaml"))
+    facts, last = json.loads((run / "versions.json").read_text()), run / "checkpoints" / "last.ckpt"
+    trained = (run / "encoder.safetensors").read_bytes()
+    for epochs in (300, 3, 2):  # none of which takes a step: 300 is mistyped, 3 stopped, and 2 what there was
+        config = replace(two, epochs=epochs)
+        refuse_another(config, run, facts, last)
+        prepare_folder(config, run, facts, last)
+        assert load_run(run).config.epochs == epochs
+        assert (run / "encoder.safetensors").read_bytes() == trained
+    with pytest.raises(ValueError, match=r"config differs \(epochs: 2, now 1\)"):
+        refuse_another(replace(two, epochs=1), run, facts, last)
+    keep_finished(run, 2)
+    assert load_run(run)
+    keep_finished(run, 3)
+    assert sorted(file.name for file in run.glob("*.safetensors")) == [
+        "encoder-2-epochs.safetensors",
+        "head-2-epochs.safetensors",
+    ]
+    prepare_folder(replace(two, epochs=3), run, facts, last)  # killed before the encoder was written
+    with pytest.raises(ValueError, match=r"config differs \(epochs: 3, now 2\)"):
+        refuse_another(two, run, facts, last)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    last, config = run / "checkpoints" / "last.ckpt", read_config(str(run / "config.yaml"))
+    checkpoint = torch.load(last, weights_only=True)
+    memory = checkpoint["state_dict"]["loss._extra_state"]
+    module = ContrastiveModule(config, 1, 66)
+    before = copy.deepcopy(module.state_dict())
+    validate_checkpoint(last, module)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    for foreign in (None, {"a": 1}, memory | {"chains": {}}, memory | {"seed": "0"}):
+        checkpoint["state_dict"]["loss._extra_state"] = foreign
+        torch.save(checkpoint, last)
+        with pytest.raises(ValueError, match=r"last\.ckpt is of another loss \(.*put this run's in its place"):
+            validate_checkpoint(last, module)
+    kept = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="is of another loss"):
+        train(replace(config, epochs=5), resume=True)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == kept
 
 
 def test_a_second_training_is_refused_with_the_firsts_process(tiny: Config, tmp_path: Path, capsys: Any) -> None:
@@ -499,6 +565,20 @@ def test_a_run_does_not_go_among_other_files(tiny: Config, tmp_path: Path) -> No
     with pytest.raises(FileExistsError, match="is not empty"):
         train(tiny)
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_start_killed_while_it_wrote_a_file_leaves_a_folder_to_start_in(tmp_path: Path) -> None:
+    refuse_used(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "checkpoints/last.ckpt"):
+        file = tmp_path / "run" / name
+        file.with_name(f".{file.name}.00aa11bb.{2**30}@elsewhere.partial").touch()
+    refuse_used(tmp_path / "run")
+    for name in (".config.yaml", "thesis.partial", "checkpoints/last.ckpt"):
+        (tmp_path / "run" / name).touch()
+        with pytest.raises(FileExistsError, match="is not empty"):
+            refuse_used(tmp_path / "run")
+        (tmp_path / "run" / name).unlink()
 
 
 def test_what_results_do_not_depend_on_may_change(

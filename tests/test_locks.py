@@ -7,6 +7,8 @@ import re
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +54,37 @@ def test_the_second_is_refused_with_the_firsts_name(tmp_path: Path) -> None:
     with only_writer(tmp_path / "run"):  # which is killed
         assert f"process {os.getpid()} on" in (tmp_path / "run" / ".lock").read_text()
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_second_in_a_process_is_refused_and_the_first_holds_on(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    words = rf"is in use by process {os.getpid()} on {re.escape(socket.gethostname())} since 2.*: wait for it"
+    refused: list[str] = []
+
+    def enter(folder: Path) -> None:
+        try:
+            with only_writer(folder):
+                pass
+        except BlockingIOError as error:
+            refused.append(str(error))
+
+    with only_writer(tmp_path / "run"):
+        enter(tmp_path / "run")
+        enter(tmp_path / "link")
+        thread = threading.Thread(target=enter, args=[tmp_path / "run"])
+        thread.start()
+        thread.join()
+        assert [bool(re.search(words, message)) for message in refused] == [True] * 3
+        in_another = "from pathlib import Path; from torch_emc2.locks import only_writer; import sys\n"
+        in_another += "with only_writer(Path(sys.argv[1])): pass"
+        other = subprocess.run(
+            [sys.executable, "-c", in_another, str(tmp_path / "run")], capture_output=True, text=True, timeout=60
+        )
+        assert re.search(rf"BlockingIOError: .*{words}", other.stderr)
+        with only_writer(tmp_path / "other"):
+            pass
+    with only_writer(tmp_path / "run"):
+        pass
 
 
 def test_a_killed_ones_workers_hold_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from outcomes import assert_same, break_inside, outcome
 from torch_emc2.cli import main
 from torch_emc2.config import Config, to_yaml
 from torch_emc2.data import BadImageError, DataError, ImageDataset, identity
-from torch_emc2.run_images import evaluation_part, first_images, same_images
+from torch_emc2.run_images import evaluation_parts, first_images, same_images
 from torch_emc2.training import train
 
 
@@ -118,14 +118,27 @@ def test_a_new_start_forgets_what_was_left_out(config: Config, photos: Path, tmp
 
 def test_parts_follow_the_run_s_setting(config: Config, photos: Path, tmp_path: Path) -> None:
     break_inside(photos / "valid" / "a" / "1.png")
-    test = evaluation_part(config, tmp_path / "run", "test")
+    _, test = evaluation_parts(config, tmp_path / "run")
     assert _names(test, photos) == ["valid/a/0.png", "valid/a/2.png", "valid/a/3.png"] + [
         f"valid/b/{i}.png" for i in (0, 1, 3)
     ]
     assert test.labels is not None
     assert test.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    with pytest.raises(BadImageError, match=r"1 image cannot .*2\.png' \(empty\): .* data\.on_bad_image: skip in "):
-        evaluation_part(_raising(config), tmp_path / "run", "test")
+    with pytest.raises(BadImageError, match=r"2 images cannot .*2\.png' \(empty\): .* data\.on_bad_image: skip in "):
+        evaluation_parts(_raising(config), tmp_path / "run")
+
+
+def test_where_too_few_can_be_read_that_is_said(config: Config, photos: Path, tmp_path: Path) -> None:
+    for file in photos.glob("valid/*/*.png"):
+        file.write_bytes(b"")
+    first, run = str(photos / "valid/a/0.png"), tmp_path / "run"
+    with pytest.raises(DataError, match=rf"^0 of 8 images can be read, at least 1 are needed: '{first}' \(empty\); "):
+        evaluation_parts(config, run)
+    assert len(first_images(config, run)[1]) == 19  # training needs no test part
+    for file in sorted(photos.glob("train/*/*.png"))[1:]:
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"^1 of 20 images can be read, at least 2 are needed: '.*/train/a/1\.png' "):
+        first_images(config, run)
 
 
 def test_the_range_found_at_the_start_is_the_run_s(config: Config, tmp_path: Path) -> None:
@@ -145,6 +158,30 @@ def test_the_range_found_at_the_start_is_the_run_s(config: Config, tmp_path: Pat
     (folder / "0.png").unlink()
     with pytest.raises(DataError, match="2 images with 16-bit values, from 0 to 900, of no known range"):
         first_images(_raising(config), tmp_path / "run")
+
+
+def _deep(folder: Path, *largest: int) -> None:
+    folder.mkdir(parents=True)
+    for i, value in enumerate(largest):
+        Image.fromarray(np.array([[0, value]], np.uint16)).save(folder / f"{i}.png")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_range_of_deep_values_is_that_of_all_parts(own: bool, config: Config, tmp_path: Path) -> None:
+    _deep(tmp_path / "deep" / "train", 65535, 900)
+    _deep(tmp_path / "deep" / "test", 257 * 51)
+    config = _raising(replace(config, data=replace(config.data, name=f"folder:{tmp_path / 'deep'}")))
+    _, test = evaluation_parts(config, tmp_path / "run", own=own)
+    assert int(test.image(0)[0, 0, 1]) == 51
+
+
+def test_what_the_run_left_out_is_not_evaluated_of_its_own_data(config: Config, photos: Path, tmp_path: Path) -> None:
+    first_images(config, tmp_path / "run")
+    for name in ("train/a/3.png", "valid/b/2.png"):
+        Image.new("RGB", (9, 9)).save(photos / name)
+    (photos / "train" / "b" / "5.png").write_bytes(b"")
+    assert [len(part) for part in evaluation_parts(config, tmp_path / "run")] == [18, 7]
+    assert [len(part) for part in evaluation_parts(config, tmp_path / "run", own=False)] == [19, 8]
 
 
 def test_what_is_advised_when_an_image_breaks_goes_on(

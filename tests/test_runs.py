@@ -210,6 +210,24 @@ def test_embedding_follows_the_run_and_takes_single_files(finished: Path, photos
         embed_images(run, paths, out, on_bad_image="raise")
 
 
+def test_a_range_that_the_run_found_is_not_that_of_other_images(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    settings, out = (run / "config.yaml").read_text(), tmp_path / "out.parquet"
+    (tmp_path / "deep").mkdir()
+    for i in range(6):
+        Image.fromarray(np.array([[0, 4000 + i]], np.uint16)).save(tmp_path / "deep" / f"{i}.tif")
+    (run / "config.yaml").write_text(settings.replace("value_range: null", "value_range: 0,65535"))
+    for use in (
+        lambda: embed_images(run, tmp_path / "deep", out),
+        lambda: evaluate_run(run, f"folder:{tmp_path}/deep"),
+    ):
+        with pytest.raises(BadImageError, match="6 images with 16-bit values, from 0 to 4005, of no known range"):
+            use()
+    assert evaluate_run(run, f"folder:{tmp_path}/deep", value_range="0,4095")[0].test_images == 2
+    (run / "config.yaml").write_text(settings.replace("value_range: null", "value_range: 0,4095"))
+    assert embed_images(run, tmp_path / "deep", out).embedded == 6
+
+
 def test_there_must_be_images_and_a_run(finished: Path, photos: Path) -> None:
     empty = photos.parent / "empty"
     empty.mkdir()

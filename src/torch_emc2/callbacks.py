@@ -36,8 +36,11 @@ class MetricsFile(L.Callback):
         self.path = path
         self.rows: list[dict[str, str]] = []
         self.torn = False  # a last line that is not whole, which a machine that lost its power may leave
-        if path.exists():
-            text = path.read_text()
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Read the rows of a run that goes on."""
+        if self.path.exists():
+            text = self.path.read_text()
             whole = text[: text.rfind("\n") + 1]
             self.rows = [row for row in csv.DictReader(whole.splitlines()) if _is_whole(row)]
             self.torn = len(self.rows) + bool(text) != text.count("\n") or whole != text

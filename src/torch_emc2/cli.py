@@ -19,7 +19,7 @@ usage: emc2 COMMAND …
   quickstart                         train on bundled digits, evaluate, draw: about a minute on two CPU cores
   train PRESET_OR_YAML [--FIELD VALUE …] [--resume]
                                      pre-train an encoder; emc2 train --help lists the fields
-  evaluate RUN [--data NAME] [--baselines]
+  evaluate RUN [--data NAME] [--value-range MIN,MAX] [--baselines]
                                      linear probe and k-NN of a run's encoder, and numbers that need no labels
   diagnose RUN                       how wrong each estimator's gradient is at a run's weights, and why
   embed RUN FOLDER_OR_IMAGE … -o OUT.parquet
@@ -28,6 +28,8 @@ usage: emc2 COMMAND …
                                      run one of the paper's experiments, or ours; emc2 experiment lists them
   presets [NAME [--FIELD VALUE …]]   list the presets, or print one as YAML to start from
 """
+
+_VALUE_RANGE = "of values deeper than 8 bits: --value-range=0,4095, --value-range=-1000,3000, or --value-range=1%%,99%%"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,12 +119,13 @@ def _evaluate(argv: list[str]) -> None:
     )
     parser.add_argument("run", type=_path)
     parser.add_argument("--data", metavar="NAME", help="another data set than the run's, such as folder:PATH")
+    parser.add_argument("--value-range", help=_VALUE_RANGE)
     parser.add_argument("--baselines", action="store_true", help="the untrained encoder and raw pixels beside it")
     args = parser.parse_args(argv)
     from torch_emc2.evaluation import to_text
     from torch_emc2.runs import evaluate_run
 
-    evaluation, written = evaluate_run(args.run, args.data, baselines=args.baselines)
+    evaluation, written = evaluate_run(args.run, args.data, value_range=args.value_range, baselines=args.baselines)
     print(to_text(evaluation))
     print(f"Written: {', '.join(map(str, written))}")
 
@@ -151,7 +154,7 @@ def _embed(argv: list[str]) -> None:
     parser.add_argument("paths", type=_path, nargs="+", metavar="FOLDER_OR_IMAGE")
     parser.add_argument("-o", "--out", type=_path, required=True, help="Parquet file to write")
     parser.add_argument("--on-bad-image", choices=("raise", "skip"), help="by default the run's setting")
-    parser.add_argument("--value-range", help="of values deeper than 8 bits, as min,max or low%%,high%%")
+    parser.add_argument("--value-range", help=_VALUE_RANGE)
     args = parser.parse_args(argv)
     from torch_emc2.data import shown
     from torch_emc2.runs import embed_images

@@ -254,6 +254,8 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
         from_file = parser.parse_string(text or "{}")
         if file.name == "config.yaml" and (file.parent / "versions.json").is_file():
             from_file.out = str(file.parent)
+            if from_file.emc2.kernel == "isir":
+                from_file.emc2.burn_in = None  # earlier versions wrote metropolis's, which had no effect
         given = parser.parse_args(overrides or [], namespace=from_file)
         return Config(**parser.instantiate(given).as_dict())
     except (argparse.ArgumentError, TypeError, ValueError) as error:

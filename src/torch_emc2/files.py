@@ -6,6 +6,7 @@ import glob
 import os
 import secrets
 import socket
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,12 +81,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: it is damaged, or none of ours.
     """
     try:
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):  # torch would advise to save it in another way
+                raise ValueError("no checkpoint, or a part of one")
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not {"pytorch-lightning_version", "global_step", "state_dict"} <= checkpoint.keys():
-            raise KeyError("no checkpoint of a run")
+        if (
+            not isinstance(checkpoint, dict)
+            or not {"pytorch-lightning_version", "epoch", "global_step", "state_dict"} <= checkpoint.keys()
+        ):
+            raise ValueError("no checkpoint of a run")
     except Exception as error:  # whatever unpickling makes of foreign bytes
         raise ValueError(
-            f"{path} is damaged ({one_line(error)[:200]}): put another checkpoint in its place, "
+            f"{path} is damaged ({cause(error)[:200]}): put another checkpoint in its place, "
             "or remove it to go on from the newest that is left"
         ) from error
     return checkpoint

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import json
 import platform
 import shlex
+import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +21,15 @@ from torch import nn
 from torch_emc2.config import Config, read_config, to_yaml
 from torch_emc2.files import load_checkpoint, one_line, whole_file
 
-__all__ = ["find_checkpoint", "prepare_folder", "refuse_used", "resume_command", "validate_checkpoint"]
+__all__ = [
+    "find_checkpoint",
+    "keep_finished",
+    "prepare_folder",
+    "refuse_another",
+    "refuse_used",
+    "resume_command",
+    "validate_checkpoint",
+]
 
 _PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-learn", "numpy", "numba")
 
@@ -41,7 +51,8 @@ _BEFORE_A_CHECKPOINT = {
 def refuse_used(run: Path) -> None:
     """Raise FileExistsError where a run's folder would be among other files, or has a checkpoint."""
     names = {file.name for file in run.iterdir()} if run.exists() else set()
-    if names - _BEFORE_A_CHECKPOINT or any(run.glob("checkpoints/*")):
+    names -= {name for name in names if name.startswith(".") and name.endswith(".partial")}  # of killed writers
+    if names - _BEFORE_A_CHECKPOINT or any(run.glob("checkpoints/[!.]*")) or _passed_a_checkpoint(run):
         raise FileExistsError(f"{run} is not empty: --resume goes on with the run there, --out FOLDER starts another")
 
 
@@ -74,53 +85,82 @@ def find_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def prepare_folder(
-    config: Config, run: Path, facts: dict[str, Any], *, resume: bool, checkpoint: Path | None = None
-) -> None:
-    """Write down what is run, and what else its results depend on; refuse to go on with a run that was another.
+def refuse_another(config: Config, run: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
+    """Refuse to go on with a run that was another.
 
-    A run may go on to more epochs. From its checkpoint on the learning rate is then that of a run of so many; the line
-    that says so is kept in versions.json, and an encoder that was finished before under another name.
+    From a checkpoint on its epochs may be others, no fewer than have begun, nor than those of a finished encoder.
+
+    Raises:
+        ValueError: it was; the message has what differs.
+    """
+    file = run / "config.yaml"
+    if not file.exists():
+        return
+    before, saved = read_config(str(file)), _read_facts(run / "versions.json")
+    had, has = _what_counts(before, facts | saved), _what_counts(config, facts)
+    if checkpoint is not None:
+        fewest = max(load_checkpoint(checkpoint)["epoch"] + 1, _finished_epochs(run, before, saved))
+        if config.epochs >= fewest:
+            had["epochs"] = config.epochs
+    if different := [name for name in has if had.get(name) != has[name]]:
+        changes = "; ".join(f"{name}: {had.get(name)}, now {has[name]}" for name in different)
+        advice = f"{resume_command(run)} has it"
+        if "images" in different:
+            advice = "put back the images that it began with, or start another run by --out FOLDER"
+        raise ValueError(f"cannot resume {run}: its config differs ({changes}); {advice}")
+
+
+def prepare_folder(config: Config, run: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
+    """Write down what is run, and what else its results depend on; what another start has logged goes.
+
+    Where a run goes on to other epochs, the learning rate is from its checkpoint on that of a run of so many; the line
+    that says so is kept in versions.json.
     """
     file, versions_file = run / "config.yaml", run / "versions.json"
-    if resume and file.exists():
+    if checkpoint is None:
+        (run / "metrics.csv").unlink(missing_ok=True)
+        shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    elif file.exists():
         before, saved = read_config(str(file)), _read_facts(versions_file)
-        had, has = _what_counts(before, facts | saved), _what_counts(config, facts)
-        longer = checkpoint is not None and config.epochs > before.epochs
-        if different := [name for name in has if had.get(name) != has[name] and not (longer and name == "epochs")]:
-            changes = "; ".join(f"{name}: {had.get(name)}, now {has[name]}" for name in different)
-            advice = f"{resume_command(run)} has it"
-            if "images" in different:
-                advice = "put back the images that it began with, or start another run by --out FOLDER"
-            raise ValueError(f"cannot resume {run}: its config differs ({changes}); {advice}")
         schedule = saved.get("schedule", [])
-        if checkpoint is not None and longer:
+        if config.epochs != before.epochs:
             step = load_checkpoint(checkpoint)["global_step"]
             schedule = [*schedule, f"rates of {before.epochs} epochs up to step {step}, then those of {config.epochs}"]
             print(f"emc2: {run} goes on, with the {schedule[-1]}", file=sys.stderr)
-            for part in ("encoder", "head"):
-                if (trained := run / f"{part}.safetensors").exists():
-                    trained.rename(run / f"{part}-{before.epochs}-epochs.safetensors")
         if schedule:
             facts = facts | {"schedule": schedule}
+        if finished := _finished_epochs(run, before, saved):
+            facts = facts | {"finished": finished}
     versions = {"python": platform.python_version(), "platform": platform.platform(), **facts}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    for target, content in ((versions_file, json.dumps(versions, indent=2) + "\n"), (file, to_yaml(config))):
-        with whole_file(target) as path:
-            path.write_text(content)
+    _write(versions_file, _to_json(versions))
+    _write(file, to_yaml(config))
+
+
+def keep_finished(run: Path, epochs: int) -> None:
+    """Make way for the encoder of so many epochs: one that was finished after fewer is kept under their number."""
+    saved = _read_facts(run / "versions.json")
+    if (finished := saved.get("finished", epochs)) != epochs:
+        for part in ("encoder", "head"):
+            if (trained := run / f"{part}.safetensors").exists():
+                trained.rename(run / f"{part}-{finished}-epochs.safetensors")
+    _write(run / "versions.json", _to_json(saved | {"finished": epochs}))
 
 
 def validate_checkpoint(file: Path, module: nn.Module) -> None:
-    """Raise ValueError where a checkpoint cannot be read, or is one of another encoder."""
+    """Raise ValueError where a checkpoint cannot be read, or is one of another encoder or loss."""
     saved, own = load_checkpoint(file)["state_dict"], module.state_dict()
+    advice = "put this run's in its place, or remove it to go on from the newest that is left"
     shapes = [{name: value.shape for name, value in state.items() if "encoder." in name} for state in (saved, own)]
     if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"{file} is of another encoder: put this run's in its place, "
-            "or remove it to go on from the newest that is left"
-        )
+        raise ValueError(f"{file} is of another encoder: {advice}")
+    memory = {name.removeprefix("loss."): value for name, value in saved.items() if name.startswith("loss.")}
+    try:
+        copy.deepcopy(module.get_submodule("loss")).load_state_dict(memory)
+    except Exception as error:  # whatever a loss makes of foreign values
+        raise ValueError(f"{file} is of another loss ({one_line(error)[:200]}): {advice}") from error
 
 
 def resume_command(run: Path) -> str:
@@ -147,6 +187,21 @@ def _read_facts(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text())) if file.exists() else {}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({one_line(error)}): remove it") from error
+
+
+def _finished_epochs(run: Path, before: Config, saved: dict[str, Any]) -> int:
+    """Return the epochs of the encoder that a run has finished; 0 before it has."""
+    epochs: int = saved.get("finished", before.epochs if (run / "encoder.safetensors").exists() else 0)
+    return epochs
+
+
+def _to_json(versions: dict[str, Any]) -> str:
+    return json.dumps(versions, indent=2) + "\n"
+
+
+def _write(file: Path, content: str) -> None:
+    with whole_file(file) as path:
+        path.write_text(content)
 
 
 def _what_counts(config: Config, facts: dict[str, Any]) -> dict[str, Any]:

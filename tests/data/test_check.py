@@ -93,6 +93,26 @@ def test_what_was_found_is_kept_until_a_file_changes(tmp_path, monkeypatch):
     assert len(json.loads(kept.read_text())) == 1
 
 
+@pytest.mark.parametrize(
+    "content", ["[1]", "5", "null", pytest.param("[" * 100_000, id="nested"), b"\xff", 5, {}, {"deep": {}}]
+)
+@pytest.mark.parametrize("deep", [5, {"a": 5}, {"a": ["16-bit", "x", 1]}])
+def test_what_is_kept_and_damaged_is_found_again(tmp_path, content, deep):
+    Image.fromarray(_noise()).save(tmp_path / "a.png")
+    kept, files = tmp_path / "checked.json", [str(tmp_path / "a.png")]
+    check_files(files, Decoding(), kept=kept)
+    whole = kept.read_text()
+    if isinstance(content, bytes):
+        kept.write_bytes(content)
+    elif isinstance(content, str):
+        kept.write_text(content)
+    else:
+        (key,) = json.loads(whole)
+        kept.write_text(json.dumps({key: content or {"unreadable": {}, "deep": deep}}))
+    assert check_files(files, Decoding(), kept=kept) == Check({}, {})
+    assert kept.read_text() == whole
+
+
 def _sixteen(folder, *largest, dtype=np.uint16):
     for i, value in enumerate(largest):
         Image.fromarray(np.array([[0, value]], dtype)).save(folder / f"{i}.tif")
@@ -117,17 +137,26 @@ def test_a_dark_image_among_those_that_fill_their_range_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("largest", "dtype", "words"),
     [
-        ((4095, 900), np.uint16, "2 images with 16-bit values, from 0 to 4095, .* such as 0,4095,"),
-        ((600,), np.uint16, "such as 0,1023,"),
-        ((32767,), np.uint16, "such as 0,32767,"),
-        ((70000, -3), np.int32, "2 images with 32-bit or signed values, from -3 to 70000, .* such as -3,70000,"),
-        ((1.5,), np.float32, "floating-point values, from 0 to 1.5, .* such as 0,1.5, or 1%,99% of each image's own"),
+        ((4095, 900), np.uint16, "2 images with 16-bit values, from 0 to 4095, .* such as --range=0,4095,"),
+        ((600,), np.uint16, "such as --range=0,1023,"),
+        ((0,), np.uint16, "such as --range=0,1,"),
+        ((32767,), np.uint16, "such as --range=0,32767,"),
+        (
+            (70000, -3),
+            np.int32,
+            "2 images with 32-bit or signed values, from -3 to 70000, .* such as --range=-3,70000,",
+        ),
+        (
+            (1.5,),
+            np.float32,
+            "floating-point values, from 0 to 1.5, .* such as --range=0,1.5, or --range=1%,99% of each image's own",
+        ),
     ],
 )
 def test_a_range_is_not_guessed(tmp_path, largest, dtype, words):
     found = check_files(_sixteen(tmp_path, *largest, dtype=dtype), Decoding())
     assert not found.unreadable
-    assert re.search(words, found.refusal("mend it"))
+    assert re.search(words, found.refusal("mend it", "--range"))
     assert str(found) == ""
     decoding, unreadable = found.resolve(Decoding())
     assert decoding == Decoding()
@@ -139,15 +168,23 @@ def test_a_range_is_not_guessed(tmp_path, largest, dtype, words):
     assert check_files(list(unreadable), given).resolve(given) == (given, {})
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_unreadable(tmp_path, value):
+    files = _sixteen(tmp_path, value, dtype=np.float32)
+    found = check_files(files, Decoding())
+    assert found == Check({files[0]: "it has values that are not finite"}, {})
+    assert found == check_files(files, Decoding(value_range="0,1"))
+
+
 def test_a_range_for_some_is_none_for_others(tmp_path):
     files = _sixteen(tmp_path, 65535)
     Image.fromarray(np.ones((3, 3), np.float32)).save(tmp_path / "float.tif")
     (tmp_path / "empty.png").write_bytes(b"")
     found = check_files([*files, str(tmp_path / "float.tif"), str(tmp_path / "empty.png")], Decoding())
-    assert found.refusal("mend it").replace(str(tmp_path), "FOLDER") == (
+    assert found.refusal("mend it", "--range").replace(str(tmp_path), "FOLDER") == (
         "1 image cannot be read: 'FOLDER/empty.png' (empty): mend it; 1 image with floating-point values, from 1 to 1, "
-        "of no known range ('FOLDER/float.tif' first): give it as data.value_range, such as 1,1, "
-        "or 1%,99% of each image's own values"
+        "of no known range ('FOLDER/float.tif' first): give it, such as --range=1,2, "
+        "or --range=1%,99% of each image's own values"
     )
     decoding, unreadable = found.resolve(Decoding())
     assert decoding.value_range == "0,65535"

@@ -94,7 +94,7 @@ def test_single_files_are_images_whatever_their_name(tmp_path):
     _images(tmp_path, "a/1.png", "a/2.png", "b.txt", ".c.png")
     found = find_images(tmp_path / "b.txt", tmp_path / "a", tmp_path / ".c.png", tmp_path / "a" / "1.png")
     assert _below(tmp_path, found.files) == [".c.png", "a/1.png", "a/2.png", "b.txt"]
-    with pytest.raises(DataError, match="nowhere' cannot be listed"):
+    with pytest.raises(DataError, match=r"^there is no '.*nowhere': give images"):
         find_images(tmp_path / "nowhere")
 
 
@@ -110,6 +110,17 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(folders.os, "scandir", refuse)  # root may list any
     with pytest.raises(DataError, match=r"/b' cannot be listed \(PermissionError: .*Permission denied\)"):
         find_images(tmp_path)
+
+
+def test_pictures_of_a_run_below_its_images_are_none_of_them(tmp_path):
+    _images(tmp_path, "a/1.png", "b/2.png", "runs/train/curves.png", "runs/train/more/3.png", "c/config.yaml.png")
+    for name in ("runs/train/config.yaml", "runs/train/versions.json", "c/config.yaml"):
+        (tmp_path / name).write_text("")
+    found = find_images(tmp_path)
+    assert _below(tmp_path, found.files) == ["a/1.png", "b/2.png", "c/config.yaml.png"]
+    assert dict(found.left_out) == {".yaml": 1, "folders of runs": 1}
+    assert read_folder(tmp_path).classes == ["a", "b", "c"]
+    assert len(find_images(tmp_path / "runs" / "train").files) == 2  # asked for by its name
 
 
 # --- splits and classes -----------------------------------------------------------------------------------------------

@@ -32,6 +32,13 @@ def test_what_cannot_be_tested_is_named_and_left_out():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_labels_of_any_integers(dtype):
+    train, test = torch.tensor([0, 1, 1]).to(dtype), torch.tensor([1, 0]).to(dtype)
+    rows, notes = classifiable(train, test, CLASSES)
+    assert (rows.tolist(), notes) == ([0, 1], [])
+
+
 def test_of_many_names_the_first_are_said():
     classes = [f"k{i}" for i in range(99)]
     (note,) = classifiable(torch.arange(99), torch.zeros(1, dtype=torch.int64), classes)[1]

@@ -15,7 +15,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from torch_emc2.data.decode import FULL_16_BIT, Decoding, decode, depth_of, no_range, open_image, refusal
+from torch_emc2.data.decode import (
+    FULL_16_BIT,
+    Decoding,
+    decode,
+    depth_of,
+    no_range,
+    open_image,
+    refusal,
+    require_finite,
+)
 from torch_emc2.files import whole_file
 
 __all__ = ["Check", "check_files", "shown"]
@@ -50,15 +59,17 @@ class Check(NamedTuple):
             decoding = replace(decoding, value_range=FULL_16_BIT)
         return decoding, self.unreadable | unknown
 
-    def refusal(self, advice: str) -> str:
-        """Say in one line which files cannot be read, and what helps: ``advice``, or a range to be given."""
+    def refusal(self, advice: str, option: str) -> str:
+        """Say in one line which files cannot be read, and what helps: ``advice``, or a range given by ``option``."""
         said = []
         if self.unreadable:
             said.append(f"{_count(self.unreadable)} cannot be read: {shown(self.unreadable)}: {advice}")
         unknown = self.unknown
         for kind in dict.fromkeys(kind for kind, _, _ in unknown.values()):
             of_kind = {file: span for file, span in unknown.items() if span[0] == kind}
-            said.append(f"{_spans(of_kind)}, of no known range ({next(iter(of_kind))!r} first): {_likely(of_kind)}")
+            said.append(
+                f"{_spans(of_kind)}, of no known range ({next(iter(of_kind))!r} first): {_likely(of_kind, option)}"
+            )
         return "; ".join(said)
 
     def __str__(self) -> str:
@@ -82,8 +93,8 @@ def check_files(
     for path in files:
         digest.update(f"{os.path.abspath(path)}\0{_stamp(path)}\0".encode(errors="surrogateescape"))
     known = _read(kept)
-    if (found := known.get(digest.hexdigest())) is not None:
-        return Check(found["unreadable"], {file: tuple(span) for file, span in found["deep"].items()})
+    if (found := _kept_check(known.get(digest.hexdigest()))) is not None:
+        return found
 
     unreadable: dict[str, str] = {}
     deep: dict[str, tuple[str, float, float]] = {}
@@ -125,6 +136,7 @@ class _Looked(Dataset[str | tuple[str, float, float] | None]):
                 depth = depth_of(file)
                 if depth is not None and self.decoding.value_range is None and not depth.scaled:
                     values = np.asarray(file.convert("RGB") if depth.colour else file)
+                    require_finite(values)
                     scale = 257 if depth.colour else 1
                     return depth.kind, scale * float(values.min()), scale * float(values.max())
                 seems_whole = not self.whole and _has_end(path, file.format)
@@ -154,13 +166,15 @@ def _spans(deep: Mapping[str, tuple[str, float, float]]) -> str:
     return f"{_count(deep)} with {kinds} values, from {least:g} to {most:g}"
 
 
-def _likely(deep: Mapping[str, tuple[str, float, float]]) -> str:
+def _likely(deep: Mapping[str, tuple[str, float, float]], option: str) -> str:
     kind = next(iter(deep.values()))[0]
     least, most = min(span[1] for span in deep.values()), max(span[2] for span in deep.values())
     if "colour" in kind:
         return "scale them to 8 bits, of which Pillow keeps no more"
+    most += most == least  # a range has two ends
     likely = f"0,{2 ** int(most).bit_length() - 1}" if kind == "16-bit" else f"{least:g},{most:g}"
-    return f"give it as data.value_range, such as {likely}, or 1%,99% of each image's own values"
+    # After an equals sign, or a range that begins with a minus would be taken for another option.
+    return f"give it, such as {option}={likely}, or {option}=1%,99% of each image's own values"
 
 
 def _stamp(path: str) -> str:
@@ -172,7 +186,18 @@ def _stamp(path: str) -> str:
 
 
 def _read(kept: Path | None) -> dict[str, Any]:
+    """Return what is kept; nothing where that is damaged: it is found again."""
     try:
-        return dict(json.loads(kept.read_text())) if kept is not None else {}
-    except (OSError, ValueError):
+        content = json.loads(kept.read_text()) if kept is not None else {}
+    except (OSError, ValueError, RecursionError):
         return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _kept_check(content: Any) -> Check | None:
+    try:
+        unreadable = {file: str(why) for file, why in content["unreadable"].items()}
+        deep = {file: (str(kind), float(least), float(most)) for file, (kind, least, most) in content["deep"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return Check(unreadable, deep)

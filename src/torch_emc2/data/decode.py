@@ -31,6 +31,7 @@ __all__ = [
     "no_range",
     "open_image",
     "refusal",
+    "require_finite",
 ]
 
 FULL_16_BIT = "0,65535"
@@ -185,8 +186,7 @@ def _eight_bit(image: Image.Image, depth: Depth, value_range: str | None) -> Ima
             _require_full(depth, 257 * int(opaque.min()), 257 * int(opaque.max()))
         return image
     values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise DataError("it has values that are not finite")
+    require_finite(values)
     if value_range is None and not depth.scaled:
         _require_full(depth, values.min(), values.max())
     if value_range is None or depth.scaled:
@@ -198,6 +198,12 @@ def _eight_bit(image: Image.Image, depth: Depth, value_range: str | None) -> Ima
     if "transparency" in image.info:  # the value that is
         scaled.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
     return scaled
+
+
+def require_finite(values: np.ndarray) -> None:
+    """Raise DataError where a value is NaN or infinite: no range has it."""
+    if not np.isfinite(values).all():
+        raise DataError("it has values that are not finite")
 
 
 def _require_full(depth: Depth, least: float, most: float) -> None:

@@ -114,17 +114,23 @@ def read_folder(path: Path) -> ImageFolder:
 def find_images(*paths: Path) -> Found:
     """Find all images in folders and below them, by name or, where that does not tell, by content.
 
-    What is hidden is left out. A path that is a file counts as an image, whatever its name.
+    What is hidden is left out, and folders of runs, which hold pictures of their own. A path that is a file counts as
+    an image, whatever its name.
 
     Raises:
         DataError: there is no such path, or a folder cannot be listed.
     """
     files, left_out = [str(path) for path in paths if os.path.isfile(path)], Counter[str]()
     folders = [path for path in paths if not os.path.isfile(path)]
+    for path in folders:
+        if not os.path.exists(path):
+            raise DataError(f"there is no {str(path)!r}: give images, or folders that hold some")
     for entry in chain.from_iterable(_walk(str(folder), ()) for folder in folders):
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
             left_out["hidden"] += 1
+        elif _is_folder(entry):
+            left_out["folders of runs"] += 1
         elif _is_special(entry):
             left_out["that are no files"] += 1
         elif suffix in _suffixes() or (suffix not in _known_not() and _is_image(entry.path)):
@@ -135,7 +141,7 @@ def find_images(*paths: Path) -> Found:
 
 
 def _walk(folder: str, above: tuple[str, ...]) -> Iterator[os.DirEntry[str]]:
-    """All files below a folder; of what is hidden, its name alone."""
+    """All files below a folder; of what is hidden, and of runs' folders, the name alone."""
     real = os.path.realpath(folder)
     try:
         with os.scandir(folder) as listing:
@@ -143,7 +149,7 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[os.DirEntry[str]]:
     except OSError as error:
         raise DataError(f"{folder!r} cannot be listed ({one_line(error)}): allow it, or move it away") from error
     for entry in entries:
-        if entry.name.startswith(".") or not _is_folder(entry):
+        if entry.name.startswith(".") or not _is_folder(entry) or _is_run(entry.path):
             yield entry
         elif not any(Path(path).is_relative_to(os.path.realpath(entry.path)) for path in (*above, real)):
             yield from _walk(entry.path, (*above, real))  # but a link to a folder above would be followed for ever
@@ -151,6 +157,10 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[os.DirEntry[str]]:
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # known without asking for more
+
+
+def _is_run(folder: str) -> bool:
+    return all(os.path.isfile(os.path.join(folder, name)) for name in ("config.yaml", "versions.json"))
 
 
 def _is_special(entry: os.DirEntry[str]) -> bool:

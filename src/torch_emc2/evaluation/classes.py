@@ -27,6 +27,7 @@ def classifiable(train_y: Tensor | None, test_y: Tensor | None, classes: Sequenc
     none = torch.empty(0, dtype=torch.int64)
     if train_y is None or test_y is None:
         return none, [f"no accuracies: the {'training' if train_y is None else 'test'} images have no labels"]
+    train_y, test_y = train_y.long(), test_y.long()  # torch knows little of other unsigned integers
     known, tested = torch.unique(train_y), torch.unique(test_y)
     if len(known) < 2:
         return none, [f"no accuracies: all training images are of one class, {names(known)}"]

@@ -20,7 +20,7 @@ from torch_emc2.evaluation import accuracies, classifiable, extract_features
 from torch_emc2.exact import global_backward
 from torch_emc2.files import whole_file
 from torch_emc2.held_out import held_out_fifth
-from torch_emc2.run_images import evaluation_part
+from torch_emc2.run_images import evaluation_parts
 
 __all__ = ["AccuracyCurve", "Curve", "GradientCurve", "Part", "read_curve"]
 
@@ -91,7 +91,7 @@ class AccuracyCurve(Curve):
         super().__init__()
         self.epochs = {math.ceil(config.epochs * (i + 1) / points) for i in range(points)}
         self.config = config
-        train, test = (evaluation_part(config, Path(config.out), split) for split in ("probe", "test"))
+        train, test = evaluation_parts(config, Path(config.out))
         if part == "validation" and train.labels is not None:
             held = held_out_fifth(train.labels)
             train, test = train.subset((~held).nonzero()[:, 0]), train.subset(held.nonzero()[:, 0])

@@ -24,6 +24,7 @@ from torch_emc2.data import (
 )
 from torch_emc2.evaluation import extract_features
 from torch_emc2.files import whole_file
+from torch_emc2.run_images import given_range
 from torch_emc2.runs.finished import leave_out_advised, load_run
 
 __all__ = ["Embedded", "embed_images"]
@@ -56,7 +57,7 @@ def embed_images(
         paths: folders, with all below them, and files.
         out: the table.
         on_bad_image: what to do with an unreadable one; by default the run's setting.
-        value_range: of values deeper than 8 bits; by default the run's.
+        value_range: of values deeper than 8 bits; by default the run's, unless that was found in its images.
 
     Raises:
         DataError: there is no image; or, unless they are to be skipped, one cannot be read.
@@ -72,11 +73,12 @@ def embed_images(
         raise DataError(f"no images in {named}: give images, or folders that hold some. {found}".rstrip())
     _LOG.info("%s: %d images to embed. %s", named, len(found.files), found)
     skip = (on_bad_image or data.on_bad_image) == "skip"
-    decoding = data.decoding if value_range is None else replace(data.decoding, value_range=value_range)
+    decoding = replace(data.decoding, value_range=value_range or given_range(data))
     check = check_files(found.files, decoding, whole=skip, num_workers=data.num_workers)
     decoding, unreadable = check.resolve(decoding)
     if unreadable and not skip:
-        raise BadImageError(check.refusal("mend or remove them, or leave them out by --on-bad-image skip"))
+        advice = "mend or remove them, or leave them out by --on-bad-image skip"
+        raise BadImageError(check.refusal(advice, "--value-range"))
     good = [path for path in found.files if path not in unreadable]
     if not good:
         raise DataError(f"none of the {len(found.files)} images in {named} can be read: {shown(unreadable)}")

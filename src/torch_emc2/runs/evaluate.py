@@ -20,7 +20,7 @@ from torch_emc2.evaluation import Evaluation, Features, compare, extract_feature
 from torch_emc2.files import whole_file
 from torch_emc2.models import build_encoder
 from torch_emc2.report import plot_curves, plot_neighbours, thumbnail
-from torch_emc2.run_images import evaluation_part
+from torch_emc2.run_images import evaluation_parts, given_range
 from torch_emc2.runs.finished import leave_out_advised, load_run
 
 __all__ = ["evaluate_run"]
@@ -28,7 +28,9 @@ __all__ = ["evaluate_run"]
 _VIEWED = 1000  # test images of which two random views are compared
 
 
-def evaluate_run(run: Path, data: str | None = None, *, baselines: bool = False) -> tuple[Evaluation, list[Path]]:
+def evaluate_run(
+    run: Path, data: str | None = None, *, value_range: str | None = None, baselines: bool = False
+) -> tuple[Evaluation, list[Path]]:
     """Measure a run's encoder, and draw its curves, and random test images with the training images nearest to them.
 
     Where there are labels a probe is fitted, and its L2 strength chosen, on the training part; the test part is used
@@ -37,6 +39,8 @@ def evaluate_run(run: Path, data: str | None = None, *, baselines: bool = False)
     Args:
         run: its folder.
         data: another data set than the run's, named as in a config; the files that are written then have its name.
+        value_range: of values deeper than 8 bits; by default the run's, but another data set has one of its own where
+            the run's was found in its images.
         baselines: measure the encoder as it was before training, and raw pixels, beside it.
 
     Returns:
@@ -46,9 +50,10 @@ def evaluate_run(run: Path, data: str | None = None, *, baselines: bool = False)
         ValueError: the folder is no finished run, or its files or the data set's are damaged or not there.
     """
     config, encoder, device = load_run(run)
-    source = replace(config.data, name=data or config.data.name, channels=encoder.channels)
-    evaluated = replace(config, data=source)
-    train, test = evaluation_part(evaluated, run, "probe"), evaluation_part(evaluated, run, "test")
+    own = data in (None, config.data.name)
+    value_range = value_range or (config.data.value_range if own else given_range(config.data))
+    source = replace(config.data, name=data or config.data.name, channels=encoder.channels, value_range=value_range)
+    train, test = evaluation_parts(replace(config, data=source), run, own=own)
     # In random order, so that any first ones are a random choice.
     test = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(config.seed)))
     encoders: dict[str, Callable[[Tensor], Tensor]] = {"trained": encoder.features}
@@ -64,7 +69,7 @@ def evaluate_run(run: Path, data: str | None = None, *, baselines: bool = False)
         source.name, features, train.labels, test.labels, train.classes, probe=config.probe, seed=config.seed
     )
 
-    suffix = "" if source.name == config.data.name else f"-{_file_name(source.name)}"
+    suffix = "" if own else f"-{_file_name(source.name)}"
     numbers, grid, curves = run / f"evaluation{suffix}.json", run / f"neighbours{suffix}.png", run / "curves.png"
     with whole_file(numbers) as file:
         file.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")

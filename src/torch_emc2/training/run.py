@@ -26,7 +26,15 @@ from torch_emc2.files import cause
 from torch_emc2.locks import only_writer
 from torch_emc2.losses import EMC2Loss
 from torch_emc2.models import save_encoder
-from torch_emc2.run_folder import find_checkpoint, prepare_folder, refuse_used, resume_command, validate_checkpoint
+from torch_emc2.run_folder import (
+    find_checkpoint,
+    keep_finished,
+    prepare_folder,
+    refuse_another,
+    refuse_used,
+    resume_command,
+    validate_checkpoint,
+)
 from torch_emc2.run_images import first_images, same_images
 from torch_emc2.training.batches import ContrastiveData
 from torch_emc2.training.step import ContrastiveModule
@@ -42,8 +50,9 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
 
     Args:
         config: the run.
-        resume: go on from the last checkpoint in ``config.out``; before the first, start. With more epochs than the run
-            had, the learning rate is from there on that of a run of so many.
+        resume: go on from the last checkpoint in ``config.out``; before the first, start. With other epochs than the
+            run had (no fewer than have begun or were finished), the learning rate is from there on that of a run of so
+            many. An encoder that was finished before stays until the new one is, then as encoder-N-epochs.safetensors.
         callbacks: Lightning's, besides the run's own.
 
     Raises:
@@ -86,13 +95,15 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     trainer = _trainer(config, run, [*_checkpoints(config, run / "checkpoints"), *callbacks, stop])
     every = min(config.log_every_steps, module.steps_per_epoch(trainer.world_size))
     trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
-    if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
-        facts = {"processes": trainer.world_size, "images": known}
-        prepare_folder(config, run, facts, resume=resume, checkpoint=checkpoint)
-        if resume and checkpoint is None:
-            print(f"emc2: {run} has no checkpoint to go on from: starting", file=sys.stderr)
+    facts = {"processes": trainer.world_size, "images": known}
+    if resume and trainer.is_global_zero:
+        refuse_another(config, run, facts, checkpoint)
     if checkpoint is not None:
         validate_checkpoint(checkpoint, module)
+    if trainer.is_global_zero:  # after all that can be refused: nothing is in the way of another try
+        prepare_folder(config, run, facts, checkpoint)
+        if resume and checkpoint is None:
+            print(f"emc2: {run} has no checkpoint to go on from: starting", file=sys.stderr)
     if trainer.world_size > 1:
         stop.meet()
     try:
@@ -114,6 +125,7 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt(f"{resume_command(run)} goes on from the last checkpoint") from None
     if trainer.is_global_zero:
+        keep_finished(run, config.epochs)
         save_encoder(module.encoder, run)
     return run
 
