@@ -1,0 +1,544 @@
+"""Slow versions of all estimators in both geometries: loops over rows, and dictionaries for what is remembered.
+
+An estimator says with which weight a row meets what it sees. All else is the same for all:
+
+    ∇L = mean over directions and rows of ∇ β [ -mean_p s_p + Σ weight · s ],    weights constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_emc2.seeds import mix_seed
+
+DIRECTIONS = ("x->y", "y->x")
+Ids = list[list[int]] | None  # by view and sample
+Key = tuple[int, ...]
+
+
+@dataclass
+class Batch:
+    """What a loss is called with."""
+
+    x: Tensor
+    y: Tensor | None = None
+    index: Tensor | None = None
+    y_index: Tensor | None = None
+    hard: Tensor | None = None
+    hard_index: Tensor | None = None
+    same: Tensor | None = None
+    labels: Tensor | None = None
+
+    def call(self, loss_fn: Callable[..., Tensor], **others: Any) -> Tensor:
+        """Call the loss under test, with what there is."""
+        given = {name: value for name, value in vars(self).items() if name not in ("x", "y", "index")}
+        others |= {name: value for name, value in given.items() if value is not None}
+        return loss_fn(self.x, self.y, self.index, **others)
+
+    def with_gradient(self) -> Batch:
+        """Copy it, with embeddings that have a gradient."""
+        embeddings = {name: getattr(self, name) for name in ("x", "y", "hard")}
+        return replace(self, **{n: z.clone().requires_grad_() for n, z in embeddings.items() if z is not None})
+
+    def leaves(self) -> list[Tensor]:
+        """Return the embeddings."""
+        return [z for z in (self.x, self.y, self.hard) if z is not None]
+
+
+class Row(NamedTuple):
+    """An anchor and what it sees, in columns: the batch view by view, hard negatives."""
+
+    vector: Tensor
+    id: int | None
+    view: int
+    sample: int
+    first: bool  # no sample before it is the same item
+    columns: Tensor
+    similarities: list[float]
+    ids: list[int | None]  # of the columns
+    own: list[int]  # columns of its own sample or pair: where it lies among the proposals
+    positives: list[int]
+    negatives: list[int]
+    known: set[int]  # ids of items that are no negatives of it
+
+
+def geometry(batch: Batch, towers: int, directions: str) -> list[tuple[int, list[Row]]]:
+    """Number and rows of each direction."""
+    pairs = [(i, i) for i in range(len(batch.x))]
+    if batch.same is not None:
+        pairs += [(i, j) for i, j in batch.same.nonzero().tolist()]
+    turned = [(j, i) for i, j in pairs]
+    if towers == 1:
+        views = list(batch.x.unbind(1)) if batch.y is None else [batch.x, batch.y]
+        ids = _ids(batch.index, len(views))
+        return [(0, _rows(batch, (views, ids), (views, ids), pairs + turned, with_hard=True))]
+    assert batch.y is not None
+    x_ids = _ids(batch.index, 1)
+    x, y = ([batch.x], x_ids), ([batch.y], x_ids if batch.y_index is None else _ids(batch.y_index, 1))
+    numbers = range(2) if directions == "both" else [DIRECTIONS.index(directions)]
+    both = [_rows(batch, x, y, pairs, with_hard=True), _rows(batch, y, x, turned, with_hard=False)]
+    return [(number, both[number]) for number in numbers]
+
+
+def _ids(index: Tensor | None, views: int) -> Ids:
+    if index is None:
+        return None
+    return [index.tolist()] * views if index.ndim == 1 else index.T.tolist()
+
+
+def _items(ids: Ids, size: int) -> list[Hashable]:
+    """The item behind each sample: the ids of its views, or just itself."""
+    return [("unknown", i) for i in range(size)] if ids is None else list(zip(*ids, strict=True))
+
+
+def _rows(
+    batch: Batch,
+    anchors: tuple[list[Tensor], Ids],
+    candidates: tuple[list[Tensor], Ids],
+    pairs: list[tuple[int, int]],
+    with_hard: bool,
+) -> list[Row]:
+    """Look through all columns for each row.
+
+    A row's own are the items that any sample with the row's item is paired with. Of an item the first sample counts.
+    """
+    size, views, one_tower = len(batch.x), len(candidates[0]), anchors[0] is candidates[0]
+    row_items, sample_items = _items(anchors[1], size), _items(candidates[1], size)
+    item_of = {i: sample_items[j] for ids in candidates[1] or [] for j, i in enumerate(ids)}
+    batch_columns = [F.normalize(z, dim=1) for z in candidates[0]]
+    batch_ids = [i for ids in candidates[1] or [[None] * size] * views for i in ids]
+    labels = list(range(size)) if batch.labels is None else batch.labels.tolist()
+    rows = []
+    for view, sample in ((view, sample) for view in range(len(anchors[0])) for sample in range(size)):
+        hard, hard_ids = _hard(batch, sample) if with_hard else (batch.x[:0], [])
+        vector = F.normalize(anchors[0][view][sample], dim=0)
+        columns = torch.cat([*batch_columns, F.normalize(hard, dim=1)])
+        samples = [*range(size)] * views + [size + number for number in range(len(hard))]
+        items = sample_items * views
+        items += [("hard", number) if i is None else item_of.get(i, (i,)) for number, i in enumerate(hard_ids)]
+        known = {sample_items[j] for i, j in pairs if row_items[i] == row_items[sample]}
+        first = {item: j for item, j in reversed([*zip(items, samples, strict=True)])}
+        own = [u * size + sample for u in range(views)]
+        positives = [j for j in own if not (one_tower and j == view * size + sample)]
+        others = [j for j in range(len(columns)) if items[j] not in known and first[items[j]] == samples[j]]
+        alike = [j for j in others if samples[j] < size and labels[samples[j]] == labels[sample]]
+        rows.append(
+            Row(
+                vector=vector,
+                id=None if anchors[1] is None else anchors[1][view][sample],
+                view=view,
+                sample=sample,
+                first=row_items.index(row_items[sample]) == sample,
+                columns=columns,
+                similarities=(columns @ vector).tolist(),
+                ids=batch_ids + hard_ids,
+                own=own,
+                positives=positives + alike,
+                negatives=[j for j in others if j not in alike],
+                known={i for i, item in item_of.items() if item in known},
+            )
+        )
+    return rows
+
+
+def _hard(batch: Batch, sample: int) -> tuple[Tensor, list[int | None]]:
+    if batch.hard is None:
+        return batch.x[:0], []
+    hard, ids = batch.hard, batch.hard_index
+    if hard.ndim == 3:
+        hard, ids = hard[sample], None if ids is None else ids[sample]
+    return hard, [None] * len(hard) if ids is None else ids.tolist()
+
+
+class Met(NamedTuple):
+    """A negative from outside the batch."""
+
+    weight: float
+    vector: Tensor
+
+
+Weighed = tuple[float, dict[int, float], list[Met]]  # value of a row's loss, weights of columns, what is carried
+
+
+class Slow:
+    """What all share.
+
+    Args:
+        positive_weight: κ, or "global".
+        num_samples: of x and of y; of one tower twice the same.
+        towers: 1 or 2.
+        directions: as the losses'.
+    """
+
+    def __init__(
+        self,
+        positive_weight: float | str = 0.0,
+        *,
+        num_samples: tuple[int, int] = (0, 0),
+        towers: int = 1,
+        directions: str = "both",
+    ) -> None:
+        self.positive_weight, self.num_samples = positive_weight, num_samples
+        self.towers, self.directions = towers, directions
+        self.calls = 0
+
+    def __call__(self, batch: Batch, beta: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Value and gradient; ``tables`` have the embeddings of x and y by id, as ``encode`` gives them."""
+        losses = []
+        self.own_ids = self.towers == 1 and batch.index is not None and batch.index.ndim == 2
+        for number, rows in geometry(batch, self.towers, self.directions):
+            self.size, self.row_views = len(batch.x), len(rows) // len(batch.x)
+            self.table = None if tables is None else tables[1 - number]
+            self.start(number, rows)
+            terms = []
+            for row in rows:
+                value, weights, carried = self.weigh(number, row, float(beta.detach()))
+                w = torch.zeros(len(row.columns), dtype=beta.dtype)
+                for j, weight in weights.items():
+                    w[j] += weight
+                for p in row.positives:
+                    w[p] -= 1 / len(row.positives)
+                pull = w @ (row.columns @ row.vector) + sum(weight * (vector @ row.vector) for weight, vector in carried)
+                terms.append(value + beta * pull - (beta * pull).detach())
+            self.end(number, rows)
+            losses.append(sum(terms) / len(terms))
+        self.calls += 1
+        return torch.as_tensor(sum(losses) / len(losses))
+
+    def start(self, number: int, rows: list[Row]) -> None:
+        """Do what comes before the first row."""
+
+    def weigh(self, number: int, row: Row, beta: float) -> Weighed:
+        raise NotImplementedError
+
+    def end(self, number: int, rows: list[Row]) -> None:
+        """Write to memory."""
+
+    def seed_of(self, number: int) -> int:
+        return mix_seed(self.seed, number) if number else self.seed  # type: ignore[attr-defined]
+
+    def generator(self, number: int, place: int) -> torch.Generator:
+        return torch.Generator().manual_seed(mix_seed(self.seed_of(number), self.calls, place))
+
+    def num_entries(self, number: int) -> int:
+        """How many ids candidates have."""
+        return self.num_samples[1 - number]
+
+    def num_negatives(self, number: int, row: Row) -> int:
+        """How many a row has in the data: all but its own sample or pair, all views of them."""
+        views = len(row.own)
+        return self.num_entries(number) - views if self.own_ids else views * (self.num_entries(number) - 1)
+
+    def kappa(self, number: int, row: Row) -> float:
+        if self.positive_weight == "global":
+            return len(row.negatives) / self.num_negatives(number, row)
+        return float(self.positive_weight)
+
+    def masses(self, number: int, row: Row, beta: float) -> dict[int, float]:
+        """What each column counts in the denominator."""
+        kappa = self.kappa(number, row)
+        masses = {j: math.exp(beta * row.similarities[j]) for j in row.negatives}
+        return masses | {p: kappa * math.exp(beta * row.similarities[p]) for p in row.positives}
+
+    def textbook(self, number: int, row: Row, beta: float) -> float:
+        """-β s_pos + log of the denominator."""
+        positive = sum(row.similarities[p] for p in row.positives) / len(row.positives)
+        return math.log(sum(self.masses(number, row, beta).values())) - beta * positive
+
+    def estimate(self, number: int, row: Row, beta: float) -> float:
+        """The same a negative: of the global loss."""
+        return self.textbook(number, row, beta) - math.log(len(row.negatives))
+
+
+class InBatch(Slow):
+    """InfoNCE with κ = 1, DCL with κ = 0: the softmax over the batch."""
+
+    def weigh(self, number: int, row: Row, beta: float) -> Weighed:
+        masses = self.masses(number, row, beta)
+        total = sum(masses.values())
+        return self.textbook(number, row, beta), {j: mass / total for j, mass in masses.items()}, []
+
+
+class SogCLR(Slow):
+    """The batch's masses, normalised by a moving average of each row's own denominator."""
+
+    def __init__(self, gamma: float | Callable[[int], float], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.gamma = gamma
+        self.averages: dict[Key, float] = {}  # by direction, id, and view where views share an id
+
+    def start(self, number: int, rows: list[Row]) -> None:
+        self.after: dict[Key, float] = {}
+
+    def weigh(self, number: int, row: Row, beta: float) -> Weighed:
+        gamma = self.gamma(self.calls) if callable(self.gamma) else self.gamma
+        assert row.id is not None
+        key = (number, row.id) if self.own_ids else (number, row.id, row.view)
+        masses = self.masses(number, row, beta)
+        now = sum(masses.values()) / len(row.negatives)
+        average = (1 - gamma) * self.averages.get(key, now) + gamma * now
+        self.after.setdefault(key, average)
+        weights = {j: mass / (len(row.negatives) * average) for j, mass in masses.items()}
+        return self.estimate(number, row, beta), weights, []
+
+    def end(self, number: int, rows: list[Row]) -> None:
+        self.averages |= self.after
+
+    def forget(self, gone: list[int]) -> None:
+        """Of one tower."""
+        self.averages = {key: average for key, average in self.averages.items() if key[1] not in gone}
+
+
+class NegativeCache(Slow):
+    """One negative a row: of all cached entries that are not its own, the one with the largest Gumbel score."""
+
+    def __init__(
+        self,
+        refresh_fraction: float,
+        *,
+        positive_weight: float | str = "global",
+        views_per_sample: int = 2,
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(positive_weight, **settings)
+        self.refresh_fraction, self.views_per_sample, self.seed = refresh_fraction, views_per_sample, seed
+        self.cached: dict[Key, Tensor] = {}  # by direction and id of a candidate
+        self.written: dict[Key, int] = {}
+        self.forgotten: set[int] = set()
+
+    def start(self, number: int, rows: list[Row]) -> None:
+        entries, row, entered = self.num_entries(number), rows[0], set()
+        for j in range(self.size * (len(row.own) if self.own_ids else 1)):
+            i = row.ids[j]
+            assert i is not None
+            if i not in entered:
+                self.cached[number, i], self.written[number, i] = row.columns[j].detach(), self.calls
+                self.forgotten.discard(i)
+                entered.add(i)
+        if self.table is not None:
+            by_age = sorted((self.written.get((number, i), -1), i) for i in range(entries) if i not in self.forgotten)
+            for _, i in by_age[: math.ceil(self.refresh_fraction * entries)]:
+                self.cached[number, i] = F.normalize(self.table[i].detach(), dim=0)
+                self.written[number, i] = self.calls
+        uniform = torch.empty(self.row_views, self.size, entries, dtype=torch.float64)
+        self.gumbel = -torch.log(-torch.log(1 - uniform.uniform_(generator=self.generator(number, 0))))
+
+    def weigh(self, number: int, row: Row, beta: float) -> Weighed:
+        views = self.views_per_sample if self.own_ids else 1
+        own = {i // views for i in row.known}
+        others = [i for k, i in sorted(self.cached) if k == number and i // views not in own]
+        scores = {i: beta * float(row.vector.detach() @ self.cached[number, i]) for i in others}
+        drawn = max(others, key=lambda i: scores[i] + float(self.gumbel[row.view, row.sample, i]))
+        kappa = self.kappa(number, row) * self.num_negatives(number, row) / len(row.negatives)
+        masses = {p: kappa * math.exp(beta * row.similarities[p]) for p in row.positives}
+        total = sum(masses.values()) + sum(math.exp(score) for score in scores.values())
+        weights = {p: mass / total for p, mass in masses.items()}
+        met = self.cached[number, drawn] if self.table is None else F.normalize(self.table[drawn], dim=0)
+        return self.estimate(number, row, beta), weights, [Met(1 - sum(weights.values()), met)]
+
+    def forget(self, gone: list[int]) -> None:
+        """Of one tower."""
+        self.cached = {key: z for key, z in self.cached.items() if key[1] not in gone}
+        self.written = {key: call for key, call in self.written.items() if key[1] not in gone}
+        self.forgotten |= set(gone)
+
+
+CARRIED, POSITIVE = -1, -2  # states of a chain beside the columns
+
+
+class Step(NamedTuple):
+    """A proposal: the state and its log score; its place among the proposals of all rows."""
+
+    state: int
+    score: float
+    place: int = -1
+
+
+class Visit(NamedTuple):
+    """What a chain did with one set: the share of each state, where it is now, how many proposals it accepted."""
+
+    shares: dict[int, float]
+    state: int
+    accepted: int = 0
+
+
+def metropolis(entry: Step, steps: list[Step], noise: list[float], burn_in: float) -> Visit:
+    """One step after the other."""
+    at, accepted, burnt = entry, 0, int(burn_in * len(steps))
+    shares: dict[int, float] = {}
+    for number, step in enumerate(steps):
+        if step.score + noise[step.place] > at.score:
+            at, accepted = step, accepted + 1
+        if number >= burnt:
+            shares[at.state] = shares.get(at.state, 0.0) + 1 / (len(steps) - burnt)
+    return Visit(shares, at.state, accepted)
+
+
+def isir(entry: Step, steps: list[Step], place: float) -> Visit:
+    """A choice at ``place`` on a line from 0 to 1, of which each state has its softmax: the carried one, the others."""
+    line = [step for step in (entry, *steps) if step.score > -math.inf]
+    peak = max(step.score for step in line)
+    total = sum(math.exp(step.score - peak) for step in line)
+    shares = {step.state: math.exp(step.score - peak) / total for step in line}
+    reached = 0.0
+    for state, share in shares.items():
+        reached += share
+        if reached >= place:
+            return Visit(shares, state)
+    return Visit(shares, line[-1].state)
+
+
+class EMC2(Slow):
+    """A dictionary of chains, each at an id with its similarity."""
+
+    def __init__(
+        self,
+        *,
+        kernel: str = "metropolis",
+        burn_in: float = 0.5,
+        num_chains: int = 1,
+        carry: str = "cache",
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self.kernel, self.burn_in, self.num_chains, self.carry, self.seed = kernel, burn_in, num_chains, carry, seed
+        self.chains: dict[Key, tuple[int, float]] = {}  # by direction, id, and number of the chain
+        self.cached: dict[Key, Tensor] = {}  # by direction and id of a candidate
+
+    def start(self, number: int, rows: list[Row]) -> None:
+        sets, size, draw = len(rows[0].own), self.size, self.generator(number, -1)
+        width = len(rows[0].columns) - (sets - 1) * size
+        order = torch.randperm(width, generator=draw).tolist()
+        views = torch.randint(sets, (width,), generator=draw).tolist()
+        self.sets = [
+            [
+                p + (view + s) % sets * size if p < size else p + (sets - 1) * size
+                for p, view in zip(order, views, strict=True)
+            ]
+            for s in range(sets)
+        ]
+        throws = torch.randint(sets, (size, sets + 1, self.num_chains), generator=self.generator(number, -2))
+        self.coins = throws.tolist()
+        shape = (sets, self.num_chains, width) if self.kernel == "metropolis" else (2, self.num_chains)
+        uniform = torch.empty(self.row_views, size, *shape, dtype=torch.float64)
+        self.uniform = uniform.uniform_(generator=self.generator(number, 0))
+        self.after: dict[Key, tuple[int, float] | None] = {}
+        self.accepted: list[float] = []
+        self.stayed: list[float] = []
+
+    def weigh(self, number: int, row: Row, beta: float) -> Weighed:
+        sets = [self.steps(number, row, beta, columns) for columns in self.sets]
+        weights: dict[int, float] = {}
+        carried = []
+        for chain in range(self.num_chains):
+            shares, embedding = self.visit(number, row, beta, chain, sets)
+            for state, share in shares.items():
+                weights[state] = weights.get(state, 0.0) + share / self.num_chains
+            self.stayed.append(shares.get(CARRIED, 0.0))
+            if embedding is not None:
+                carried.append(Met(self.stayed[-1] / self.num_chains, embedding))
+        at_positive = weights.pop(POSITIVE, 0.0)
+        weights.pop(CARRIED, None)
+        masses = {p: math.exp(beta * row.similarities[p]) for p in row.positives}
+        weights |= {p: at_positive * mass / sum(masses.values()) for p, mass in masses.items()}
+        return self.estimate(number, row, beta), weights, carried
+
+    def steps(self, number: int, row: Row, beta: float, columns: list[int]) -> list[Step]:
+        """The proposals of a set to a row: its negatives, and its positive where the row itself lies."""
+        steps = []
+        for place, j in enumerate(columns):
+            if j in row.own and self.kappa(number, row) > 0:
+                steps.append(Step(POSITIVE, self.positive_score(number, row, beta), place))
+            elif j in row.negatives:
+                repeats = len(row.own) if j >= len(row.own) * self.size else 1  # a hard negative is in every set
+                steps.append(Step(j, beta * row.similarities[j] - math.log(repeats), place))
+        return steps
+
+    def positive_score(self, number: int, row: Row, beta: float) -> float:
+        mass = sum(math.exp(beta * row.similarities[p]) for p in row.positives)
+        kappa = self.kappa(number, row)
+        return math.log(mass * kappa / len(row.own)) if kappa else -math.inf
+
+    def visit(
+        self, number: int, row: Row, beta: float, chain: int, sets: list[list[Step]]
+    ) -> tuple[dict[int, float], Tensor | None]:
+        """Move one chain over each set from where it came in; mean shares, and the carried negative's embedding."""
+        assert row.id is not None
+        key = (number, row.id, chain)
+        carried, stored = self.chains.get(key, (None, -math.inf))
+        embedding = None
+        if carried is not None and self.carry.startswith("encode"):
+            assert self.table is not None
+            embedding = F.normalize(self.table[carried], dim=0)
+        elif carried is not None and self.carry == "cache":
+            embedding = self.cached[number, carried]
+        fresh = stored if embedding is None else float((row.vector @ embedding).detach())
+        entry = Step(CARRIED, beta * (fresh if self.carry in ("encode", "cache") else stored))
+        if carried is None:
+            entry = Step(POSITIVE, self.positive_score(number, row, beta))
+
+        visited, coin = range(len(sets)), self.coins[row.sample][row.view][chain]
+        if self.kernel == "isir":
+            holding = [s for s in visited if carried in [row.ids[step.state] for step in sets[s] if step.state >= 0]]
+            if carried is None or holding:
+                entry = Step(CARRIED, -math.inf)
+            if carried is not None and holding:
+                visited = holding  # a set with another view of what is carried than the one with itself is left out
+                coin = coin if coin in visited else visited[0]
+        shares: dict[int, float] = {}
+        for s in visited:
+            visit = self.move(entry, sets[s], row, s, chain)
+            for state, share in visit.shares.items():
+                shares[state] = shares.get(state, 0.0) + share / len(visited)
+            self.accepted += [visit.accepted / len(sets[s])] if sets[s] else []
+            shared_by_views = self.row_views > 1 and not self.own_ids
+            kept_view = self.coins[row.sample][len(sets)][chain] if shared_by_views else row.view
+            if row.first and (row.view, s) == (kept_view, coin):
+                self.after[key] = None
+                if visit.state == CARRIED and carried is not None:
+                    self.after[key] = (carried, fresh)
+                elif visit.state >= 0 and (end := row.ids[visit.state]) is not None:
+                    self.after[key] = (end, row.similarities[visit.state])
+        return shares, embedding
+
+    def move(self, entry: Step, steps: list[Step], row: Row, s: int, chain: int) -> Visit:
+        uniform = self.uniform[row.view, row.sample]
+        if self.kernel == "metropolis":
+            return metropolis(entry, steps, (-torch.log(1 - uniform[s, chain])).tolist(), self.burn_in)
+        part = int(uniform[1].argsort()[chain])  # of (0, 1]: each chain draws from another
+        return isir(entry, steps, (part + 1 - float(uniform[0, chain])) / self.num_chains)
+
+    def end(self, number: int, rows: list[Row]) -> None:
+        for key, at in self.after.items():
+            self.chains.pop(key, None)
+            if at is not None:
+                self.chains[key] = at
+        views, entered = len(rows[0].own), set()
+        for row in rows:
+            for j in (*range(self.size * (views if self.own_ids else 1)), *range(self.size * views, len(row.ids))):
+                i = row.ids[j]
+                if i is not None and i not in entered:
+                    self.cached[number, i] = row.columns[j].detach()
+                    entered.add(i)
+
+    def forget(self, gone: list[int]) -> None:
+        """Of one tower."""
+        self.chains = {key: at for key, at in self.chains.items() if key[1] not in gone and at[0] not in gone}
+        self.cached = {key: z for key, z in self.cached.items() if key[1] not in gone}
+
+    @property
+    def carried_share(self) -> float:
+        return sum(self.stayed) / len(self.stayed)
+
+    @property
+    def acceptance(self) -> float:
+        return sum(self.accepted) / len(self.accepted) if self.kernel == "metropolis" else 1 - self.carried_share
