@@ -195,20 +195,22 @@ class Slow:
         self.own_ids = self.towers == 1 and batch.index is not None and batch.index.ndim == 2
         for number, rows in geometry(batch, self.towers, self.directions):
             self.size, self.row_views = len(batch.x), len(rows) // len(batch.x)
-            self.table = None if tables is None else tables[1 - number]
+            self.table = None if tables is None else F.normalize(tables[1 - number], dim=1)
             self.start(number, rows)
-            terms = []
+            values, weights_of_all, carried_by_all = [], [], []
             for row in rows:
                 value, weights, carried = self.weigh(number, row, float(beta.detach()))
-                w = torch.zeros(len(row.columns), dtype=beta.dtype)
-                for j, weight in weights.items():
-                    w[j] += weight
                 for p in row.positives:
-                    w[p] -= 1 / len(row.positives)
-                pull = w @ (row.columns @ row.vector) + sum(weight * (vector @ row.vector) for weight, vector in carried)
-                terms.append(value + beta * pull - (beta * pull).detach())
+                    weights[p] = weights.get(p, 0.0) - 1 / len(row.positives)
+                values.append(value)
+                weights_of_all.append([weights.get(j, 0.0) for j in range(len(row.columns))])
+                carried_by_all += [(weight, vector, row.vector) for weight, vector in carried]
             self.end(number, rows)
-            losses.append(sum(terms) / len(terms))
+            w, columns = torch.tensor(weights_of_all, dtype=beta.dtype), torch.stack([row.columns for row in rows])
+            total = torch.einsum("rj,rjd,rd->", w, columns, torch.stack([row.vector for row in rows]))
+            total = total + sum(weight * (vector @ row) for weight, vector, row in carried_by_all)
+            surrogate = beta * total / len(rows)
+            losses.append(sum(values) / len(rows) + surrogate - surrogate.detach())
         self.calls += 1
         return torch.as_tensor(sum(losses) / len(losses))
 
@@ -326,23 +328,32 @@ class NegativeCache(Slow):
         if self.table is not None:
             by_age = sorted((self.written.get((number, i), -1), i) for i in range(entries) if i not in self.forgotten)
             for _, i in by_age[: math.ceil(self.refresh_fraction * entries)]:
-                self.cached[number, i] = F.normalize(self.table[i].detach(), dim=0)
+                self.cached[number, i] = self.table[i].detach()
                 self.written[number, i] = self.calls
-        uniform = torch.empty(self.row_views, self.size, entries, dtype=torch.float64)
+        self.num_hard = len(row.columns) - len(row.own) * self.size
+        uniform = torch.empty(self.row_views, self.size, entries + self.num_hard, dtype=torch.float64)
         self.gumbel = -torch.log(-torch.log(1 - uniform.uniform_(generator=self.generator(number, 0))))
 
     def weigh(self, number: int, row: Row, beta: float) -> Weighed:
+        """What is cached stands for all; a hard negative and the positive are to it what they are to the batch."""
+        entries, first_hard = self.num_entries(number), len(row.columns) - self.num_hard
         views = self.views_per_sample if self.own_ids else 1
-        own = {i // views for i in row.known}
+        own = {i // views for i in row.known} | {row.ids[p] // views for p in row.positives}  # type: ignore[operator]
         others = [i for k, i in sorted(self.cached) if k == number and i // views not in own]
         scores = {i: beta * float(row.vector.detach() @ self.cached[number, i]) for i in others}
-        drawn = max(others, key=lambda i: scores[i] + float(self.gumbel[row.view, row.sample, i]))
-        kappa = self.kappa(number, row) * self.num_negatives(number, row) / len(row.negatives)
+        scale = len(others) / len(row.negatives)
+        hard = [j for j in row.negatives if j >= first_hard]
+        scores |= {entries + j - first_hard: beta * row.similarities[j] + math.log(scale) for j in hard}
+        drawn = max(scores, key=lambda i: scores[i] + float(self.gumbel[row.view, row.sample, i]))
+        kappa = 1.0 if self.positive_weight == "global" else self.kappa(number, row) * scale
         masses = {p: kappa * math.exp(beta * row.similarities[p]) for p in row.positives}
         total = sum(masses.values()) + sum(math.exp(score) for score in scores.values())
         weights = {p: mass / total for p, mass in masses.items()}
-        met = self.cached[number, drawn] if self.table is None else F.normalize(self.table[drawn], dim=0)
-        return self.estimate(number, row, beta), weights, [Met(1 - sum(weights.values()), met)]
+        rest = 1 - sum(weights.values())
+        if drawn >= entries:
+            return self.estimate(number, row, beta), weights | {first_hard + drawn - entries: rest}, []
+        met = self.cached[number, drawn] if self.table is None else self.table[drawn]
+        return self.estimate(number, row, beta), weights, [Met(rest, met)]
 
     def forget(self, gone: list[int]) -> None:
         """Of one tower."""
@@ -432,7 +443,7 @@ class EMC2(Slow):
         uniform = torch.empty(self.row_views, size, *shape, dtype=torch.float64)
         self.uniform = uniform.uniform_(generator=self.generator(number, 0))
         self.after: dict[Key, tuple[int, float] | None] = {}
-        self.accepted: list[float] = []
+        self.accepted, self.steps_taken = 0, 0
         self.stayed: list[float] = []
 
     def weigh(self, number: int, row: Row, beta: float) -> Weighed:
@@ -478,7 +489,7 @@ class EMC2(Slow):
         embedding = None
         if carried is not None and self.carry.startswith("encode"):
             assert self.table is not None
-            embedding = F.normalize(self.table[carried], dim=0)
+            embedding = self.table[carried]
         elif carried is not None and self.carry == "cache":
             embedding = self.cached[number, carried]
         fresh = stored if embedding is None else float((row.vector @ embedding).detach())
@@ -499,7 +510,7 @@ class EMC2(Slow):
             visit = self.move(entry, sets[s], row, s, chain)
             for state, share in visit.shares.items():
                 shares[state] = shares.get(state, 0.0) + share / len(visited)
-            self.accepted += [visit.accepted / len(sets[s])] if sets[s] else []
+            self.accepted, self.steps_taken = self.accepted + visit.accepted, self.steps_taken + len(sets[s])
             shared_by_views = self.row_views > 1 and not self.own_ids
             kept_view = self.coins[row.sample][len(sets)][chain] if shared_by_views else row.view
             if row.first and (row.view, s) == (kept_view, coin):
@@ -541,4 +552,4 @@ class EMC2(Slow):
 
     @property
     def acceptance(self) -> float:
-        return sum(self.accepted) / len(self.accepted) if self.kernel == "metropolis" else 1 - self.carried_share
+        return self.accepted / self.steps_taken if self.kernel == "metropolis" else 1 - self.carried_share

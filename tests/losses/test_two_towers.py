@@ -1,0 +1,134 @@
+"""Two towers, step by step, against loops with a dictionary of chains a direction: value, gradients, and tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from side_by_side import check_memory, follow
+from slow import DIRECTIONS, EMC2, Batch, InBatch, NegativeCache, Slow, SogCLR
+from torch import Tensor
+
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
+from torch_emc2.kernels import Isir, Metropolis
+from torch_emc2.losses import ContrastiveLoss
+
+B, D, STEPS = 6, 5, 5
+X, Y = 13, 12  # items of the sides
+# An item of x with three of y, an item of y with three of x, and couples; y's ids are not those of x.
+PAIRS = [(0, 11), (0, 10), (0, 9), (1, 8), (2, 8), (3, 8), *((4 + i, 7 - i) for i in range(8))]
+COUPLES = PAIRS[6:]
+KINDS = ("couples", "items", "same", "labels", "hard of all", "hard of each", "hard without ids")
+
+
+def batch_of(kind: str, step: int) -> Batch:
+    """Draw a batch; what is known of two items is known in each batch that has them."""
+    generator = torch.Generator().manual_seed(step)
+    pairs = COUPLES if kind == "couples" else PAIRS
+    chosen = torch.tensor(pairs)[torch.randperm(len(pairs), generator=generator)[:B]]
+    index, y_index = chosen.unbind(1)
+    x, y = torch.randn(2, B, D, dtype=torch.float64, generator=generator).unbind()
+    batch = Batch(x, y, index, y_index)
+    match kind:
+        case "same":  # beside its own an x has a y of another couple's
+            batch.same = (index[:, None] >= 4) & (index[:, None] % 5 == y_index % 5)
+        case "labels":
+            batch.labels = torch.where(index == 0, 0, torch.where(y_index == 8, 1, index % 3))
+        case "hard of all":
+            batch.hard = torch.randn(4, D, dtype=torch.float64, generator=generator)
+            batch.hard_index = torch.cat([torch.randint(8, (3,), generator=generator), y_index[:1]])
+        case "hard of each":
+            batch.hard = torch.randn(B, 3, D, dtype=torch.float64, generator=generator)
+            batch.hard_index = torch.where(index < 4, 7 - index, y_index)[:, None] % 8
+            batch.hard_index = (batch.hard_index + torch.tensor([0, 2, 2])) % 8
+        case "hard without ids":
+            batch.hard = torch.randn(B, 2, D, dtype=torch.float64, generator=generator)
+    return batch
+
+
+def tables() -> tuple[Tensor, Tensor]:
+    """Embeddings of x's and y's items by id."""
+    generator = torch.Generator().manual_seed(9)
+    return tuple(torch.randn(n, D, dtype=torch.float64, generator=generator) for n in (X, Y))  # type: ignore[return-value]
+
+
+def compare(fast: ContrastiveLoss, slow: Slow, kind: str, with_encode: bool = False, tolerance: float = 1e-6) -> float:
+    """Follow both for some steps. What is carried of a direction is of its columns' side."""
+    if slow.directions == "y->x" and "hard" in kind:
+        pytest.skip("hard negatives are of y's side")
+    batches = [batch_of(kind, step) for step in range(STEPS)]
+    carried = follow(fast, slow, batches, tables() if with_encode else None, tolerance)
+    check_memory(fast, slow)
+    for number in range(2) if with_encode else ():
+        if slow.directions not in ("both", DIRECTIONS[1 - number]):
+            assert carried[number] == 0
+    return sum(carried)
+
+
+def settings_of(kappa: float | str, directions: str) -> dict[str, Any]:
+    """What a loss and its slow version are built with."""
+    return {"positive_weight": kappa, "towers": 2, "directions": directions, "num_samples": (X, Y)}
+
+
+each_direction = pytest.mark.parametrize("directions", ["both", *DIRECTIONS])
+each_kappa = pytest.mark.parametrize("kappa", [0.0, 0.7, "global"])
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@each_direction
+@each_kappa
+@each_kind
+@pytest.mark.parametrize("loss", [InfoNCELoss, DCLLoss])
+def test_in_batch(loss: type[InfoNCELoss], kind: str, kappa: Any, directions: Any) -> None:
+    settings = settings_of(kappa, directions)
+    compare(loss(0.1, **settings), InBatch(**settings), kind, tolerance=1e-10)
+
+
+@each_direction
+@pytest.mark.parametrize(("kind", "kappa"), [*((kind, 0.0) for kind in KINDS), ("items", 0.7), ("couples", "global")])
+@pytest.mark.parametrize("gamma", [0.3, lambda call: 1 / (1 + call)], ids=["constant", "schedule"])
+def test_sogclr(gamma: Any, kind: str, kappa: Any, directions: Any) -> None:
+    settings = settings_of(kappa, directions)
+    compare(SogCLRLoss(gamma=gamma, **settings), SogCLR(gamma, **settings), kind)
+
+
+@each_direction
+@pytest.mark.parametrize(("kind", "kappa"), [*((kind, "global") for kind in KINDS), ("items", 0.0), ("hard of all", 0.7)])
+@pytest.mark.parametrize("with_encode", [False, True])
+def test_negative_cache(with_encode: bool, kind: str, kappa: Any, directions: Any) -> None:
+    settings = settings_of(kappa, directions)
+    fast = NegativeCacheLoss(dim=D, refresh_fraction=0.2, seed=3, **settings)
+    carried = compare(fast, NegativeCache(0.2, seed=3, **settings), kind, with_encode)
+    assert (carried > 0) == with_encode
+
+
+KERNELS = {"metropolis": Metropolis(0.5), "no burn-in": Metropolis(0.0), "isir": Isir()}
+
+
+def compare_emc2(kernel: str, carry: Any, num_chains: int, kind: str, kappa: Any, directions: Any) -> None:
+    settings = {"carry": carry, "num_chains": num_chains, "seed": 5, **settings_of(kappa, directions)}
+    name, burn_in = kernel if kernel == "isir" else "metropolis", getattr(KERNELS[kernel], "burn_in", 0.0)
+    with_encode = carry.startswith("encode")
+    slow = EMC2(kernel=name, burn_in=burn_in, **settings)
+    carried = compare(EMC2Loss(kernel=KERNELS[kernel], **settings), slow, kind, with_encode)
+    if kernel == "isir":
+        assert (carried > 0) == with_encode
+
+
+@each_direction
+@pytest.mark.parametrize("num_chains", [1, 3])
+@pytest.mark.parametrize("carry", ["encode", "encode_if_used", "cache", "drop"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_emc2(kernel: str, carry: str, num_chains: int, directions: str) -> None:
+    compare_emc2(kernel, carry, num_chains, "items", 0.0, directions)
+
+
+@each_kappa
+@each_kind
+@pytest.mark.parametrize(
+    ("kernel", "carry", "num_chains"),
+    [("metropolis", "encode", 2), ("no burn-in", "cache", 1), ("no burn-in", "encode_if_used", 2), ("isir", "cache", 2)],
+)
+def test_emc2_of_every_kind(kernel: str, carry: str, num_chains: int, kind: str, kappa: Any) -> None:
+    compare_emc2(kernel, carry, num_chains, kind, kappa, "both")
