@@ -8,7 +8,7 @@ An estimator says with which weight a row meets what it sees. All else is the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -117,9 +117,9 @@ def _rows(
     labels = list(range(size)) if batch.labels is None else batch.labels.tolist()
     rows = []
     for view, sample in ((view, sample) for view in range(len(anchors[0])) for sample in range(size)):
-        hard, hard_ids = _hard(batch, sample) if with_hard else (batch.x[:0], [])
+        hard, hard_ids = _hard(batch, sample) if with_hard else ([], [])
         vector = F.normalize(anchors[0][view][sample], dim=0)
-        columns = torch.cat([*batch_columns, F.normalize(hard, dim=1)])
+        columns = torch.cat([*batch_columns, *(F.normalize(z[None], dim=1) for z in hard)])
         samples = [*range(size)] * views + [size + number for number in range(len(hard))]
         items = sample_items * views
         items += [("hard", number) if i is None else item_of.get(i, (i,)) for number, i in enumerate(hard_ids)]
@@ -148,13 +148,13 @@ def _rows(
     return rows
 
 
-def _hard(batch: Batch, sample: int) -> tuple[Tensor, list[int | None]]:
+def _hard(batch: Batch, sample: int) -> tuple[Sequence[Tensor], list[int | None]]:
     if batch.hard is None:
-        return batch.x[:0], []
+        return [], []
     hard, ids = batch.hard, batch.hard_index
     if hard.ndim == 3:
         hard, ids = hard[sample], None if ids is None else ids[sample]
-    return hard, [None] * len(hard) if ids is None else ids.tolist()
+    return list(hard), [None] * len(hard) if ids is None else ids.tolist()
 
 
 class Met(NamedTuple):

@@ -25,7 +25,7 @@ KINDS = ("couples", "items", "same", "labels", "hard of all", "hard of each", "h
 def batch_of(kind: str, step: int) -> Batch:
     """Draw a batch; what is known of two items is known in each batch that has them."""
     generator = torch.Generator().manual_seed(step)
-    pairs = COUPLES if kind == "couples" else PAIRS
+    pairs = COUPLES if kind in ("couples", "labels") else PAIRS
     chosen = torch.tensor(pairs)[torch.randperm(len(pairs), generator=generator)[:B]]
     index, y_index = chosen.unbind(1)
     x, y = torch.randn(2, B, D, dtype=torch.float64, generator=generator).unbind()
@@ -34,7 +34,7 @@ def batch_of(kind: str, step: int) -> Batch:
         case "same":  # beside its own an x has a y of another couple's
             batch.same = (index[:, None] >= 4) & (index[:, None] % 5 == y_index % 5)
         case "labels":
-            batch.labels = torch.where(index == 0, 0, torch.where(y_index == 8, 1, index % 3))
+            batch.labels = index % 4
         case "hard of all":
             batch.hard = torch.randn(4, D, dtype=torch.float64, generator=generator)
             batch.hard_index = torch.cat([torch.randint(8, (3,), generator=generator), y_index[:1]])
