@@ -486,6 +486,8 @@ class EMC2(Slow):
         assert row.id is not None
         key = (number, row.id, chain)
         carried, stored = self.chains.get(key, (None, -math.inf))
+        if carried in row.known or carried in [row.ids[p] for p in row.positives]:
+            carried = None  # it was not known to be the row's own
         embedding = None
         if carried is not None and self.carry.startswith("encode"):
             assert self.table is not None

@@ -19,13 +19,14 @@ X, Y = 13, 12  # items of the sides
 # An item of x with three of y, an item of y with three of x, and couples; y's ids are not those of x.
 PAIRS = [(0, 11), (0, 10), (0, 9), (1, 8), (2, 8), (3, 8), *((4 + i, 7 - i) for i in range(8))]
 COUPLES = PAIRS[6:]
-KINDS = ("couples", "items", "same", "labels", "hard of all", "hard of each", "hard without ids")
+CROSSED = [(i % 4, i % 7) for i in range(14)]  # what is a pair in one batch is known in no batch without it
+KINDS = ("couples", "items", "crossed", "same", "labels", "hard of all", "hard of each", "hard without ids")
 
 
 def batch_of(kind: str, step: int) -> Batch:
-    """Draw a batch; what is known of two items is known in each batch that has them."""
+    """Draw a batch; but for "crossed" ones what is known of two items is known in each batch that has them."""
     generator = torch.Generator().manual_seed(step)
-    pairs = COUPLES if kind in ("couples", "labels") else PAIRS
+    pairs = CROSSED if kind == "crossed" else COUPLES if kind in ("couples", "labels") else PAIRS
     chosen = torch.tensor(pairs)[torch.randperm(len(pairs), generator=generator)[:B]]
     index, y_index = chosen.unbind(1)
     x, y = torch.randn(2, B, D, dtype=torch.float64, generator=generator).unbind()
