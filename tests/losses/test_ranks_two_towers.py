@@ -1,0 +1,174 @@
+"""Both geometries on one, two and four ranks of uneven sizes: value, gradients and tables of one process."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from slow import Batch
+from torch import Tensor
+from torch.multiprocessing import spawn
+
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, Temperature
+from torch_emc2.kernels import Metropolis
+from torch_emc2.losses import ContrastiveLoss
+
+X, Y, D, STEPS = 13, 12, 5, 3
+NO_BURN_IN = Metropolis(0.0)
+SIZES = {1: (7,), 2: (3, 4), 4: (2, 1, 3, 1)}  # samples of each rank
+
+# Of each case the number of towers, what is peculiar of its batches, and the loss.
+CASES: dict[str, tuple[int, str, Callable[[], ContrastiveLoss]]] = {
+    "infonce": (
+        2,
+        "hard of all",
+        lambda: InfoNCELoss(0.2, towers=2, num_samples=(X, Y), positive_weight="global"),
+    ),
+    "infonce, learnt": (2, "labels", lambda: InfoNCELoss(Temperature(0.2).double(), towers=2)),
+    "dcl, y->x": (2, "same", lambda: DCLLoss(0.2, towers=2, directions="y->x")),
+    "sogclr": (2, "labels", lambda: SogCLRLoss((X, Y), 0.2, 0.5, towers=2, positive_weight=0.5)),
+    "sogclr, keyed": (2, "items", lambda: SogCLRLoss(None, 0.2, 0.5, towers=2)),
+    "negative cache": (2, "hard of each", lambda: NegativeCacheLoss((X, Y), D, 0.2, refresh_fraction=0.2, towers=2)),
+    "emc2, encode": (
+        2,
+        "hard of all",
+        lambda: EMC2Loss((X, Y), 0.2, kernel=NO_BURN_IN, carry="encode", num_chains=2, towers=2),
+    ),
+    "emc2, encode if used": (
+        2,
+        "same",
+        lambda: EMC2Loss((X, Y), 0.2, kernel=NO_BURN_IN, carry="encode_if_used", towers=2, positive_weight=0.3),
+    ),
+    "emc2, cache": (2, "hard of each", lambda: EMC2Loss((X, Y), 0.2, kernel=NO_BURN_IN, towers=2)),
+    "isir, encode": (
+        2,
+        "hard of each",
+        lambda: EMC2Loss((X, Y), 0.2, kernel="isir", carry="encode", towers=2, positive_weight=1),
+    ),
+    "isir, cache, keyed": (2, "labels", lambda: EMC2Loss(None, 0.2, kernel="isir", num_chains=2, towers=2)),
+    "one tower: infonce": (1, "hard of each", lambda: InfoNCELoss(0.2)),
+    "one tower: sogclr": (1, "labels", lambda: SogCLRLoss(X, 0.2, 0.5, views=3)),
+    "one tower: negative cache": (
+        1,
+        "views",
+        lambda: NegativeCacheLoss(3 * X, D, 0.2, refresh_fraction=0.1, views_per_sample=3),
+    ),
+    "one tower: emc2, cache": (
+        1,
+        "hard of all",
+        lambda: EMC2Loss(X, 0.2, kernel=NO_BURN_IN, num_chains=2, positive_weight=0.3),
+    ),
+    "one tower: isir, encode": (1, "views", lambda: EMC2Loss(3 * X, 0.2, kernel="isir", carry="encode")),
+}
+
+
+def parts_of(towers: int, kind: str, step: int, sizes: tuple[int, ...]) -> list[Batch]:
+    """What each rank is called with. Ids come again, on other ranks too."""
+    generator, size = torch.Generator().manual_seed(step), sum(sizes)
+    z = torch.randn(size, 3, D, dtype=torch.float64, generator=generator)
+    index = torch.randperm(Y, generator=generator)[:size]
+    if towers == 1:
+        index[-1] = index[0]
+        ids = 3 * index[:, None] + torch.arange(3) if kind == "views" else index
+        whole = Batch(z, index=ids)
+    else:
+        y_index = Y - 1 - index
+        y_index[-1], index[-2] = y_index[0], index[1]
+        whole = Batch(z[:, 0], z[:, 1], index, y_index)
+    parts = [
+        Batch(*(None if each is None else each[part] for each in (whole.x, whole.y, whole.index, whole.y_index)))
+        for part in torch.arange(size).split(sizes)
+    ]
+    same = torch.rand(size, size, generator=generator) < 0.1
+    hard = torch.randn(size, 3, D, dtype=torch.float64, generator=generator)
+    hard_index = torch.randint(Y, (size, 3), generator=generator)
+    first = 0
+    for rank, part in enumerate(parts):
+        own = slice(first, first := first + sizes[rank])
+        match kind:
+            case "same":
+                part.same = same[own, own]
+            case "labels":
+                part.labels = torch.arange(size)[own] % 3
+            case "hard of all":  # of a sample none, one or two
+                part.hard = torch.cat([hard[i, : i % 3] for i in range(own.start, own.stop)])
+                part.hard_index = torch.cat([hard_index[i, : i % 3] for i in range(own.start, own.stop)])
+            case "hard of each":
+                part.hard, part.hard_index = hard[own], hard_index[own]
+    return parts
+
+
+def together(parts: list[Batch]) -> Batch:
+    """The whole batch, as one process is called with it."""
+    fields: dict[str, Any] = {}
+    for name in vars(parts[0]):
+        values = [getattr(part, name) for part in parts]
+        if values[0] is not None:
+            fields[name] = torch.block_diag(*values) > 0 if name == "same" else torch.cat(values)
+    return Batch(**fields)
+
+
+def train(name: str, sizes: tuple[int, ...], rank: int | None = None) -> tuple[list[list[Tensor]], Any]:
+    """Loss and gradients of some steps, those of embeddings first, and the state after them; of a rank, or the whole."""
+    towers, kind, make = CASES[name]
+    loss_fn, steps = make(), []
+    generator = torch.Generator().manual_seed(9)
+    tables = [torch.randn(3 * X, D, dtype=torch.float64, generator=generator) for _ in range(towers)]
+    beta = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    for step in range(STEPS):
+        parts = parts_of(towers, kind, step, sizes)
+        batch = together(parts) if rank is None else parts[rank]
+        inputs, encoded = batch.with_gradient(), [table.clone().requires_grad_() for table in tables]
+        functions = tuple(table.__getitem__ for table in encoded)
+        learnt = list(loss_fn.parameters())
+        scale = {} if learnt else {"logit_scale": beta}
+        loss = inputs.call(loss_fn, encode=functions if towers == 2 else functions[0], **scale)
+        leaves = [*inputs.leaves(), *encoded, *(learnt or [beta])]
+        steps.append([loss.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)])
+    return steps, loss_fn.state_dict()
+
+
+def _rank(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
+    """Write down all cases. A rank that waits in vain for another raises at the timeout."""
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(sizes), timeout=timeout
+    )
+    results = {name: train(name, sizes, rank) for name in CASES}
+    torch.save(results, f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each rank of a world of ``request.param`` ranks has written down."""
+    folder, sizes = tmp_path_factory.mktemp("ranks"), SIZES[request.param]
+    if len(sizes) == 1:
+        _rank(0, str(folder), sizes)
+    else:
+        spawn(_rank, (str(folder), sizes), nprocs=len(sizes))  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(len(sizes))]
+
+
+@pytest.mark.parametrize("ranks", SIZES, indirect=True)
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_equal_one_process(name: str, ranks: list[Any]) -> None:
+    """The mean over ranks of value and gradients; each rank has those of its own embeddings."""
+    towers, kind, _ = CASES[name]
+    steps, state = train(name, SIZES[len(ranks)])
+    by_rank = [results[name] for results in ranks]
+    embeddings = towers + ("hard" in kind)
+    for want, *parts in zip(steps, *(result[0] for result in by_rank), strict=True):
+        losses, *gradients = zip(*parts, strict=True)
+        got = [sum(losses) / len(ranks)]
+        for number, by_part in enumerate(gradients):
+            got.append((torch.cat(by_part) if number < embeddings else sum(by_part)) / len(ranks))
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    for _, after in by_rank:
+        torch.testing.assert_close(after, by_rank[0][1], rtol=0, atol=0)
+    torch.testing.assert_close(by_rank[0][1], state, rtol=1e-6, atol=1e-6)
