@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import geometries
 import pytest
 import torch
 import torch.distributed as dist
@@ -731,6 +732,7 @@ def _rank(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
     failures = {case: _fail(*case, sizes, rank) for case in FAILURE_CASES if len(sizes) > 1}
     results = {
         "steps": steps,
+        "geometries": {name: geometries.train(name, sizes, rank) for name in geometries.CASES},
         "failures": failures,
         "differences": {case: _differ(*case, sizes, rank) for case in DIFFERENCES if len(sizes) > 1},
         "refresh": _random_refresh(sizes, rank),
@@ -776,6 +778,19 @@ def test_ranks_equal_one_process(name: str, own_ids: bool, dtype: torch.dtype, r
         assert_same(part[1], parts[0][1])
     # The tables are float32; ids are whole numbers, so that at these tolerances chains are identical.
     assert_same(parts[0][1], state, rtol=max(close, 1e-6), atol=max(close, 1e-6))
+
+
+@on_ranks
+@pytest.mark.parametrize("name", geometries.CASES)
+def test_ranks_equal_one_process_in_both_geometries(name: str, ranks: list[Any]) -> None:
+    """Value, gradients of embeddings, tables and β, and state."""
+    steps, state = geometries.train(name, SIZES[len(ranks)])
+    by_rank = [results["geometries"][name] for results in ranks]
+    for whole, *parts in zip(steps, *(result[0] for result in by_rank), strict=True):
+        assert_same(geometries.mean_over_ranks(parts), whole, rtol=1e-10, atol=1e-10)
+    for _, after in by_rank:
+        assert_same(after, by_rank[0][1])
+    assert_same(by_rank[0][1], state, rtol=1e-6, atol=1e-6)
 
 
 @on_several_ranks

@@ -1,17 +1,13 @@
-"""Both geometries on one, two and four ranks of uneven sizes: value, gradients and tables of one process."""
+"""What losses of both geometries do in some steps, on a rank's part of each batch or on the whole."""
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import pytest
 import torch
-import torch.distributed as dist
 from slow import Batch
 from torch import Tensor
-from torch.multiprocessing import spawn
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, Temperature
 from torch_emc2.kernels import Metropolis
@@ -19,7 +15,6 @@ from torch_emc2.losses import ContrastiveLoss
 
 X, Y, D, STEPS = 13, 12, 5, 3
 NO_BURN_IN = Metropolis(0.0)
-SIZES = {1: (7,), 2: (3, 4), 4: (2, 1, 3, 1)}  # samples of each rank
 
 # Of each case the number of towers, what is peculiar of its batches, and the loss.
 CASES: dict[str, tuple[int, str, Callable[[], ContrastiveLoss]]] = {
@@ -112,63 +107,38 @@ def together(parts: list[Batch]) -> Batch:
     return Batch(**fields)
 
 
-def train(name: str, sizes: tuple[int, ...], rank: int | None = None) -> tuple[list[list[Tensor]], Any]:
-    """Loss and gradients of some steps, those of embeddings first, and the state after them; of a rank, or the whole."""
+class Step(NamedTuple):
+    """Loss and gradients: of embeddings, which are a rank's own, and of parameters, which all ranks share."""
+
+    loss: Tensor
+    embeddings: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...]
+
+
+def train(name: str, sizes: tuple[int, ...], rank: int | None = None) -> tuple[list[Step], Any]:
+    """Some steps on a rank's part of each batch, or on the whole of it, and the state after them."""
     towers, kind, make = CASES[name]
     loss_fn, steps = make(), []
     generator = torch.Generator().manual_seed(9)
     tables = [torch.randn(3 * X, D, dtype=torch.float64, generator=generator) for _ in range(towers)]
-    beta = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    beta = torch.tensor(3.0, dtype=torch.float64)
     for step in range(STEPS):
         parts = parts_of(towers, kind, step, sizes)
-        batch = together(parts) if rank is None else parts[rank]
-        inputs, encoded = batch.with_gradient(), [table.clone().requires_grad_() for table in tables]
-        functions = tuple(table.__getitem__ for table in encoded)
-        learnt = list(loss_fn.parameters())
-        scale = {} if learnt else {"logit_scale": beta}
-        loss = inputs.call(loss_fn, encode=functions if towers == 2 else functions[0], **scale)
-        leaves = [*inputs.leaves(), *encoded, *(learnt or [beta])]
-        steps.append([loss.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)])
+        batch = (together(parts) if rank is None else parts[rank]).with_gradient()
+        encoders = [table.requires_grad_().__getitem__ for table in tables]
+        scale = {} if list(loss_fn.parameters()) else {"logit_scale": beta.requires_grad_()}
+        loss = batch.call(loss_fn, encode=tuple(encoders) if towers == 2 else encoders[0], **scale)
+        leaves, learnt = batch.leaves(), [*tables, *loss_fn.parameters(), *scale.values()]
+        gradients = torch.autograd.grad(loss, [*leaves, *learnt], materialize_grads=True)
+        steps.append(Step(loss.detach(), gradients[: len(leaves)], gradients[len(leaves) :]))
     return steps, loss_fn.state_dict()
 
 
-def _rank(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
-    """Write down all cases. A rank that waits in vain for another raises at the timeout."""
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(sizes), timeout=timeout
+def mean_over_ranks(steps: Sequence[Step]) -> Step:
+    """What one process would have: an embedding is on one rank, and the others add nothing."""
+    ranks = len(steps)
+    return Step(
+        sum(step.loss for step in steps) / ranks,
+        tuple(torch.cat(parts) / ranks for parts in zip(*(step.embeddings for step in steps), strict=True)),
+        tuple(sum(parts) / ranks for parts in zip(*(step.parameters for step in steps), strict=True)),
     )
-    results = {name: train(name, sizes, rank) for name in CASES}
-    torch.save(results, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What each rank of a world of ``request.param`` ranks has written down."""
-    folder, sizes = tmp_path_factory.mktemp("ranks"), SIZES[request.param]
-    if len(sizes) == 1:
-        _rank(0, str(folder), sizes)
-    else:
-        spawn(_rank, (str(folder), sizes), nprocs=len(sizes))  # type: ignore[no-untyped-call]
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(len(sizes))]
-
-
-@pytest.mark.parametrize("ranks", SIZES, indirect=True)
-@pytest.mark.parametrize("name", CASES)
-def test_ranks_equal_one_process(name: str, ranks: list[Any]) -> None:
-    """The mean over ranks of value and gradients; each rank has those of its own embeddings."""
-    towers, kind, _ = CASES[name]
-    steps, state = train(name, SIZES[len(ranks)])
-    by_rank = [results[name] for results in ranks]
-    embeddings = towers + ("hard" in kind)
-    for want, *parts in zip(steps, *(result[0] for result in by_rank), strict=True):
-        losses, *gradients = zip(*parts, strict=True)
-        got = [sum(losses) / len(ranks)]
-        for number, by_part in enumerate(gradients):
-            got.append((torch.cat(by_part) if number < embeddings else sum(by_part)) / len(ranks))
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-    for _, after in by_rank:
-        torch.testing.assert_close(after, by_rank[0][1], rtol=0, atol=0)
-    torch.testing.assert_close(by_rank[0][1], state, rtol=1e-6, atol=1e-6)
