@@ -17,8 +17,8 @@ import torch
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
 from torch_emc2.diagnostics import clustered_embeddings, gradient_error
-from torch_emc2.losses import ContrastiveLoss
 from torch_emc2.kernels import Metropolis
+from torch_emc2.losses import ContrastiveLoss
 
 TEMPERATURE = 0.07
 
