@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from torch_emc2.losses import Encode
 
-COMPILED = ("infonce", "dcl", "sogclr", "sogclr-keyed", "negative-cache", "emc2-cache", "emc2-encode", "emc2-isir")
+COMPILED = ("infonce", "dcl", "sogclr-γ = 0.9", "sogclr-keyed", "negative-cache")
+COMPILED += ("emc2-cache", "emc2-encode", "emc2-isir")
 
 
 def compile_steps() -> None:
