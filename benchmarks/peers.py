@@ -27,7 +27,8 @@ class Peer:
         self.last: dict[str, Tensor] = {}
 
     def __call__(self, z1: Tensor, z2: Tensor, index: Tensor, **_: Any) -> Tensor:
-        samples = [index if index.ndim == 1 else index[:, 0] // 2] if self.indexed else []  # their ids, of views'
+        """Return the loss; ids of two views a sample become the sample's."""
+        samples = [index if index.ndim == 1 else index[:, 0] // 2] if self.indexed else []
         return self.scale * self.loss(z1, z2, *samples)
 
 
@@ -61,7 +62,7 @@ def _peers(num_samples: int, temperature: float, device: str) -> Iterator[tuple[
 
         yield "LibAUC, GCLoss_v1", gcloss
     with contextlib.suppress(ImportError):
-        from sentence_transformers.losses import MultipleNegativesRankingLoss
+        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
         ranking = MultipleNegativesRankingLoss(None, 1 / temperature)
 

@@ -866,7 +866,7 @@ def _checkpoint(rank: int, folder: str) -> None:
             loss_fn(z1, z2, index, encode=table().__getitem__)
         dcp.save(loss_fn.sharded_state_dict(), checkpoint_id=saved)
         if rank == 0:
-            torch.save(loss_fn.state_dict(), saved.with_suffix(".pt"))
+            torch.save(loss_fn.state_dict(), f"{saved}.pt")
     dist.destroy_process_group()
 
 
@@ -879,7 +879,7 @@ def _restore(rank: int, folder: str) -> None:
         state = loss_fn.state_dict()
         dcp.load(state, checkpoint_id=saved)
         loss_fn.load_state_dict(state)
-        assert_same(loss_fn.state_dict(), torch.load(saved.with_suffix(".pt"), weights_only=True))
+        assert_same(loss_fn.state_dict(), torch.load(f"{saved}.pt", weights_only=True))
     dist.destroy_process_group()
 
 

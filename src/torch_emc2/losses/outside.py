@@ -27,7 +27,8 @@ def load_outside(name: str) -> type[ContrastiveLoss]:
     try:
         loss = getattr(importlib.import_module(module), attribute, None)
     except (Exception, SystemExit) as error:  # whatever a module does that is run
-        where = f"; PYTHONPATH=FOLDER says where {module} is" if isinstance(error, ModuleNotFoundError) else ""
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        where = f"; PYTHONPATH=FOLDER says where {module} is" if missing else ""
         raise ValueError(f"loss {name} cannot be imported ({one_line(error)}){where}") from error
     if not (isinstance(loss, type) and issubclass(loss, ContrastiveLoss)):
         raise ValueError(f"loss {name}: {module} has no class {attribute} derived from torch_emc2.ContrastiveLoss")
