@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -76,13 +75,10 @@ def another(hint: Any, value: Any) -> Any:
     return value + 2 if isinstance(value, int) else (value or 0.5) / 2
 
 
-def settings() -> Iterator[tuple[str, str]]:
-    for row in ROWS:
-        for each in fields(row.settings) if row.settings else ():
-            yield row.name, each.name
+SETTINGS = [(row.name, each.name) for row in ROWS if row.settings is not None for each in fields(row.settings)]
 
 
-@pytest.mark.parametrize(("name", "field"), settings())
+@pytest.mark.parametrize(("name", "field"), SETTINGS)
 def test_a_setting_goes_through_a_file_and_the_command_line_into_the_loss(
     name: str, field: str, tmp_path: Path
 ) -> None:
