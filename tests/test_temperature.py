@@ -32,7 +32,9 @@ def test_other_numbers_are_named(value: object) -> None:
 
 @pytest.mark.parametrize("value", [torch.tensor(0.1), torch.nn.Parameter(torch.tensor(0.1))])
 def test_a_tensor_is_told_how_it_is_learnt(value: object) -> None:
-    with pytest.raises(TypeError, match=r"must be a number, such as 0\.07, got a \w+: to learn it give Temperature\(0\.07\)$"):
+    with pytest.raises(
+        TypeError, match=r"must be a number, such as 0\.07, got a \w+: to learn it give Temperature\(0\.07\)$"
+    ):
         require_temperature(value)
 
 
@@ -155,7 +157,9 @@ WHOLE: dict[str, Callable[..., ContrastiveLoss]] = {  # exact where the batch is
 
 
 @pytest.mark.parametrize("kappa", [0.0, 0.4, 1.0, "global"])
-@pytest.mark.parametrize(("name", "towers"), [("infonce", 1), ("infonce", 2), ("sogclr", 1), ("sogclr", 2), ("isir", 2)])
+@pytest.mark.parametrize(
+    ("name", "towers"), [("infonce", 1), ("infonce", 2), ("sogclr", 1), ("sogclr", 2), ("isir", 2)]
+)
 def test_the_slope_in_beta_is_that_of_the_objective(name: str, towers: int, kappa: float | str) -> None:
     """By central differences; over all of the data "global" is 1."""
     beta, h, mass = 3.0, 1e-5, 1.0 if kappa == "global" else float(kappa)

@@ -73,9 +73,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> None:
     from torch_emc2.config import config_parser, read_config
+    from torch_emc2.losses.registry import ESTIMATORS
 
     if not argv or "-h" in argv or "--help" in argv:
         print("usage: emc2 train PRESET_OR_YAML [--FIELD VALUE …] [--resume]; emc2 presets lists the presets\n")
+        print(f"LOSS: {', '.join(ESTIMATORS)}, or a class of your own as package.module:Class\n")
         config_parser("emc2 train PRESET_OR_YAML").print_help()
         return
     from lightning.pytorch.utilities import rank_zero_only

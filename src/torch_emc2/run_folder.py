@@ -18,8 +18,9 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from torch_emc2.config import Config, read_config, to_yaml
+from torch_emc2.config import Config, recorded_config, to_yaml
 from torch_emc2.files import load_checkpoint, one_line, whole_file
+from torch_emc2.losses.outside import is_outside
 
 __all__ = [
     "find_checkpoint",
@@ -93,10 +94,9 @@ def refuse_another(config: Config, run: Path, facts: dict[str, Any], checkpoint:
     Raises:
         ValueError: it was; the message has what differs.
     """
-    file = run / "config.yaml"
-    if not file.exists():
+    if not (run / "config.yaml").exists():
         return
-    before, saved = read_config(str(file)), _read_facts(run / "versions.json")
+    before, saved = recorded_config(run), _read_facts(run / "versions.json")
     had, has = _what_counts(before, facts | saved), _what_counts(config, facts)
     if checkpoint is not None:
         fewest = max(load_checkpoint(checkpoint)["epoch"] + 1, _finished_epochs(run, before, saved))
@@ -121,7 +121,7 @@ def prepare_folder(config: Config, run: Path, facts: dict[str, Any], checkpoint:
         (run / "metrics.csv").unlink(missing_ok=True)
         shutil.rmtree(run / "tensorboard", ignore_errors=True)
     elif file.exists():
-        before, saved = read_config(str(file)), _read_facts(versions_file)
+        before, saved = recorded_config(run), _read_facts(versions_file)
         schedule = saved.get("schedule", [])
         if config.epochs != before.epochs:
             step = load_checkpoint(checkpoint)["global_step"]
@@ -165,15 +165,17 @@ def validate_checkpoint(file: Path, module: nn.Module) -> None:
 
 def resume_command(run: Path) -> str:
     """Return the command that goes on with a run, for a shell."""
-    return f"emc2 train {shlex.quote(str(run / 'config.yaml'))} --resume"
+    file = run / "config.yaml"
+    loss = recorded_config(run).loss if file.exists() else ""
+    return f"emc2 train {shlex.quote(str(file))} --resume" + (f" --loss {loss}" if is_outside(loss) else "")
 
 
 def _passed_a_checkpoint(run: Path) -> bool:
     """Tell whether metrics.csv has a step after the first that a checkpoint was written at."""
-    metrics, config = run / "metrics.csv", run / "config.yaml"
+    metrics = run / "metrics.csv"
     if not metrics.exists():
         return False
-    every = read_config(str(config)).checkpoint_every_steps if config.exists() else None
+    every = recorded_config(run).checkpoint_every_steps if (run / "config.yaml").exists() else None
     with metrics.open(newline="") as file:
         rows = [(row.get("step") or "", row.get("epoch") or "") for row in csv.DictReader(file)]
     return any(

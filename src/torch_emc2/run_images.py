@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from torch_emc2.config import Config, DataConfig, read_config
+from torch_emc2.config import Config, DataConfig, recorded_config
 from torch_emc2.data import BadImageError, DataError, FileImages, ImageDataset, check_files, open_dataset, shown
 from torch_emc2.data.datasets import Split
 from torch_emc2.data.decode import FULL_16_BIT
@@ -62,7 +62,7 @@ def same_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
     """Return what `first_images` returned when the run began."""
     data = config.data
     if data.value_range is None and (run / "config.yaml").is_file():
-        data = replace(data, value_range=read_config(str(run / "config.yaml")).data.value_range)
+        data = replace(data, value_range=recorded_config(run).data.value_range)
         config = replace(config, data=data)
     return config, _open(data, "train", config.seed).without(_left_out(data, run))
 

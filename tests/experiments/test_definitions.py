@@ -56,7 +56,7 @@ def test_settings_of_the_paper() -> None:
         assert config.epochs * 500 // config.batch_size == 1250  # steps
         assert 1 / config.temperature == pytest.approx(5)
     for _, _, config in variants["small-batch"]:
-        assert (config.optimizer.lr, config.epochs, config.emc2.burn_in) == (1e-4, 100, 0.5)
+        assert (config.optimizer.lr, config.epochs, config.emc2.burn_in) == (1e-4, 100, None)  # one half
         assert 1 / config.temperature == pytest.approx(14.28, abs=0.01)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from side_by_side import check_memory, follow
 from slow import EMC2, Batch, InBatch, NegativeCache, Slow, SogCLR
-from torch import Tensor
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
 from torch_emc2.kernels import Isir, Metropolis

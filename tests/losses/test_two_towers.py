@@ -95,7 +95,9 @@ def test_sogclr(gamma: Any, kind: str, kappa: Any, directions: Any) -> None:
 
 
 @each_direction
-@pytest.mark.parametrize(("kind", "kappa"), [*((kind, "global") for kind in KINDS), ("items", 0.0), ("hard of all", 0.7)])
+@pytest.mark.parametrize(
+    ("kind", "kappa"), [*((kind, "global") for kind in KINDS), ("items", 0.0), ("hard of all", 0.7)]
+)
 @pytest.mark.parametrize("with_encode", [False, True])
 def test_negative_cache(with_encode: bool, kind: str, kappa: Any, directions: Any) -> None:
     settings = settings_of(kappa, directions)
@@ -129,7 +131,12 @@ def test_emc2(kernel: str, carry: str, num_chains: int, directions: str) -> None
 @each_kind
 @pytest.mark.parametrize(
     ("kernel", "carry", "num_chains"),
-    [("metropolis", "encode", 2), ("no burn-in", "cache", 1), ("no burn-in", "encode_if_used", 2), ("isir", "cache", 2)],
+    [
+        ("metropolis", "encode", 2),
+        ("no burn-in", "cache", 1),
+        ("no burn-in", "encode_if_used", 2),
+        ("isir", "cache", 2),
+    ],
 )
 def test_emc2_of_every_kind(kernel: str, carry: str, num_chains: int, kind: str, kappa: Any) -> None:
     compare_emc2(kernel, carry, num_chains, kind, kappa, "both")

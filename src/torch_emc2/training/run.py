@@ -25,6 +25,7 @@ from torch_emc2.data import BadImageError, identity
 from torch_emc2.files import cause
 from torch_emc2.locks import only_writer
 from torch_emc2.losses import EMC2Loss
+from torch_emc2.losses.registry import find
 from torch_emc2.models import save_encoder
 from torch_emc2.run_folder import (
     find_checkpoint,
@@ -80,6 +81,7 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     run = Path(config.out)
     if not resume:
         refuse_used(run)  # before the work: views may have to be drawn
+    find(config.loss)  # likewise: a class of the user's own may not be there
     checkpoint = find_checkpoint(run) if resume else None
     config, images = first_images(config, run) if checkpoint is None else same_images(config, run)
     known = identity(images)
