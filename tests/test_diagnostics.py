@@ -57,7 +57,7 @@ def test_infonce_on_the_whole_data_set_errs_by_the_positive_in_its_denominator()
     error = gradient_error(lambda _: InfoNCELoss(0.07), z, 40, epochs=2, mixing_epochs=0, runs=2)
     z.requires_grad_()
     (exact,) = torch.autograd.grad(global_contrastive_loss(z, 0.07), z)
-    (with_positive,) = torch.autograd.grad(global_contrastive_loss(z, 0.07, include_positive=True), z)
+    (with_positive,) = torch.autograd.grad(global_contrastive_loss(z, 0.07, positive_mass=1.0), z)
     expected = float((with_positive - exact).square().sum() / exact.square().sum())
     assert error.squared_bias == pytest.approx(expected, rel=1e-9)
     assert error.one_epoch == pytest.approx(expected, rel=1e-9)
@@ -221,7 +221,7 @@ def test_errors_at_the_parameters_are_those_of_the_losses_of_a_network() -> None
         torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
         for loss in (
             global_contrastive_loss(network(x), 0.3),
-            global_contrastive_loss(network(x), 0.3, include_positive=True),
+            global_contrastive_loss(network(x), 0.3, positive_mass=1.0),
         )
     )
     expected = float((with_positive - exact).square().sum() / exact.square().sum())
