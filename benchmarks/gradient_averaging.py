@@ -13,8 +13,8 @@ import argparse
 
 import torch
 
-from torch_emc2.diagnosis import error_table, estimators
 from torch_emc2.diagnostics import clustered_embeddings, gradient_error
+from torch_emc2.evaluation.estimators import error_table, estimators
 
 TEMPERATURE = 0.07
 POLICIES = ("encode", "encode_if_used", "cache", "drop")

@@ -1,5 +1,4 @@
-"""How wrong an estimator's gradient is, at fixed embeddings, and why: the target that a chain has to draw from, and how
-stale what it carries is."""
+"""How wrong an estimator's gradient is at fixed embeddings."""
 
 from __future__ import annotations
 
@@ -11,23 +10,12 @@ from itertools import combinations, islice
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torch_emc2.exact import global_contrastive_loss
 from torch_emc2.losses import ContrastiveLoss
 
-__all__ = [
-    "GradientError",
-    "Staleness",
-    "Target",
-    "clustered_embeddings",
-    "gradient_error",
-    "parameter_gradient",
-    "score_staleness",
-    "target_statistics",
-]
-
+__all__ = ["GradientError", "IdsOf", "gradient_error", "parameter_gradient"]
 
 IdsOf = Literal["sample", "view"]
 
@@ -144,134 +132,6 @@ def parameter_gradient(
         return total
 
     return to_parameters
-
-
-@dataclass(frozen=True)
-class Target:
-    """The softmax over all N negatives that each row's chain has to draw from, over rows.
-
-    Attributes:
-        negatives: N.
-        perplexity: exp(entropy), the effective number of negatives; mean.
-        effective: 1 / Σp², another one, which rare negatives count less in; mean.
-        peak: N · max p; mean.
-        peak_max: the same; largest.
-        steps: after which a chain with uniform proposals is within total variation ½ of the target, whatever its start,
-            by λ = 1 - 1 / (N max p) (docs/theory.md); mean.
-        steps_max: the same; largest.
-        visits: the same mean in visits, which take b - 1 steps.
-        visits_max: the largest.
-    """
-
-    negatives: int
-    perplexity: float
-    effective: float
-    peak: float
-    peak_max: float
-    steps: float
-    steps_max: float
-    visits: float
-    visits_max: float
-
-
-def target_statistics(z: Tensor, temperature: float, batch_size: int) -> Target:
-    """Describe the softmax over all negatives of each row of ``z`` (m, views, d), chunk by chunk."""
-    m, views, _ = z.shape
-    flat = F.normalize(z.detach().to(torch.promote_types(z.dtype, torch.float32)), dim=2).flatten(0, 1)
-    sample = torch.arange(m, device=z.device).repeat_interleave(views)
-    size = max(1, _CHUNK**2 // len(flat))
-    entropies, concentrations, peaks = [], [], []
-    for rows in torch.split(torch.arange(len(flat), device=z.device), size):
-        own = sample[rows, None] == sample
-        log_p = (flat[rows] @ flat.T).div_(temperature).masked_fill_(own, -torch.inf).log_softmax(1)
-        p = log_p.exp()
-        entropies.append(-(p * log_p.masked_fill(own, 0.0)).sum(1))
-        concentrations.append(p.square().sum(1))
-        peaks.append(p.amax(1))
-    negatives = (m - 1) * views
-    peak = (torch.cat(peaks) * negatives).clamp(min=1.0)  # rounding can leave it below
-    steps = math.log(2) / -torch.log1p(-1 / peak)
-    visit = batch_size - 1
-    return Target(
-        negatives=negatives,
-        perplexity=torch.cat(entropies).exp().mean().item(),
-        effective=torch.cat(concentrations).reciprocal().mean().item(),
-        peak=peak.mean().item(),
-        peak_max=peak.max().item(),
-        steps=steps.mean().item(),
-        steps_max=steps.max().item(),
-        visits=steps.mean().item() / visit,
-        visits_max=steps.max().item() / visit,
-    )
-
-
-@dataclass(frozen=True)
-class Staleness:
-    """Stored log scores of carried negatives against today's.
-
-    Attributes:
-        chains: number compared.
-        median: of the absolute difference, over chains and the pairs of views that a chain may meet.
-        p90: its 90th percentile.
-        correlation: of stored and today's scores.
-        views_median: the same median between today's scores of disjoint views: the part that is the views' chance, not
-            age.
-    """
-
-    chains: int
-    median: float
-    p90: float
-    correlation: float
-    views_median: float
-
-
-def score_staleness(stored: Tensor, anchors: Tensor, carried: Tensor, temperature: float) -> Staleness:
-    """Compare stored log scores with those of today's embeddings.
-
-    Args:
-        stored: (k,) log scores of the similarities that the chains keep; at least 2.
-        anchors: (k, 2, d) today's embeddings of two views of each chain's sample.
-        carried: (k, 2, d) of the sample it carries.
-        temperature: 1 / β.
-    """
-    today = F.normalize(anchors, dim=2) @ F.normalize(carried, dim=2).mT / temperature  # (k, 2, 2) pairs of views
-    stored = stored.to(today)[:, None, None].expand_as(today)
-    difference = (stored - today).abs().flatten()
-    disjoint = (today - today.flip(1, 2)).abs()
-    return Staleness(
-        chains=len(today),
-        median=difference.quantile(0.5).item(),
-        p90=difference.quantile(0.9).item(),
-        correlation=torch.corrcoef(torch.stack([stored.flatten(), today.flatten()]))[0, 1].item(),
-        views_median=disjoint.flatten().quantile(0.5).item(),
-    )
-
-
-def clustered_embeddings(
-    num_samples: int = 500,
-    dim: int = 32,
-    *,
-    clusters: int = 15,
-    spread: float = 1.0,
-    view_spread: float = 0.5,
-    views: int = 2,
-    seed: int = 0,
-) -> Tensor:
-    """Unit vectors of each sample's views around random centres: a data set with hard negatives, (num_samples, views,
-    dim).
-
-    ``spread`` is the length of a sample's random offset from its unit centre, ``view_spread`` of a view's from its
-    sample.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def offset(*shape: int) -> Tensor:
-        return torch.randn(*shape, dim, generator=generator) / math.sqrt(dim)
-
-    centres = F.normalize(offset(clusters), dim=1)
-    samples = F.normalize(centres[torch.arange(num_samples) % clusters] + spread * offset(num_samples), dim=1)
-    embeddings: Tensor = F.normalize(samples[:, None] + view_spread * offset(num_samples, views), dim=2)
-    return embeddings
 
 
 class _Errors:
