@@ -18,6 +18,7 @@ import torch
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
 from torch_emc2.diagnostics import clustered_embeddings, gradient_error
 from torch_emc2.losses import ContrastiveLoss
+from torch_emc2.kernels import Metropolis
 
 TEMPERATURE = 0.07
 
@@ -43,8 +44,8 @@ def main() -> None:
         "Negative Cache": (lambda seed: NegativeCacheLoss(2 * m, dim, TEMPERATURE, seed=seed), "view"),
         "EMC², a chain a view, encode": (emc2(2 * m), "view"),
         "EMC², the same, 4 chains": (emc2(2 * m, num_chains=4), "view"),
-        "EMC², a chain a view, encode, no burn-in": (emc2(2 * m, burn_in=0.0), "view"),
-        "EMC², the same, no burn-in, 4 chains": (emc2(2 * m, burn_in=0.0, num_chains=4), "view"),
+        "EMC², a chain a view, encode, no burn-in": (emc2(2 * m, kernel=Metropolis(0.0)), "view"),
+        "EMC², the same, no burn-in, 4 chains": (emc2(2 * m, kernel=Metropolis(0.0), num_chains=4), "view"),
         "EMC², a chain a view, encode_if_used": (emc2(2 * m, carry="encode_if_used"), "view"),
         "EMC², a chain a view, cache": (emc2(2 * m, carry="cache"), "view"),
         "EMC², a chain a view, drop": (emc2(2 * m, carry="drop"), "view"),

@@ -19,6 +19,7 @@ from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
 from torch_emc2.diagnostics import clustered_embeddings
 from torch_emc2.exact import global_contrastive_loss
 from torch_emc2.losses import ContrastiveLoss
+from torch_emc2.kernels import Metropolis
 
 TEMPERATURE = 0.2
 SAMPLES = 64
@@ -67,7 +68,7 @@ def main() -> None:
         "InfoNCE": lambda seed: InfoNCELoss(TEMPERATURE),
         "DCL": lambda seed: DCLLoss(TEMPERATURE),
         "SogCLR, γ = 0.9": lambda seed: SogCLRLoss(ids, TEMPERATURE, 0.9),
-        "EMC²": lambda seed: EMC2Loss(ids, TEMPERATURE, carry="encode", burn_in=0.0, seed=seed),
+        "EMC²": lambda seed: EMC2Loss(ids, TEMPERATURE, carry="encode", kernel=Metropolis(0.0), seed=seed),
         "EMC², isir": lambda seed: EMC2Loss(ids, TEMPERATURE, carry="encode", kernel="isir", seed=seed),
     }
     for batch_size in args.batch_sizes:

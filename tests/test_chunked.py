@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, cached_backward
+from torch_emc2.kernels import Metropolis
 
 M, B, D, STEPS = 20, 7, 5, 4
 MAKERS: dict[str, Callable[[], Any]] = {
@@ -20,10 +21,10 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "dcl": lambda: DCLLoss(0.1),
     "sogclr": lambda: SogCLRLoss(M, 0.1),
     "negative-cache": lambda: NegativeCacheLoss(M, D, 0.1, refresh_fraction=0.2),
-    "emc2-encode": lambda: EMC2Loss(M, 0.1, burn_in=0.1, carry="encode", num_chains=2),
-    "emc2-if-used": lambda: EMC2Loss(M, 0.1, burn_in=0.1, carry="encode_if_used"),
-    "emc2-cache": lambda: EMC2Loss(M, 0.1, burn_in=0.1),
-    "emc2-drop": lambda: EMC2Loss(M, 0.1, burn_in=0.1, carry="drop"),
+    "emc2-encode": lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.1), carry="encode", num_chains=2),
+    "emc2-if-used": lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.1), carry="encode_if_used"),
+    "emc2-cache": lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.1)),
+    "emc2-drop": lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.1), carry="drop"),
     "emc2-isir": lambda: EMC2Loss(M, 0.1, carry="encode", kernel="isir"),
 }
 IMAGES = torch.randn(M, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 
 from torch_emc2.config_tree import load_tree, refuse_extremes, refuse_groups, validate_tree
 from torch_emc2.data import Augmentation, Decoding
-from torch_emc2.losses.emc2 import Carry, Kernel
+from torch_emc2.losses.emc2 import Carry
 from torch_emc2.models import ModelConfig
 
 __all__ = ["Config", "DataConfig", "LossName", "config_parser", "presets", "read_config", "to_yaml"]
@@ -88,7 +88,7 @@ class EMC2Config:
     burn_in: float | None = None
     num_chains: int = 1
     carry: Carry = "encode"
-    kernel: Kernel = "metropolis"
+    kernel: Literal["metropolis", "isir"] = "metropolis"
 
     def __post_init__(self) -> None:
         if self.burn_in is not None and not 0 <= self.burn_in < 1:

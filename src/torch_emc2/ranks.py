@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 __all__ = [
+    "Ranks",
     "exchange",
     "fingerprint",
     "gather",
@@ -20,6 +23,86 @@ __all__ = [
     "refuse_difference",
     "several_ranks",
 ]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How a batch is spread over the ranks, and what they do together in a call of a loss.
+
+    Attributes:
+        sizes: samples of each rank; in the whole batch they follow one another.
+        rank: this rank.
+        device: where its tensors are.
+    """
+
+    sizes: tuple[int, ...]
+    rank: int
+    device: torch.device
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.sizes)
+
+    @property
+    def start(self) -> int:
+        """Position of this rank's first sample in the whole batch."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def local(self) -> int:
+        """Samples of this rank."""
+        return self.sizes[self.rank]
+
+    @property
+    def size(self) -> int:
+        """Samples of the whole batch."""
+        return sum(self.sizes)
+
+    def mine(self, whole: Tensor) -> Tensor:
+        """Cut this rank's part out of a tensor (size, …) over the whole batch."""
+        return whole[self.start : self.start + self.local]
+
+    def my_rows(self, whole: Tensor) -> Tensor:
+        """Cut this rank's part out of a tensor (views · size, …), view by view: (views · local, …)."""
+        if self.world_size == 1:
+            return whole
+        return torch.cat([self.mine(view) for view in torch.split(whole, self.size)])
+
+    def gather(self, part: Tensor, sizes: tuple[int, ...] | None = None) -> Tensor:
+        """Put together parts (n, …) of all ranks, without gradient; n is ``sizes[rank]``, by default ``local``."""
+        return part if self.world_size == 1 else gather(part, sizes or self.sizes)
+
+    def gather_rows(self, part: Tensor) -> Tensor:
+        """Put together parts (views · local, …) of all ranks, view by view: (views · size, …), without gradient."""
+        return part if self.world_size == 1 else _by_view(self.gather(_by_sample(part, self.local)))
+
+    def gather_rows_with_gradient(self, part: Tensor) -> Tensor:
+        """Do the same with gradient."""
+        if self.world_size == 1:
+            return part
+        return _by_view(gather_with_gradient(_by_sample(part, self.local), self.sizes, self.rank))
+
+    def anywhere(self, here: bool) -> bool:
+        """Tell whether something is so on any rank; all ranks must ask."""
+        return here if self.world_size == 1 else any(there for (there,) in exchange([int(here)], self.device))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let a block that one rank alone may fail in, such as a call of ``encode``, fail on all ranks.
+
+        All ranks must enter it, once: at its end they agree, and where one has failed all raise.
+        """
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        if self.world_size > 1:
+            failed = [rank for rank, (ok,) in enumerate(exchange([int(error is None)], self.device)) if not ok]
+            raise_together(error, failed, "failed")
+        elif error is not None:
+            raise error
 
 
 def several_ranks() -> bool:
@@ -69,6 +152,16 @@ def gather(part: Tensor, sizes: tuple[int, ...]) -> Tensor:
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _by_sample(rows: Tensor, size: int) -> Tensor:
+    """(views · size, …) to (size, views, …)."""
+    return rows.view(-1, size, *rows.shape[1:]).transpose(0, 1)
+
+
+def _by_view(samples: Tensor) -> Tensor:
+    """(size, views, …) to (views · size, …)."""
+    return samples.transpose(0, 1).flatten(0, 1)
 
 
 def gather_with_gradient(part: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:

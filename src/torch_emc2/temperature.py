@@ -1,4 +1,4 @@
-"""The temperature: what similarities are divided by."""
+"""The temperature: what similarities are divided by; a number, or learnt."""
 
 from __future__ import annotations
 
@@ -6,17 +6,54 @@ import math
 import numbers
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["require_temperature"]
+__all__ = ["Temperature", "require_temperature"]
 
 _COLDEST = 1e-30  # colder, float32 overflows
+
+
+class Temperature(nn.Module):
+    """A temperature that is learnt, by CLIP's convention (Radford et al. 2021): ``logit_scale`` is log β, clamped.
+
+    Give it to a loss as its ``temperature``; the loss's parameters then have it, for the optimiser.
+
+    Args:
+        value: to start from.
+        learnable: False keeps it.
+        min: never colder than this; CLIP's is 0.01.
+
+    Example::
+
+        >>> loss_fn = InfoNCELoss(Temperature(0.07))
+        >>> [name for name, _ in loss_fn.named_parameters()]
+        ['temperature.logit_scale']
+    """
+
+    def __init__(self, value: float = 0.07, *, learnable: bool = True, min: float = 0.01) -> None:
+        super().__init__()
+        value, self.min = require_temperature(value), require_temperature(min)
+        if value < self.min:
+            raise ValueError(f"the temperature must not be below min={min:g}, got {value:g}")
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(value)), requires_grad=learnable)
+
+    def forward(self) -> Tensor:
+        """Return β, a scalar with gradient; a parameter that an optimiser has led too far is set back first."""
+        with torch.no_grad():
+            self.logit_scale.clamp_(max=-math.log(self.min))
+        return self.logit_scale.exp()
+
+    def extra_repr(self) -> str:
+        """Show the limit."""
+        return f"min={self.min:g}"
 
 
 def require_temperature(value: Any) -> float:
     """Return a temperature that must be a positive number, of Python's or NumPy's."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        got = f"a {type(value).__name__}: it cannot be learnt yet" if isinstance(value, Tensor) else repr(value)
+        learnt = isinstance(value, Tensor)
+        got = f"a {type(value).__name__}: to learn it give Temperature(0.07)" if learnt else repr(value)
         raise TypeError(f"temperature must be a number, such as 0.07, got {got}")
     try:
         temperature = float(value)

@@ -11,7 +11,7 @@ from torch_emc2 import InfoNCELoss
 from torch_emc2.diagnostics import clustered_embeddings, gradient_error
 from torch_emc2.evaluation import accuracies, label_free_numbers
 from torch_emc2.exact import global_backward, global_contrastive_loss, two_tower_loss
-from torch_emc2.metropolis import metropolis_hastings
+from torch_emc2.kernels.metropolis import metropolis_hastings
 
 mostly = st.sampled_from([True] * 7 + [False])
 dtypes = st.sampled_from([torch.float32, torch.float64])

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map_only
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
 from torch_emc2.losses import ContrastiveLoss
 from torch_emc2.ranks import gather_with_gradient
+from torch_emc2.kernels import Metropolis
 
 M, D = 40, 8
 
@@ -35,13 +36,13 @@ MAKERS: dict[str, Callable[[], ContrastiveLoss]] = {
     "dcl": lambda: DCLLoss(0.1),
     "sogclr": lambda: SogCLRLoss(M, 0.1),
     "negative-cache": lambda: NegativeCacheLoss(M, D, 0.1, refresh_fraction=0.1),
-    "emc2-encode": lambda: EMC2Loss(M, 0.1, burn_in=0.1, carry="encode", num_chains=2),
-    "emc2-if-used": lambda: EMC2Loss(M, 0.1, burn_in=0.1, carry="encode_if_used"),
-    "emc2-cache": lambda: EMC2Loss(M, 0.1, burn_in=0.1, carry="cache"),
+    "emc2-encode": lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.1), carry="encode", num_chains=2),
+    "emc2-if-used": lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.1), carry="encode_if_used"),
+    "emc2-cache": lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.1), carry="cache"),
     "emc2-isir": lambda: EMC2Loss(M, 0.1, carry="encode", kernel="isir", num_chains=2),
     "emc2-isir-cache": lambda: EMC2Loss(M, 0.1, kernel="isir"),
-    "emc2-drop": lambda: EMC2Loss(M, 0.1, burn_in=0.1, carry="drop"),
-    "emc2-keyed": lambda: EMC2Loss(None, 0.1, burn_in=0.1),
+    "emc2-drop": lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.1), carry="drop"),
+    "emc2-keyed": lambda: EMC2Loss(None, 0.1, kernel=Metropolis(0.1)),
     "sogclr-keyed": lambda: SogCLRLoss(None, 0.1),
 }
 STATEFUL = [name for name in MAKERS if name not in ("infonce", "dcl")]
@@ -695,7 +696,7 @@ def _sharded(sizes: tuple[int, ...], rank: int, *, alone: bool = False) -> list[
         mesh = init_device_mesh("cpu", (len(sizes),))
         fully_shard(encoder[2], mesh=mesh)
         fully_shard(encoder, mesh=mesh)
-    loss_fn, gradients = EMC2Loss(M, 0.1, burn_in=0.1, carry="encode"), []
+    loss_fn, gradients = EMC2Loss(M, 0.1, kernel=Metropolis(0.1), carry="encode"), []
     for step in range(STEPS):
         whole = unequal_batch(step, sizes)
         z1, z2, index = whole if alone else (part.split(sizes)[rank] for part in whole)

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torch_emc2 import EMC2Loss
-from torch_emc2.losses.emc2 import Carry, Kernel
+from torch_emc2.losses.emc2 import Carry
 from torch_emc2.losses.noise import exponential_noise
 from torch_emc2.pairs import make_pairs
 from torch_emc2.seeds import mix_seed
+from torch_emc2.kernels import Metropolis
 
 M, B, D = 24, 5, 6
 POLICIES = ("encode", "encode_if_used", "cache", "drop")
@@ -127,7 +128,7 @@ def batches(count: int, own_chains: bool, seed: int) -> list[tuple[Tensor, Tenso
 @pytest.mark.parametrize("burn_in", [0.0, 0.5, 0.9])
 def test_equals_the_slow_version(carry: str, num_chains: int, own_chains: bool, burn_in: float) -> None:
     table = torch.randn(2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    fast = EMC2Loss(2 * M, 0.2, burn_in=burn_in, num_chains=num_chains, carry=carry, seed=5)
+    fast = EMC2Loss(2 * M, 0.2, kernel=Metropolis(burn_in), num_chains=num_chains, carry=carry, seed=5)
     slow = SlowEMC2(0.2, burn_in, num_chains, carry, seed=5)
     carried = 0.0
     for step, (z1, z2, index) in enumerate(batches(12, own_chains, seed=2)):
@@ -163,7 +164,7 @@ def test_equals_the_slow_version(carry: str, num_chains: int, own_chains: bool, 
 def test_encode_if_used_is_asked_for_what_is_used_alone(own_chains: bool) -> None:
     """Used are those that the slow version's gradient reaches."""
     table = torch.randn(2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    fast = EMC2Loss(2 * M, 0.2, burn_in=0.3, num_chains=2, carry="encode_if_used", seed=5)
+    fast = EMC2Loss(2 * M, 0.2, kernel=Metropolis(0.3), num_chains=2, carry="encode_if_used", seed=5)
     slow = SlowEMC2(0.2, 0.3, 2, "encode_if_used", seed=5)
     all_carried, all_asked = 0, 0
     for z1, z2, index in batches(12, own_chains, seed=2):
@@ -283,7 +284,7 @@ def test_isir_equals_the_slow_version(num_chains: int, carry: Carry, own_chains:
 
 
 def test_a_stale_score_does_not_hold_its_chain() -> None:
-    loss_fn = EMC2Loss(M, 0.1, burn_in=0.0, carry="encode_if_used")
+    loss_fn = EMC2Loss(M, 0.1, kernel=Metropolis(0.0), carry="encode_if_used")
     index, rows = torch.arange(B), torch.randn(M, D)
     loss_fn.chains.write(index, torch.full((B, 1), M - 1), torch.full((B, 1), 1e6))  # which nothing can reach
     z = torch.randn(2, B, D)
@@ -307,7 +308,7 @@ def test_chains_without_embeddings_are_no_cache(saved: Carry) -> None:
 
 @pytest.mark.parametrize("num_samples", [None, M])
 def test_a_cache_of_another_width_is_loaded(num_samples: int | None) -> None:
-    saved, loss_fn = EMC2Loss(num_samples, burn_in=0.1), EMC2Loss(num_samples, burn_in=0.1)
+    saved, loss_fn = EMC2Loss(num_samples, kernel=Metropolis(0.1)), EMC2Loss(num_samples, kernel=Metropolis(0.1))
     for z1, z2, index in batches(3, own_chains=False, seed=0):
         saved(z1, z2, index)
         loss_fn(z1[:, :-2], z2[:, :-2], index)
@@ -343,11 +344,11 @@ def test_noise_goes_on_with_the_calls_and_starts_with_the_seed(kernel: Kernel, t
 def test_acceptance_and_carried_share_are_those_of_the_slow_walk() -> None:
     """At one temperature so high that a chain accepts all, and one so low that it accepts its best alone."""
     z1, z2, index = batches(1, own_chains=False, seed=0)[0]
-    loss_fn = EMC2Loss(M, 1e6, burn_in=0.0)
+    loss_fn = EMC2Loss(M, 1e6, kernel=Metropolis(0.0))
     loss_fn(z1, z2, index)
     assert float(loss_fn.last["acceptance"]) > 0.99
     assert float(loss_fn.last["carried_share"]) == 0
-    stuck = EMC2Loss(M, 1.0, burn_in=0.25, carry="drop", num_chains=2)
+    stuck = EMC2Loss(M, 1.0, kernel=Metropolis(0.25), carry="drop", num_chains=2)
     stuck.chains.write(index, torch.full((B, 2), M - 1), torch.tensor([[1e9, -torch.inf]]).expand(B, 2))
     stuck(z1, z2, index)
     assert float(stuck.last["carried_share"]) == pytest.approx(0.5)  # of each row's two chains one never moves
@@ -535,7 +536,7 @@ def test_bad_settings_are_named(arguments: dict[str, object], message: str) -> N
 
 @pytest.mark.parametrize("carry", ["encode", "encode_if_used"])
 def test_encode_is_asked_for_and_checked(carry: str) -> None:
-    loss_fn = EMC2Loss(M, burn_in=0.0, carry=carry)  # type: ignore[arg-type]
+    loss_fn = EMC2Loss(M, kernel=Metropolis(0.0), carry=carry)  # type: ignore[arg-type]
     z = torch.randn(2, B, D)
     index = torch.arange(B)
     with pytest.raises(ValueError, match="needs encode"):

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations, islice
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def gradient_error(
             f"runs must be at least 2, epochs at least 1 and batch_size from 2 to the {len(z)} samples, "
             f"got {runs}, {epochs} and {batch_size}"
         )
-    exact = _exact_gradient(z, make_loss(0).temperature)
+    exact = _exact_gradient(z, cast(float, make_loss(0).temperature))
     lengths = [*(2**k for k in range(epochs.bit_length()) if 2**k < epochs), epochs]
     at_embeddings = _Errors(exact, lengths)
     to_map: list[tuple[int, Tensor]] = []

@@ -19,6 +19,7 @@ from torch_emc2.diagnostics import (
     parameter_gradient,
     target_statistics,
 )
+from torch_emc2.kernels import Metropolis
 from torch_emc2.losses import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
 
 __all__ = ["Diagnosis", "diagnose", "embed_views", "error_table", "estimators", "to_markdown"]
@@ -69,11 +70,11 @@ def estimators(
         "DCL": lambda _: DCLLoss(temperature),
         "SogCLR, γ = 0.9": lambda _: SogCLRLoss(ids, temperature, 0.9),
         "SogCLR, γ = 0.1": lambda _: SogCLRLoss(ids, temperature, 0.1),
-        "EMC², encode": emc2(burn_in=burn_in),
-        "EMC², encode, 4 chains": emc2(burn_in=burn_in, num_chains=4),
-        "EMC², encode_if_used": emc2(burn_in=burn_in, carry="encode_if_used"),
-        "EMC², cache": emc2(burn_in=burn_in, carry="cache"),
-        "EMC², drop": emc2(burn_in=burn_in, carry="drop"),
+        "EMC², encode": emc2(kernel=Metropolis(burn_in)),
+        "EMC², encode, 4 chains": emc2(kernel=Metropolis(burn_in), num_chains=4),
+        "EMC², encode_if_used": emc2(kernel=Metropolis(burn_in), carry="encode_if_used"),
+        "EMC², cache": emc2(kernel=Metropolis(burn_in), carry="cache"),
+        "EMC², drop": emc2(kernel=Metropolis(burn_in), carry="drop"),
         "EMC², isir": emc2(kernel="isir"),
         "EMC², isir, 4 chains": emc2(kernel="isir", num_chains=4),
     }

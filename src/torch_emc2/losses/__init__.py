@@ -1,10 +1,19 @@
-"""The estimators, one a file; all are called ``loss(z1, z2, index)``."""
+"""The estimators, all called ``loss(x, y, index)``."""
 
-from torch_emc2.losses.base import ContrastiveLoss, Encode
-from torch_emc2.losses.dcl import DCLLoss
+from torch_emc2.losses.base import ContrastiveLoss
+from torch_emc2.losses.calling import Encode
 from torch_emc2.losses.emc2 import EMC2Loss
-from torch_emc2.losses.infonce import InfoNCELoss
+from torch_emc2.losses.in_batch import DCLLoss, InfoNCELoss
 from torch_emc2.losses.negative_cache import NegativeCacheLoss
-from torch_emc2.losses.sogclr import SogCLRLoss
+from torch_emc2.losses.sogclr import SogCLRLoss, cosine_gamma
 
-__all__ = ["ContrastiveLoss", "DCLLoss", "EMC2Loss", "Encode", "InfoNCELoss", "NegativeCacheLoss", "SogCLRLoss"]
+__all__ = [
+    "ContrastiveLoss",
+    "DCLLoss",
+    "EMC2Loss",
+    "Encode",
+    "InfoNCELoss",
+    "NegativeCacheLoss",
+    "SogCLRLoss",
+    "cosine_gamma",
+]

@@ -1,125 +1,131 @@
-"""What all estimators share: a batch of pairs, detached weights, and one weighted sum of similarities.
+"""What all estimators share: rows against columns, detached weights, and one weighted sum of similarities.
 
     ∇L = β · mean over rows of [ -(1 - w_pos) ∇s_pos + Σ_j w_j ∇s_j + the carried negatives' term ]
 
-An estimator is a way to choose the weights (`ContrastiveLoss._weigh`); all else stands here.
+An estimator is a way to choose the weights (`ContrastiveLoss._weigh`); all else stands here. With two directions the
+loss is their mean.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from torch_emc2.pairs import Pairs, make_pairs
-from torch_emc2.temperature import require_temperature
-from torch_emc2.unit import unit_vectors
+from torch_emc2.batch import Directions, gather_batch
+from torch_emc2.geometry import Contrast
+from torch_emc2.losses.calling import (
+    CheckedEncode,
+    DifferentiableOnce,
+    Encode,
+    checked_encoders,
+    keep_out_of_graphs,
+    refuse_tracing,
+)
+from torch_emc2.losses.settings import NumSamples, PositiveWeight, log_positive_weight, require_positive_weight, require_sizes
+from torch_emc2.losses.weighting import Scores, Weights, log_sum_exp, weighted_sum
+from torch_emc2.temperature import Temperature, require_temperature
+from torch_emc2.validation import Towers, validate_inputs
 
-__all__ = [
-    "Carried",
-    "CheckedEncode",
-    "ContrastiveLoss",
-    "Encode",
-    "Weights",
-    "log_sum_exp",
-    "require_int",
-]
-
-Encode = Callable[[Tensor], Tensor]
-"""``encode(ids)``: embeddings (k, d) of the samples (or views) ``ids`` (k,) with today's weights, with gradient.
-
-All ranks call it equally often, with different ids: one that has none to encode where another has is given one of its
-own samples', which then weighs nothing. So it may call a module that `fully_shard` has split among the ranks. Under DDP
-it must call the wrapped module itself (``ddp.module``): the wrapper counts on one forward pass a step.
-"""
-
-
-class CheckedEncode(Protocol):
-    """The caller's ``encode`` as estimators get it: under the caller's autocast, giving finite unit vectors."""
-
-    def __call__(self, ids: Tensor, *, gradient: bool = True) -> Tensor:
-        """Embed ``ids`` (k,): (k, d), with gradient where the caller's mode and ``gradient`` allow it."""
-
-
-class Carried(NamedTuple):
-    """Negatives that are not in the batch, C a row.
-
-    Attributes:
-        met: (rows, C, d) the unit vectors that each row meets, detached.
-        weight: (rows, C) with these weights.
-        encoded: (k, d) the vectors they are copies of, if those have a gradient.
-        place: (rows, C) which of ``encoded`` each one is.
-    """
-
-    met: Tensor
-    weight: Tensor
-    encoded: Tensor | None = None
-    place: Tensor | None = None
-
-
-class Weights(NamedTuple):
-    """An estimator's answer for a batch, all detached but ``carried.encoded``.
-
-    Attributes:
-        negatives: (rows, columns) w_j, zero at the row's own sample. The sum writes over it.
-        positive: (rows,) w_pos, or None for zero.
-        value: (rows,) the textbook value of the loss, or None where there is none but the estimate of the global loss.
-        carried: negatives from outside the batch, or None.
-    """
-
-    negatives: Tensor
-    positive: Tensor | None = None
-    value: Tensor | None = None
-    carried: Carried | None = None
+__all__ = ["ContrastiveLoss"]
 
 
 class ContrastiveLoss(nn.Module, ABC):
-    """A loss over two views of a batch: ``loss(z1, z2, index)``.
+    """A contrastive loss of a batch: ``loss(x, y, index)``, of two views or of two towers.
 
     Args:
-        temperature: 1 / β; similarities of unit vectors are divided by it. It may be assigned at any time
-            (``loss_fn.temperature = 0.1``, by a schedule, on all ranks alike) and holds from the next call on.
+        temperature: 1 / β, what similarities of unit vectors are divided by: a number, which may be assigned at any time
+            (``loss_fn.temperature = 0.1``, by a schedule, on all ranks alike) and holds from the next call on; or a
+            `Temperature`, which is learnt.
+        num_samples: size of the data set, or of both sides'; None if it is not known.
+        positive_weight: κ ≥ 0, the positive's mass in the denominator beside the batch's negatives: 0 is the paper's
+            objective, 1 InfoNCE's; ``"global"`` is n / N (n negatives in the batch, N in the data), which counts the
+            positive once among all.
+        towers: 1: all views are rows and columns, each row's positive the other view of its sample (SimCLR). 2: ``x`` are
+            one side and ``y`` the other (CLIP; queries and documents): rows of one against columns of the other.
+        directions: of two towers, whose rows count: ``"x->y"``, ``"y->x"``, or the mean of both.
 
     Attributes:
-        last: detached numbers of the last call, for logs. ``global_loss`` is every method's batch estimate of the
-            global contrastive loss, per negative: ``mean_a[-β s_pos + log mean_j exp(β s_j)]``, that is, the loss less
-            the log of the number of negatives. It compares methods and batch sizes, and is 0 when all embeddings are
-            equal.
+        last: detached numbers of the last call, for logs, mean over directions. ``global_loss`` is every method's batch
+            estimate of the global contrastive loss, per negative: ``mean_a[-β s_pos + log mean_j exp(β s_j)]``, that is,
+            the loss less the log of the number of negatives. It compares methods and batch sizes, and is 0 when all
+            embeddings are equal.
     """
 
     _needs_index = False
-    temperature: float
+    temperature: float | Temperature
 
-    def __init__(self, temperature: float = 0.07) -> None:
+    def __init__(
+        self,
+        temperature: float | Temperature,
+        num_samples: NumSamples,
+        *,
+        positive_weight: PositiveWeight,
+        towers: Towers,
+        directions: Directions,
+    ) -> None:
         super().__init__()
-        _keep_out_of_graphs()
+        keep_out_of_graphs(ContrastiveLoss)
+        if towers not in get_args(Towers):
+            raise ValueError(f"towers must be 1 or 2, got {towers!r}")
+        if directions not in get_args(Directions):
+            raise ValueError(f"directions must be one of {', '.join(get_args(Directions))}; got {directions!r}")
+        if towers == 1 and directions != "both":
+            raise ValueError(f"directions={directions!r} is for towers=2")
         self.temperature = temperature
-        self.num_samples: int | None = None
+        self.num_samples = num_samples
+        self.sizes = require_sizes(num_samples, towers)
+        self.positive_weight = require_positive_weight(positive_weight, self.sizes)
+        self.towers, self.directions = towers, directions
         self.last: dict[str, Tensor] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Validate a temperature; not by a property, which a `Parameter` would not be asked for."""
         if name == "temperature":
             value = self._accept_temperature(value)
+            self._modules.pop("temperature", None)
         super().__setattr__(name, value)
 
-    def _accept_temperature(self, value: Any) -> float:
-        return require_temperature(value)
+    def _accept_temperature(self, value: Any) -> float | Temperature:
+        return value if isinstance(value, Temperature) else require_temperature(value)
 
-    def forward(self, z1: Tensor, z2: Tensor, index: Tensor | None = None, encode: Encode | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        index: Tensor | None = None,
+        *,
+        y_index: Tensor | None = None,
+        hard: Tensor | None = None,
+        hard_index: Tensor | None = None,
+        same: Tensor | None = None,
+        labels: Tensor | None = None,
+        encode: Encode | tuple[Encode | None, Encode | None] | None = None,
+        logit_scale: Tensor | float | None = None,
+    ) -> Tensor:
         """Return the loss of a batch, a scalar whose gradient is the estimator's.
 
+        Embeddings may have any length, they are normalised here.
+
         Args:
-            z1: (b, d) embeddings of the first views; any length, they are normalised here.
-            z2: (b, d) embeddings of the second views.
-            index: (b,) ids of the samples in the data set, or (b, 2) ids of their views.
-            encode: gives carried negatives' embeddings; see `Encode`.
+            x: (b, d) embeddings of the first views, or of one side; or (b, views, d) of any number of views, without y.
+            y: (b, d) embeddings of the second views, or of the other side.
+            index: (b,) ids of the samples in the data set, or (b, views) ids of their views; of two towers x's. The same
+                id again is the same item: never a negative of its own rows, and one negative of others'.
+            y_index: (b,) ids of y's items where they are not x's; of two towers.
+            hard: hard negatives beside the batch's, each counting as one of those: (k, d) for all rows, or (b, k, d) for
+                the rows of a sample; of two towers of y's side, for x's rows.
+            hard_index: (k,) or (b, k) their ids.
+            same: (b, b) bool, further pairs (x_i, y_j), or samples, known to belong together: no negatives.
+            labels: (b,) classes. Samples of one class are one another's positives, too: the positive term is their mean
+                (Khosla et al. 2020).
+            encode: gives carried negatives' embeddings; see `Encode`. Of two towers a pair, for x's and y's ids.
+            logit_scale: β, where the caller learns it (as open_clip's models return it), in place of the temperature.
 
         Raises:
             ValueError, IndexError, TypeError: the input is not usable; no state has changed.
@@ -132,142 +138,100 @@ class ContrastiveLoss(nn.Module, ABC):
         checkpointing, which would call it twice: chains move with every call. A step that holds it can be compiled: it
         runs between graphs.
         """
-        _refuse_tracing(self)
-        checked = None if encode is None else _checked(encode, z1)
-        with torch.autocast(z1.device.type, enabled=False):
-            pairs = make_pairs(
-                z1,
-                z2,
-                index if self._needs_index else None,
-                self.num_samples,
-                needs_index=self._needs_index,
-                alike={**self._alike(), "encode": encode is not None, "training": self.training},
+        refuse_tracing(self)
+        encoders = checked_encoders(encode, x, self.towers)
+        given = x, y, index, y_index, hard, hard_index, same, labels
+        with torch.autocast(x.device.type, enabled=False):
+            beta = self._beta(logit_scale)
+            contrasts = gather_batch(
+                partial(validate_inputs, *given, towers=self.towers, needs_index=self._needs_index),
+                x.device,
+                directions=self.directions,
+                num_samples=self.sizes,
+                needs_negatives=self.positive_weight == 0,
+                alike=lambda: {
+                    **self._alike(),
+                    "temperature": self.temperature if beta is None else float(beta),
+                    "encode": [encoder is not None for encoder in encoders],
+                    "training": self.training,
+                },
             )
-            with torch.no_grad():
-                logits = (pairs.rows @ pairs.columns.T).div_(self.temperature)
-                positive = logits.gather(1, pairs.positive[:, None])[:, 0]
-                logits.scatter_(1, pairs.own_columns, -torch.inf)
-                log_mass = log_sum_exp(logits)
-                estimate = log_mass - positive - math.log(pairs.num_negatives)
-                weights = self._weigh(pairs, logits, log_mass, positive, checked)
-            share = pairs.world_size / (2 * pairs.size)  # of a row in the mean over rows, before the mean over ranks
-            global_loss = estimate.sum() * share
-            self.last.update(global_loss=global_loss, positive_similarity=positive.sum() * (share * self.temperature))
-            value = global_loss if weights.value is None else weights.value.sum() * share
-            surrogate = _weighted_sum(pairs, weights) * (share / self.temperature)
-            loss: Tensor = _DifferentiableOnce.apply(value + (surrogate - surrogate.detach()))
-            return loss
+            temperature = cast(float, self.temperature) if beta is None else 1 / beta.detach()
+            parts = [self._compare(each, temperature, encoders[each.candidates]) for each in contrasts]
+            if self.training:
+                self._remember([part.weights.write for part in parts if part.weights.write is not None])
+            self.last = {name: _mean([part.last[name] for part in parts]) for name in parts[0].last}
+            loss = _mean([part.value + (part.surrogate - part.surrogate.detach()) for part in parts])
+            if beta is not None:
+                loss = loss + (beta - beta.detach()) * _mean([part.slope for part in parts])
+            return DifferentiableOnce.apply(loss)  # type: ignore[no-any-return]
+
+    def _compare(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> _Part:
+        """Weigh one direction's negatives, and sum."""
+        ranks = contrast.ranks
+        share = ranks.world_size / (contrast.row_views * ranks.size)  # of a row in the mean, before that over ranks
+        with torch.no_grad():
+            logits = contrast.similarities().div_(temperature)
+            positive = contrast.positive(logits)
+            log_mass = log_sum_exp(contrast.mask_(logits))
+            log_positive = positive.log_mass + log_positive_weight(self.positive_weight, contrast, self.sizes)
+            estimate = value = (log_mass - positive.mean - contrast.log_num_negatives).sum() * share
+            if self.positive_weight:
+                log_total = torch.logaddexp(log_mass, log_positive)
+                value = (log_total - positive.mean - contrast.log_num_negatives).sum() * share
+            weights = self._weigh(contrast, Scores(logits, log_mass, positive, log_positive, temperature), encode)
+            if weights.value is not None:
+                value = weights.value.sum() * share
+        similarity = positive.mean.sum() * (share * temperature)
+        last = {"global_loss": estimate, "positive_similarity": similarity, **(weights.last or {})}
+        total, slope = weighted_sum(contrast, positive, weights)
+        return _Part(value, total * (share / temperature), slope * share, weights, last)
+
+    def _beta(self, logit_scale: Tensor | float | None) -> Tensor | None:
+        """Return β as a scalar tensor where it is learnt or given, else None."""
+        if logit_scale is None:
+            return self.temperature() if isinstance(self.temperature, Temperature) else None
+        beta = torch.as_tensor(logit_scale)
+        if beta.numel() != 1 or not 0 < float(beta) < math.inf:
+            raise ValueError(f"logit_scale must be one positive number, β = 1 / temperature; got {logit_scale!r}")
+        return beta.reshape(())
 
     def _alike(self) -> dict[str, object]:
         """Return what must be the same on all ranks, by name: settings, and what tells one memory from another."""
-        return {"loss": type(self).__name__, "temperature": self.temperature}
+        own = {name: getattr(self, name) for name in ("positive_weight", "towers", "directions")}
+        return {"loss": type(self).__name__, **own}
 
     @abstractmethod
-    def _weigh(
-        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
-    ) -> Weights:
-        """Choose the weights; called without gradient.
+    def _weigh(self, contrast: Contrast, scores: Scores, encode: CheckedEncode | None) -> Weights:
+        """Choose the weights of one direction; called without gradient.
 
         Args:
-            pairs: the batch.
-            logits: (rows, columns) β s_j, -inf at the row's own sample; detached.
-            log_mass: (rows,) log Σ_j exp(β s_j) over the row's negatives.
-            positive: (rows,) β s_pos.
-            encode: as given by the caller, checked.
+            contrast: what is contrasted with what.
+            scores: how it compares.
+            encode: the caller's, for ids of the columns' side; checked.
         """
 
+    def _remember(self, writes: list[Callable[[], None]]) -> None:
+        """Write what is to be remembered of all directions; not called in evaluation mode."""
+        for write in writes:
+            write()
+
     def extra_repr(self) -> str:
-        """Show the temperature."""
-        return f"temperature={self.temperature:g}"
+        """Show the settings."""
+        shown = [] if isinstance(self.temperature, Temperature) else [f"temperature={self.temperature:g}"]
+        shown += [f"towers=2, directions={self.directions!r}"] if self.towers == 2 else []
+        return ", ".join([*shown, f"positive_weight={self.positive_weight}"])
 
 
-def require_int(name: str, value: Any) -> int:
-    """Return a setting that must be a whole number, of Python's or NumPy's."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    return int(value)
+class _Part(NamedTuple):
+    """What one direction gives: the loss's value, a scalar that has its gradient, its slope in β."""
+
+    value: Tensor
+    surrogate: Tensor
+    slope: Tensor
+    weights: Weights
+    last: dict[str, Tensor]
 
 
-@cache
-def _keep_out_of_graphs() -> None:
-    """Let a compiled step call losses as they are. At the first of them: this imports the compiler, for seconds."""
-    reason = "a loss and its memory are no part of a graph: compile without fullgraph=True, or the encoder alone"
-    ContrastiveLoss.forward = torch.compiler.disable(ContrastiveLoss.forward, reason=reason)  # type: ignore
-
-
-def _refuse_tracing(loss: nn.Module) -> None:
-    """Raise RuntimeError where a call would have no lasting effect, or one on a copy."""
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise RuntimeError(
-            "a loss cannot be transformed by torch.func (grad, vmap, …): take its gradient with loss.backward() or "
-            "torch.autograd.grad; no state has changed"
-        )
-    if getattr(loss, "_is_replica", False):
-        raise RuntimeError(
-            "a loss cannot be part of what nn.DataParallel copies to each device: wrap the encoder alone, or use "
-            "DistributedDataParallel; no state has changed"
-        )
-
-
-class _DifferentiableOnce(torch.autograd.Function):
-    """The weights are constants: a second derivative would be wrong, not missing."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor) -> Tensor:
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            raise RuntimeError("the loss can be differentiated once: take its gradient without create_graph=True")
-        return gradients[0]
-
-
-def log_sum_exp(logits: Tensor) -> Tensor:
-    """Row-wise log Σ exp of (rows, n) logits with a finite maximum; faster than `torch.logsumexp` on the CPU."""
-    peak = logits.amax(1, keepdim=True)
-    return (logits - peak).exp_().sum(1).log_() + peak[:, 0]
-
-
-def _weighted_sum(pairs: Pairs, weights: Weights) -> Tensor:
-    """Σ over rows of [ -(1 - w_pos) s_pos + Σ_j w_j s_j + carried ], as a scalar whose gradient costs two matmuls.
-
-    Σ_rj W_rj <row_r, column_j> is linear in the rows and in the columns, so its gradients W @ columns and W.T @ rows
-    are formed at once and the (rows, columns) similarities need not be kept for the backward pass. So with carried
-    embeddings.
-    """
-    with torch.no_grad():
-        matrix = weights.negatives
-        minus = torch.full_like(matrix[:, 0], -1.0) if weights.positive is None else weights.positive - 1
-        matrix.scatter_(1, pairs.positive[:, None], minus[:, None])
-        by_rows = matrix @ pairs.columns
-        by_columns = matrix.T @ pairs.rows
-        if (carried := weights.carried) is not None:
-            by_rows.add_(torch.bmm(carried.weight[:, None], carried.met)[:, 0])
-    if pairs.rows is pairs.columns:
-        total = (pairs.rows * by_rows.add_(by_columns)).sum()
-    else:
-        total = (pairs.rows * by_rows).sum() + (pairs.columns * by_columns).sum()
-    if carried is not None and carried.encoded is not None and carried.place is not None:
-        sent = (carried.weight[:, :, None] * pairs.rows.detach()[:, None]).flatten(0, 1)
-        by_encoded = torch.zeros_like(carried.encoded).index_add_(0, carried.place.flatten(), sent)
-        total = total + (carried.encoded * by_encoded).sum()
-    return total
-
-
-def _checked(encode: Encode, z: Tensor) -> CheckedEncode:
-    """Run a caller's ``encode`` under the caller's autocast and gradient modes; finite unit vectors (k, d)."""
-    device, grad = z.device.type, torch.is_grad_enabled()
-    autocast, autocast_dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-    def encode_unit(ids: Tensor, *, gradient: bool = True) -> Tensor:
-        with torch.set_grad_enabled(grad and gradient):
-            with torch.autocast(device, dtype=autocast_dtype, enabled=autocast):
-                embeddings = encode(ids)
-            expected = len(ids), z.shape[1]
-            if embeddings.shape != expected:
-                raise ValueError(f"encode must return {expected} for {len(ids)} ids, got {tuple(embeddings.shape)}")
-            embeddings = embeddings.to(torch.promote_types(z.dtype, torch.float32))
-            return unit_vectors(embeddings, lambda row: f"encode({int(ids[row])})")
-
-    return encode_unit
+def _mean(numbers: list[Tensor]) -> Tensor:
+    return numbers[0] if len(numbers) == 1 else torch.stack(numbers).mean(0)

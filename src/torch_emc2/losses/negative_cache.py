@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_emc2.losses.base import Carried, CheckedEncode, Weights, log_sum_exp, require_int
-from torch_emc2.losses.noise import exponential_noise
-from torch_emc2.losses.stateful import StatefulLoss
-from torch_emc2.pairs import Pairs
+from torch_emc2.batch import Directions
+from torch_emc2.geometry import Contrast
+from torch_emc2.losses.calling import CheckedEncode
+from torch_emc2.losses.draws import BatchDraws
+from torch_emc2.losses.settings import PositiveWeight, require_int
+from torch_emc2.losses.stateful import Memory, StatefulLoss
+from torch_emc2.losses.weighting import Carried, Scores, Weights, log_sum_exp
 from torch_emc2.tables import SampleTable
+from torch_emc2.temperature import Temperature
+from torch_emc2.validation import Towers
 
 __all__ = ["NegativeCacheLoss"]
 
@@ -28,28 +33,39 @@ class NegativeCacheLoss(StatefulLoss):
     ``1 - w_pos`` at the drawn negative, with ``w_pos`` the positive's softmax against the cache.
 
     Args:
-        num_samples: size of the data set (of its views, with an id a view).
+        num_samples: size of the data set (of its views, with an id a view); of two towers of both sides, or a pair.
         dim: dimension d of the embeddings; the cache is num_samples · d floats.
-        temperature: 1 / β.
+        temperature: 1 / β, or a `Temperature`, which is learnt.
         refresh_fraction: share of the cache that is encoded anew each step, oldest first.
         views_per_sample: with an id a view, views of a sample: ids ``sample · views_per_sample + view``.
         seed: of the draws, which are a function of (seed, number of the call).
+        positive_weight: κ; ``"global"`` counts the positive once among all that is cached. See `ContrastiveLoss`.
+        towers: 1 or 2; see `ContrastiveLoss`.
+        directions: of two towers.
 
     Notes:
-        Without ``encode`` the drawn negatives are constants and only the batch's own embeddings refresh the cache.
+        Without ``encode`` the drawn negatives are constants and only the batch's own embeddings refresh the cache. Hard
+        negatives are drawn as the cached are, each as probable as all those that one of the batch's stands for.
     """
+
+    sides: tuple[_Cache, ...]
 
     def __init__(
         self,
-        num_samples: int,
+        num_samples: int | tuple[int, int],
         dim: int,
-        temperature: float = 0.07,
+        temperature: float | Temperature = 0.07,
         *,
         refresh_fraction: float = 0.01,
         views_per_sample: int = 2,
         seed: int = 0,
+        positive_weight: PositiveWeight = "global",
+        towers: Towers = 1,
+        directions: Directions = "both",
     ) -> None:
-        super().__init__(require_int("num_samples", num_samples), temperature)
+        super().__init__(
+            temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
+        )
         if not 0 <= refresh_fraction <= 1:
             raise ValueError(f"refresh_fraction must be in [0, 1], a share of the cache; got {refresh_fraction}")
         if require_int("dim", dim) < 1:
@@ -60,65 +76,94 @@ class NegativeCacheLoss(StatefulLoss):
         self.refresh_fraction = float(refresh_fraction)
         self.views_per_sample = views_per_sample
         self.seed = require_int("seed", seed)
-        self._embeddings = SampleTable(num_samples, (dim,), torch.float32, 0.0)
-        self._written = SampleTable(num_samples, (), torch.int64, _NEVER)  # the call at which an entry was last encoded
+        self.dim = dim
+        self.sides = tuple(_Cache(require_int("num_samples", size), dim) for size in self.sizes)
 
     def _alike(self) -> dict[str, object]:
-        own = {name: getattr(self, name) for name in ("refresh_fraction", "views_per_sample", "seed")}
-        return {**super()._alike(), "dim": self._embeddings.data.shape[1], **own}
+        own = {name: getattr(self, name) for name in ("dim", "refresh_fraction", "views_per_sample", "seed")}
+        return {**super()._alike(), **own}
 
-    def _weigh(
-        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
-    ) -> Weights:
-        dim = self._embeddings.data.shape[1]
-        if pairs.rows.shape[1] != dim:
+    def _weigh(self, contrast: Contrast, scores: Scores, encode: CheckedEncode | None) -> Weights:
+        rows, cache = contrast.rows, self.sides[contrast.candidates]
+        if rows.shape[1] != self.dim:
             raise ValueError(
-                f"the cache holds embeddings of dim={dim}, the batch has {pairs.rows.shape[1]}: no state has changed; "
+                f"the cache holds embeddings of dim={self.dim}, the batch has {rows.shape[1]}: no state has changed; "
                 "build the loss with the dim of the encoder's output"
             )
-        fresh, written = self._fresh(pairs, encode)
+        fresh, written = self._fresh(contrast, cache, encode)
         if bool((written < 0).all()):
             raise ValueError("the cache is empty: train before you evaluate, or load a state")
-        scores = pairs.rows @ self._embeddings.data.to(pairs.rows).T  # (rows, num_samples)
+        logits = rows @ cache.embeddings.data.to(rows).T  # (rows, num_samples)
         for ids, embeddings in fresh:
-            scores.index_copy_(1, ids, pairs.rows @ embeddings.to(pairs.rows).T)
-        scores.div_(self.temperature)
-        row_ids = pairs.row_ids[:, None]
-        views = self.views_per_sample if pairs.index is not None and pairs.index.ndim == 2 else 1
-        entries = torch.arange(len(written), device=written.device)
-        scores.masked_fill_((written < 0) | (entries // views == row_ids // views), -torch.inf)
-        if bool((scores.amax(1) == -torch.inf).any()):
+            logits.index_copy_(1, ids, rows @ embeddings.to(rows).T)
+        logits.div_(scores.temperature).masked_fill_((written < 0) | self._own_entries(contrast), -torch.inf)
+        num_cached = (logits > -torch.inf).sum(1)
+        if contrast.ranks.anywhere(bool((num_cached == 0).any())):
             raise ValueError("the cache has no entry of another sample for some row: train on more samples first")
-        w_pos = (positive - torch.logaddexp(positive, log_sum_exp(scores))).exp()
+        # A row's n negatives in the batch stand for all that is cached; hard ones and the positive count beside those.
+        log_scale = num_cached.to(logits.dtype).log() - contrast.log_num_negatives
+        num_columns = contrast.column_views * contrast.ranks.size
+        everything = torch.cat([logits, scores.logits[:, num_columns:] + log_scale[:, None]], 1)
+        globally = self.positive_weight == "global"
+        log_positive = scores.positive.log_mass if globally else scores.log_positive + log_scale
+        w_pos = (log_positive - torch.logaddexp(log_positive, log_sum_exp(everything))).exp()
 
-        noise = exponential_noise(pairs, scores.shape[1:], self.seed, self._calls).view_as(scores)
-        drawn = (scores - noise.clamp_(min=2**-25).log_()).argmax(1)  # Gumbel; 0 would draw masked
+        noise = BatchDraws(contrast, self.seed, self._calls).exponential(everything.shape[1])
+        drawn = (everything - noise.clamp_(min=2**-25).log_()).argmax(1)  # Gumbel; 0 would draw masked
+        cached = drawn < logits.shape[1]
         weight = (1 - w_pos)[:, None]
+        negatives = torch.zeros_like(scores.logits)
+        if not bool(cached.all()):  # some drew a hard negative
+            column = torch.where(cached, 0, drawn - logits.shape[1] + num_columns)[:, None]
+            negatives.scatter_(1, column, weight.masked_fill(cached[:, None], 0.0))
+            weight = weight.masked_fill(~cached[:, None], 0.0)
+            drawn = torch.where(cached, drawn, logits.argmax(1))
         if encode is not None:
             again, place = torch.unique(drawn, return_inverse=True)
-            with pairs.together():
+            with contrast.ranks.together():
                 encoded = encode(again)
             carried = Carried(encoded[place][:, None], weight, encoded, place[:, None])
-        for ids, embeddings in fresh:  # last of all, so that a call that fails changes nothing
-            self._embeddings.write(ids, embeddings)
-            self._written.write(ids, torch.full_like(ids, self._calls))
-        if encode is None:
-            carried = Carried(self._embeddings.read(drawn).to(pairs.rows.dtype)[:, None], weight)
-        self._calls += self.training
-        self.last["cached_share"] = (written >= 0).float().mean()
-        return Weights(torch.zeros_like(logits), w_pos, carried=carried)
+        else:
+            carried = Carried(cache.read(drawn, fresh).to(rows.dtype)[:, None], weight)
 
-    def _fresh(self, pairs: Pairs, encode: CheckedEncode | None) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        def write() -> None:
+            for ids, embeddings in fresh:
+                cache.write(ids, embeddings, self._calls)
+
+        last = {"cached_share": (written >= 0).float().mean()}
+        return Weights(negatives, w_pos, carried=carried, write=write, last=last)
+
+    def _own_entries(self, contrast: Contrast) -> Tensor:
+        """(rows, num_samples) entries of the row's own sample, and of what is known to be its own."""
+        size = self.sizes[contrast.candidates]
+        assert size is not None and contrast.candidate_ids is not None
+        entries = torch.arange(size, device=contrast.rows.device)
+        views = self.views_per_sample if contrast.candidate_ids.ndim == 2 else 1
+        own = entries // views == contrast.partner_ids[:, None] // views
+        if contrast.no_negatives is not None:
+            columns = len(contrast.item_ids)  # an item is known to be the row's where none of its columns is a negative
+            known = contrast.no_negatives.scatter(1, contrast.own_columns, True)[:, :columns].to(torch.int8)
+            ids = contrast.item_ids.expand_as(known)
+            every = torch.zeros_like(own, dtype=torch.int8).scatter_reduce_(1, ids, known, "amin", include_self=False)
+            own = own | (every > 0)
+        return own
+
+    def _fresh(
+        self, contrast: Contrast, cache: _Cache, encode: CheckedEncode | None
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Choose what to write: the batch's embeddings, then the oldest entries' encoded anew, in this order.
 
         Returns ids and embeddings of each, and the call (num_samples,) at which each entry will have been written.
         """
-        written = self._written.data.to(pairs.rows.device, copy=True)
+        written = cache.written.data.to(contrast.rows.device, copy=True)
         if not self.training:
             return [], written
-        dtype = self._embeddings.data.dtype
-        ids = pairs.index if pairs.index is not None and pairs.index.ndim == 1 else pairs.column_ids
-        fresh = [(ids, pairs.columns[: len(ids)].to(dtype))]
+        dtype, ranks = cache.embeddings.data.dtype, contrast.ranks
+        ids = contrast.item_ids
+        embeddings = contrast.columns[: len(ids)].to(dtype)
+        if (first := contrast.first_candidates) is not None:
+            ids, embeddings = ids[first], embeddings[first]
+        fresh = [(ids, embeddings)]
         written[ids] = self._calls
         count = math.ceil(self.refresh_fraction * len(written))
         if encode is not None and count:
@@ -126,29 +171,56 @@ class NegativeCacheLoss(StatefulLoss):
             by_age.masked_fill_(written == _FORGOTTEN, torch.iinfo(by_age.dtype).max)
             oldest = by_age.topk(count, largest=False).indices
             oldest = oldest[written[oldest] != _FORGOTTEN]
-            parts = oldest.tensor_split(pairs.world_size)  # each is encoded once: there may be dropout
-            mine = parts[pairs.rank]
-            embeddings = pairs.rows.new_empty(0, pairs.rows.shape[1])
+            parts = oldest.tensor_split(ranks.world_size)  # each is encoded once: there may be dropout
+            mine = parts[ranks.rank]
+            embeddings = contrast.rows.new_empty(0, contrast.rows.shape[1])
             if len(oldest):
-                with pairs.together():
-                    embeddings = encode(pairs.some_ids(mine), gradient=False)[: len(mine)]
-            fresh.append((oldest, pairs.gather(embeddings.to(dtype), tuple(len(part) for part in parts))))
+                with ranks.together():
+                    embeddings = encode(contrast.some_ids(mine), gradient=False)[: len(mine)]
+            fresh.append((oldest, ranks.gather(embeddings.to(dtype), tuple(len(part) for part in parts))))
             written[oldest] = self._calls
         return fresh, written
 
-    def _forget(self, ids: Tensor) -> None:
-        self._embeddings.erase(ids)
-        at = ids.to(self._written.data.device)
-        self._written.write(at, torch.full_like(at, _FORGOTTEN))
+    def _position(self) -> dict[str, Any]:
+        return {**super()._position(), "seed": self.seed}
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the cache, its ages and the position in the noise."""
-        tables = {"embeddings": self._embeddings.data, "written": self._written.data}
-        return {**tables, "seed": self.seed, "calls": self._calls}
+    def _take_position(self, state: dict[str, Any]) -> None:
+        super()._take_position(state)
+        self.seed = state["seed"]
 
-    def _load(self, state: dict[str, Any]) -> None:
-        self._embeddings.check(state["embeddings"])
-        self._written.check(state["written"])
-        self._embeddings.load(state["embeddings"])
-        self._written.load(state["written"])
-        self.seed, self._calls = state["seed"], state["calls"]
+
+class _Cache(Memory):
+    """Embeddings of one side, and the call at which each was last encoded."""
+
+    def __init__(self, num_samples: int, dim: int) -> None:
+        self.embeddings = SampleTable(num_samples, (dim,), torch.float32, 0.0)
+        self.written = SampleTable(num_samples, (), torch.int64, _NEVER)
+
+    def read(self, ids: Tensor, fresh: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Look up embeddings of ``ids`` (k,) as they will be when ``fresh`` ones are written."""
+        found = self.embeddings.read(ids)
+        for new_ids, embeddings in fresh:
+            same = ids[:, None] == new_ids
+            found = torch.where(same.any(1, keepdim=True), embeddings[same.long().argmax(1)], found)
+        return found
+
+    def write(self, ids: Tensor, embeddings: Tensor, call: int) -> None:
+        """Set entries of ``ids`` (k,)."""
+        self.embeddings.write(ids, embeddings)
+        self.written.write(ids, torch.full_like(ids, call))
+
+    def state(self) -> dict[str, Any]:
+        return {"embeddings": self.embeddings.data, "written": self.written.data}
+
+    def check(self, state: dict[str, Any]) -> None:
+        self.embeddings.check(state["embeddings"])
+        self.written.check(state["written"])
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.embeddings.load(state["embeddings"])
+        self.written.load(state["written"])
+
+    def forget(self, ids: Tensor) -> None:
+        self.embeddings.erase(ids)
+        at = ids.to(self.written.data.device)
+        self.written.write(at, torch.full_like(at, _FORGOTTEN))

@@ -3,100 +3,178 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_emc2.losses.base import CheckedEncode, Weights
-from torch_emc2.losses.stateful import StatefulLoss
-from torch_emc2.pairs import Pairs
+from torch_emc2.batch import Directions
+from torch_emc2.geometry import Contrast
+from torch_emc2.losses.calling import CheckedEncode
+from torch_emc2.losses.settings import NumSamples, PositiveWeight, require_int
+from torch_emc2.losses.stateful import Memory, StatefulLoss
+from torch_emc2.losses.weighting import Scores, Weights
 from torch_emc2.slots import Slots
 from torch_emc2.tables import SampleTable
+from torch_emc2.temperature import Temperature
+from torch_emc2.validation import Towers
 
-__all__ = ["SogCLRLoss"]
+__all__ = ["SogCLRLoss", "cosine_gamma"]
+
+
+def cosine_gamma(num_steps: int, minimum: float = 0.2) -> Callable[[int], float]:
+    """Return γ as a function of the number of the call: half a cosine from 1 to ``minimum``, as FastCLIP has it.
+
+    Wei et al. 2024 decay it an epoch at a time; here it is a step at a time.
+    """
+    return lambda call: minimum + (1 - minimum) / 2 * (1 + math.cos(math.pi * min(call / num_steps, 1)))
 
 
 class SogCLRLoss(StatefulLoss):
     """Stochastic optimisation of the global contrastive loss (Yuan et al. 2022, algorithm 1).
 
     With ``g_a = mean_j exp(β s_j)`` over the batch's negatives, ``u_a <- (1 - γ) u_a + γ g_a`` (``u_a <- g_a`` at the
-    first visit) and ``w_j = exp(β s_j) / (N u_a)``. ``u`` is kept as its logarithm, which no temperature overflows: 8
-    bytes an id, a number for each of its two views.
+    first visit) and ``w_j = exp(β s_j) / (n u_a)``. ``u`` is kept as its logarithm, which no temperature overflows: 8
+    bytes an id, a number for each of its two views. With a positive weight κ, ``κ exp(β s_pos) / n`` is part of ``g``.
 
     Args:
-        num_samples: size of the data set: ids are below it. None: ids are any int64 but -1, and the table grows.
+        num_samples: size of the data set: ids are below it. None: ids are any int64 but -1, and the table grows. With
+            ``towers=2`` of both sides, or a pair.
         temperature: 1 / β. Averages of exp(β s) say nothing of another β: once there are some, no other temperature
             may be assigned, nor their state be loaded at one. For a schedule, `forget` all ids at each change, after
-            which a first visit is DCL's; EMC² and Negative Cache go on without a loss.
-        gamma: γ in (0, 1], the weight of the present batch; 1 is DCL.
+            which a first visit is DCL's; EMC² and Negative Cache go on without a loss. A `Temperature`, which is learnt
+            and moves little between two visits, leaves the averages as they are (as FastCLIP does).
+        gamma: γ in (0, 1], the weight of the present batch; 1 is DCL. Or a function of the number of the call, such as
+            `cosine_gamma`.
+        views: of a sample, where they share an id.
+        positive_weight: κ, or ``"global"``; see `ContrastiveLoss`.
+        towers: 1 or 2; see `ContrastiveLoss`.
+        directions: of two towers.
     """
 
-    def __init__(self, num_samples: int | None, temperature: float = 0.07, gamma: float = 0.9) -> None:
-        super().__init__(num_samples, temperature)
+    sides: tuple[_Averages, ...]
+
+    def __init__(
+        self,
+        num_samples: NumSamples,
+        temperature: float | Temperature = 0.07,
+        gamma: float | Callable[[int], float] = 0.9,
+        *,
+        views: int = 2,
+        positive_weight: PositiveWeight = 0.0,
+        towers: Towers = 1,
+        directions: Directions = "both",
+    ) -> None:
+        self.sides = ()
+        super().__init__(
+            temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
+        )
+        self.gamma = gamma
+        _ = self._gamma  # refuses what it cannot use
+        if require_int("views", views) < 1:
+            raise ValueError(f"views must be at least 1, got {views}")
+        self.sides = tuple(_Averages(size, views if towers == 1 else 1) for size in self.sizes)
+
+    @property
+    def _gamma(self) -> float:
+        gamma = self.gamma(self._calls) if callable(self.gamma) else self.gamma
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must be in (0, 1], got {gamma}")
-        self.gamma = float(gamma)
-        self._slots = Slots(self.num_samples)
-        self._log_u = SampleTable(self.num_samples, (2,), torch.float32, -torch.inf)  # a slot a view; -inf: not visited
+        return float(gamma)
 
-    def _accept_temperature(self, value: Any) -> float:
+    def _accept_temperature(self, value: Any) -> float | Temperature:
         temperature = super()._accept_temperature(value)
         own = getattr(self, "temperature", temperature)  # at first there is none
-        if temperature != own and bool((self._log_u.data > -torch.inf).any()):
+        if temperature != own and any(side.visited(side.log_u.data) for side in self.sides):
             raise ValueError(
-                f"SogCLR's averages are of temperature {own:g} and cannot be converted to {temperature:g}: forget(ids) "
+                f"SogCLR's averages are of temperature {own} and cannot be converted to {temperature}: forget(ids) "
                 "of all samples first, or build a new loss"
             )
         return temperature
 
     def _alike(self) -> dict[str, object]:
-        return {**super()._alike(), "gamma": self.gamma}
+        return {**super()._alike(), "gamma": self._gamma}
 
-    def _weigh(
-        self, pairs: Pairs, logits: Tensor, log_mass: Tensor, positive: Tensor, encode: CheckedEncode | None
-    ) -> Weights:
-        shared = pairs.index is not None and pairs.index.ndim == 1  # by two views, which have an average each
-        ids = pairs.view_ids(0) if shared else pairs.column_ids
-        slots = self._slots.place(ids) if self.training else self._slots.find(ids)
-        own = pairs.mine(slots) if shared else pairs.own_rows(slots)
-        entry = self._log_u.read(own).to(log_mass.dtype)  # (local, 2), or (rows, 2) of which the first counts
+    def _weigh(self, contrast: Contrast, scores: Scores, encode: CheckedEncode | None) -> Weights:
+        averages, ids = self.sides[contrast.anchors], contrast.chain_ids
+        views = averages.log_u.data.shape[1]
+        if contrast.shared_chains and contrast.row_views != views:
+            raise ValueError(f"{contrast.row_views} views share an id: build the loss with views={contrast.row_views}")
+        slots = averages.slots.place(ids) if self.training else averages.slots.find(ids)
+        entry = averages.log_u.read(slots).to(scores.log_mass.dtype)  # a number a view, or of one alone the first
+        before = contrast.ranks.my_rows(entry.T.flatten() if contrast.shared_chains else entry[:, 0])
 
-        log_g = log_mass - math.log(pairs.num_negatives)
-        before = entry.T.flatten() if shared else entry[:, 0]
-        log_u = math.log(self.gamma) + log_g
-        if self.gamma < 1:
+        log_g = torch.logaddexp(scores.log_mass, scores.log_positive) - contrast.log_num_negatives
+        log_u = math.log(gamma := self._gamma) + log_g
+        if gamma < 1:
             before = torch.where(before == -torch.inf, log_g, before)
-            log_u = torch.logaddexp(log_u, math.log1p(-self.gamma) + before)
+            log_u = torch.logaddexp(log_u, math.log1p(-gamma) + before)
+        write = None
         if self.training:
-            self._log_u.make_room(slots)
-            if shared:
-                entry = pairs.gather(log_u.view(2, -1).T.contiguous())
-            else:
-                entry = pairs.gather_rows(torch.stack([log_u, entry[:, 1]], 1))
-            self._slots.keep(ids, slots)
-            self._log_u.write(slots, entry)
-            self._calls += 1
-        return Weights(negatives=logits.sub_(math.log(pairs.num_negatives) + log_u[:, None]).exp_())
+            after = contrast.ranks.gather_rows(log_u)
+            after = after.view(views, -1).T if contrast.shared_chains else torch.cat([after[:, None], entry[:, 1:]], 1)
+            write = averages.writing(ids, slots, after, contrast.first_anchors)
+        log_total = log_u + contrast.log_num_negatives
+        return Weights(
+            negatives=scores.logits.sub_(log_total[:, None]).exp_(),
+            positive=(scores.log_positive - log_total).exp() if self.positive_weight else None,
+            write=write,
+        )
 
-    def _forget(self, ids: Tensor) -> None:
-        self._log_u.erase(self._slots.forget(ids))
+    def _position(self) -> dict[str, Any]:
+        return {**super()._position(), "temperature": self._number()}
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the moving averages, their temperature, and their keys where the table grows."""
-        keys, slots = self._slots.keys()
-        tables = {"keys": keys, "log_u": self._log_u.state(slots)}
-        return {**tables, "temperature": self.temperature, "calls": self._calls}
+    def _number(self) -> float:
+        """The temperature, or 0 where it is learnt: then averages are loaded at any."""
+        return 0.0 if isinstance(self.temperature, Temperature) else self.temperature
 
-    def _load(self, state: dict[str, Any]) -> None:
-        self._slots.check(state["keys"], state["log_u"])
-        self._log_u.check(state["log_u"])
-        visited = bool((state["log_u"] > -torch.inf).any())
-        if visited and state["temperature"] != self.temperature:
+    def _take_position(self, state: dict[str, Any]) -> None:
+        saved = (state,) if self.towers == 1 else (state["x"], state["y"])
+        visited = any(_Averages.visited(memory["log_u"]) for memory in saved)
+        if visited and state["temperature"] != self._number():
             raise ValueError(
                 f"the saved averages are of temperature {state['temperature']:g} and cannot be converted to "
-                f"{self.temperature:g}: build the loss with the temperature it was saved with"
+                f"{self._number():g}: build the loss with the temperature it was saved with"
             )
-        self._log_u.load(state["log_u"])
-        self._slots.load(state["keys"])
-        self._calls = state["calls"]
+        super()._take_position(state)
+
+
+class _Averages(Memory):
+    """Logarithms of the averages, a number a view; -inf where there was no visit."""
+
+    def __init__(self, num_samples: int | None, views: int) -> None:
+        self.slots = Slots(num_samples)
+        self.log_u = SampleTable(num_samples, (views,), torch.float32, -torch.inf)
+
+    @staticmethod
+    def visited(log_u: Tensor) -> bool:
+        """Tell whether there is an average."""
+        return bool((log_u > -torch.inf).any())
+
+    def writing(self, ids: Tensor, slots: Tensor, log_u: Tensor, first: Tensor | None) -> Callable[[], None]:
+        """Be ready to write the averages of ``ids`` (k,), of each one that it meets ``first``."""
+        if first is not None:
+            ids, slots, log_u = ids[first], slots[first], log_u[first]
+        self.log_u.make_room(slots)
+
+        def write() -> None:
+            self.slots.keep(ids, slots)
+            self.log_u.write(slots, log_u)
+
+        return write
+
+    def state(self) -> dict[str, Any]:
+        keys, slots = self.slots.keys()
+        return {"keys": keys, "log_u": self.log_u.state(slots)}
+
+    def check(self, state: dict[str, Any]) -> None:
+        self.slots.check(state["keys"], state["log_u"])
+        self.log_u.check(state["log_u"])
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.log_u.load(state["log_u"])
+        self.slots.load(state["keys"])
+
+    def forget(self, ids: Tensor) -> None:
+        self.log_u.erase(self.slots.forget(ids))

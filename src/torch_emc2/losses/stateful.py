@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,38 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torch_emc2.losses.base import ContrastiveLoss, require_int
-from torch_emc2.pairs import unique_ids
+from torch_emc2.batch import Directions
+from torch_emc2.losses.base import ContrastiveLoss
+from torch_emc2.losses.settings import NumSamples, PositiveWeight
 from torch_emc2.ranks import several_ranks
 from torch_emc2.seeds import mix_seed
+from torch_emc2.temperature import Temperature
+from torch_emc2.validation import Towers, unique_ids
 
-__all__ = ["StatefulLoss"]
+__all__ = ["Memory", "StatefulLoss"]
+
+
+class Memory(ABC):
+    """What a loss remembers of the samples of one side."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return all there is to save."""
+
+    @abstractmethod
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where a saved `state` of the right names does not fit; nothing has changed."""
+
+    @abstractmethod
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a saved `state` that fits."""
+
+    @abstractmethod
+    def forget(self, ids: Tensor) -> None:
+        """Forget samples ``ids`` (k,) of this side, all different."""
+
+    def forget_negatives(self, ids: Tensor) -> None:  # noqa: B027  a memory need not have any
+        """Forget samples ``ids`` (k,) of the other side (or the same, of one tower) where these are negatives."""
 
 
 class StatefulLoss(ContrastiveLoss):
@@ -24,19 +51,26 @@ class StatefulLoss(ContrastiveLoss):
     `forget` takes samples out of it.
 
     In evaluation mode (``loss_fn.eval()``) the memory is read and not written.
+
+    Attributes:
+        sides: the memory of each side: one, or with ``towers=2`` x's and y's.
     """
 
     _needs_index = True
+    sides: Sequence[Memory]
 
-    def __init__(self, num_samples: int | None, temperature: float) -> None:
-        super().__init__(temperature)
-        if num_samples is not None:
-            num_samples = require_int("num_samples", num_samples)
-            if num_samples < 2:
-                raise ValueError(
-                    f"num_samples must be at least 2 (or None, for any ids), the size of the data; got {num_samples}"
-                )
-        self.num_samples = num_samples
+    def __init__(
+        self,
+        temperature: float | Temperature,
+        num_samples: NumSamples,
+        *,
+        positive_weight: PositiveWeight,
+        towers: Towers,
+        directions: Directions,
+    ) -> None:
+        super().__init__(
+            temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
+        )
         self._calls = 0
         self._mark = 0  # left by loads and removals: a step changes the memory of all ranks alike, these may not
 
@@ -48,7 +82,11 @@ class StatefulLoss(ContrastiveLoss):
             "checksum of what was loaded and forgotten": self._mark,
         }
 
-    def forget(self, ids: Tensor) -> None:
+    def _remember(self, writes: list[Callable[[], None]]) -> None:
+        super()._remember(writes)
+        self._calls += 1
+
+    def forget(self, ids: Tensor, y_ids: Tensor | None = None) -> None:
         """Forget samples that are removed from the data: all that is remembered of them, also as others' negatives.
 
         Takes a look at every entry, O(num_samples): for rare use. With several ranks call it on all, with the same ids.
@@ -56,23 +94,30 @@ class StatefulLoss(ContrastiveLoss):
 
         Args:
             ids: (k,) ids as the loss is called with, of all views where it is called with those; never seen ones will
-                do.
+                do. Of two towers x's.
+            y_ids: (k,) of y's.
 
         Raises:
             IndexError, TypeError: an id is not below num_samples, or no integer; nothing has changed.
         """
-        gone = unique_ids(ids, self.num_samples)
-        self._forget(gone)
+        given = (ids,) if y_ids is None else (ids, y_ids)
+        if len(given) > self.towers:
+            raise ValueError("y_ids are for towers=2")
+        gone = [unique_ids(each, size) for each, size in zip(given, self.sizes, strict=False)]
+        for side, each in enumerate(gone):
+            self.sides[side].forget(each)
+            self.sides[side + 1 - self.towers].forget_negatives(each)
         if several_ranks():
             self._mark = mix_seed(self._mark, _checksum(gone))
 
-    @abstractmethod
-    def _forget(self, ids: Tensor) -> None:
-        """Forget ``ids`` (k,), valid and all different."""
+    def _position(self) -> dict[str, Any]:
+        """Return the numbers, beside the memory, that the next call depends on."""
+        return {"calls": self._calls}
 
-    @abstractmethod
     def get_extra_state(self) -> dict[str, Any]:
         """Return the memory, for ``state_dict()``; DDP does not broadcast it and ``.half()`` does not touch it."""
+        x, *y = (side.state() for side in self.sides)
+        return {**(x if not y else {"x": x, "y": y[0]}), **self._position()}
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """Return ``state_dict()`` with every table split among the ranks, as `torch.distributed.checkpoint` saves it.
@@ -97,15 +142,20 @@ class StatefulLoss(ContrastiveLoss):
             ValueError: it is another loss's, or of another size; nothing has changed.
         """
         _check_alike(state, self.get_extra_state(), type(self).__name__)
-        self._load(state)
+        saved = (state,) if self.towers == 1 else (state["x"], state["y"])
+        for side, memory in zip(self.sides, saved, strict=True):
+            side.check(memory)
+        self._take_position(state)
+        for side, memory in zip(self.sides, saved, strict=True):
+            side.load(memory)
         self._mark = _checksum(self.get_extra_state()) if several_ranks() else 0
 
-    @abstractmethod
-    def _load(self, state: dict[str, Any]) -> None:
-        """Take over a memory of the right names: check it all, then change."""
+    def _take_position(self, state: dict[str, Any]) -> None:
+        """Take over the numbers of `_position`, or raise ValueError."""
+        self._calls = state["calls"]
 
     def extra_repr(self) -> str:
-        """Show size and temperature."""
+        """Show size and settings."""
         return f"num_samples={self.num_samples}, {super().extra_repr()}"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_emc2.config import Config
 from torch_emc2.data import Batch
+from torch_emc2.kernels import Metropolis
 from torch_emc2.losses import (
     ContrastiveLoss,
     DCLLoss,
@@ -38,10 +39,9 @@ def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
             return EMC2Loss(
                 num_samples,
                 config.temperature,
-                burn_in=own.burn_in,
+                kernel=own.kernel if own.burn_in is None else Metropolis(own.burn_in),
                 num_chains=own.num_chains,
                 carry=own.carry,
-                kernel=own.kernel,
                 seed=config.seed,
             )
         case "infonce":
@@ -113,7 +113,7 @@ class ContrastiveModule(L.LightningModule):
             return cast(Tensor, self.encoder(torch.cat([views.to(batch.first), company]))[: len(ids)])
 
         try:
-            loss: Tensor = self.loss(z1, z2, batch.index, encode)
+            loss: Tensor = self.loss(z1, z2, batch.index, encode=encode)
         except ValueError as error:
             broken = ~torch.stack([z1, z2]).isfinite().all(2).all(0)
             rows = f"; {self._samples(batch.index[broken])}" if broken.any() else ""

@@ -14,13 +14,56 @@ distributed. Everything stays in the log domain, where no temperature overflows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["MHResult", "Walk", "metropolis_hastings", "walk"]
+from torch_emc2.kernels.base import Draws, Kernel, Move, Visit
+
+__all__ = ["MHResult", "Metropolis", "Walk", "metropolis_hastings", "walk"]
+
+
+@dataclass(frozen=True)
+class Metropolis(Kernel):
+    """The paper's kernel: each chain walks over each set, from its carried state, one proposal after the other.
+
+    Weights are the shares of its counted steps that it spends at each.
+
+    Args:
+        burn_in: share of a walk's steps, the first ones, that are not counted, in [0, 1).
+    """
+
+    burn_in: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.burn_in < 1:
+            raise ValueError(f"burn_in must be in [0, 1), the share of steps left out; got {self.burn_in}")
+
+    def move(self, visit: Visit, draws: Draws) -> Move:
+        """Walk over all sets; see `Kernel.move`."""
+        rows, num_sets, num_proposals = visit.log_scores.shape
+        num_chains = visit.carried_score.shape[1]
+        log_scores = visit.log_scores.flatten(0, 1)
+        num_steps = (log_scores > -torch.inf).sum(1)
+        burnt = (self.burn_in * num_steps.double()).long()
+        done = walk(
+            log_scores,
+            visit.carried_score.repeat_interleave(num_sets, 0),
+            draws.exponential(num_sets, num_chains, num_proposals).flatten(0, 1),
+            burnt,
+        )
+        counted = (num_steps - burnt).view(rows, num_sets).sum(1, keepdim=True).to(log_scores.dtype)
+        by_set = rows, num_sets, num_chains
+        return Move(
+            weights=done.steps.view_as(visit.log_scores) / (num_chains * counted)[:, :, None],
+            carried_weights=done.carried_steps.view(by_set).sum(1) / counted,
+            state=done.state.view(by_set).gather(1, visit.keep_in[:, None])[:, 0],
+            kept_in=visit.keep_in,
+            acceptance=done.accepted / (num_steps.sum() * num_chains),
+        )
 
 
 class MHResult(NamedTuple):
@@ -89,36 +132,38 @@ def metropolis_hastings(
     return MHResult(state.masked_fill_(~moved, -1), torch.where(moved[:, -1], score[:, -1], entry_score))
 
 
-def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
+def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, burnt: Tensor) -> Walk:
     """Take several chains a row over its proposals, and count where they spend their steps.
 
     The chains are those of `metropolis_hastings`. On the CPU, where numba is installed, one compiled pass over memory
     takes the place of the scan's many; states and counts are the same.
 
     Args:
-        log_scores: (rows, N) log scores of the proposals, -inf for those that may not be accepted.
+        log_scores: (rows, N) log scores of the proposals, -inf where there is none, and so no step.
         carried_score: (rows, chains) log score of the state each chain comes in with.
         noise: (rows, chains, N) independent Exp(1) draws.
-        counted: (rows, N) bool, the steps that count.
+        burnt: (rows,) int64, the steps that do not count: that many first ones.
     """
     log_scores, carried_score, noise = log_scores.detach(), carried_score.detach(), noise.detach()
     if log_scores.device.type == "cpu" and (compiled := _compiled_walk()) is not None:
-        return Walk(*compiled(log_scores, carried_score, noise, counted))
-    return _walk_by_scan(log_scores, carried_score, noise, counted)
+        return Walk(*compiled(log_scores, carried_score, noise, burnt))
+    return _walk_by_scan(log_scores, carried_score, noise, burnt)
 
 
 @cache
 def _compiled_walk() -> Callable[..., tuple[Tensor, ...]] | None:
     """Import the compiled walk when it is first needed; None without numba, which is optional."""
     try:
-        from torch_emc2 import _compiled
+        from torch_emc2.kernels import _compiled_walk
     except ImportError:
         return None
-    return _compiled.walk
+    return _compiled_walk.walk
 
 
-def _walk_by_scan(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> Walk:
+def _walk_by_scan(log_scores: Tensor, carried_score: Tensor, noise: Tensor, burnt: Tensor) -> Walk:
     rows, num_chains, num_proposals = noise.shape
+    is_step = log_scores > -torch.inf
+    counted = is_step & (is_step.cumsum(1) > burnt[:, None])
     x, counts = (tensor.repeat_interleave(num_chains, 0) for tensor in (log_scores, counted))
     path, _ = metropolis_hastings(x, carried_score.flatten(), noise.flatten(0, 1))
     accepted = (path == torch.arange(num_proposals, device=path.device)).sum()

@@ -9,12 +9,45 @@ Cardoso et al. 2022).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Resampling", "resample"]
+from torch_emc2.kernels.base import Draws, Kernel, Move, Visit
+
+__all__ = ["Isir", "Resampling", "resample"]
+
+
+@dataclass(frozen=True)
+class Isir(Kernel):
+    """Each chain chooses among a set and its carried state by their softmax, which are the weights too.
+
+    Where the carried state is a proposal of one set, that is the set: the others, which lack it, would not be uniform
+    draws of what holds it.
+    """
+
+    def move(self, visit: Visit, draws: Draws) -> Move:
+        """Choose once in each set; see `Kernel.move`."""
+        rows, num_sets, _ = visit.log_scores.shape
+        num_chains = visit.carried_score.shape[1]
+        inside = visit.inside
+        candidates = inside | ~inside.any(1, keepdim=True)  # (rows, sets, chains): all sets, or the ones that hold it
+        count = candidates.sum(1, keepdim=True)
+        number = visit.keep_in[:, None] % count  # of a candidate: those are all, or so few that each is as good
+        kept_in = (candidates & (candidates.cumsum(1) == number + 1)).long().argmax(1)
+        # A sample's chains draw from different parts of (0, 1], in random order: each uniform, together well spread.
+        noise = draws.exponential(2, num_chains)
+        uniform = (noise[:, 0].neg().exp_() + noise[:, 1].argsort(-1)) / num_chains
+        done = resample(
+            visit.log_scores,
+            torch.where(inside, -torch.inf, visit.carried_score[:, None]),
+            candidates.to(visit.log_scores.dtype) / count,
+            kept_in,
+            uniform,
+        )
+        return Move(done.weights, done.carried_weights, done.state, kept_in, 1 - done.carried_weights.mean())
 
 
 class Resampling(NamedTuple):

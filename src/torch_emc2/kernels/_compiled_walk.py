@@ -26,7 +26,7 @@ def _compile(function: Callable[..., None]) -> Any:
 
 @_compile
 def _walk(
-    log_scores: Any, carried_score: Any, noise: Any, counted: Any,
+    log_scores: Any, carried_score: Any, noise: Any, burnt: Any,
     steps: Any, carried_steps: Any, state: Any, accepted: Any,
 ) -> None:  # fmt: skip
     total, num_proposals = noise.shape
@@ -60,11 +60,11 @@ def _walk(
             row = chain // num_chains
             num = (num_a, num_b, num_c, num_d)[lane]
             if chain % num_chains == 0:  # the first chain of its row; the clock is that of all
-                before = 0
+                step = -burnt[row]
                 for k in range(num_proposals):
-                    clock[k] = before
-                    before += counted[row, k]
-                clock[num_proposals] = before
+                    clock[k] = max(step, 0)
+                    step += log_scores[row, k] > -np.inf
+                clock[num_proposals] = step
             accepted_at[lane, num] = num_proposals
             carried_steps[chain] = clock[accepted_at[lane, 0]]
             for i in range(num):
@@ -74,8 +74,8 @@ def _walk(
             accepted[0] += num
 
 
-def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tensor) -> tuple[Tensor, ...]:
-    """The fields of `torch_emc2.metropolis.Walk`, whose arguments these are, on the CPU."""
+def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, burnt: Tensor) -> tuple[Tensor, ...]:
+    """The fields of `torch_emc2.kernels.metropolis.Walk`, whose arguments these are, on the CPU."""
     log_scores, carried_score = log_scores.contiguous(), carried_score.contiguous()
     steps, carried_steps = torch.zeros_like(log_scores), torch.zeros_like(carried_score)
     state, accepted = torch.empty(carried_score.shape, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
@@ -83,7 +83,7 @@ def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, counted: Tens
         log_scores.numpy(),
         carried_score.view(-1).numpy(),
         noise.flatten(0, 1).numpy(),
-        counted.contiguous().numpy(),
+        burnt.numpy(),
         steps.numpy(),
         carried_steps.view(-1).numpy(),
         state.view(-1).numpy(),

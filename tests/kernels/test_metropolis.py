@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_emc2 import metropolis
-from torch_emc2.metropolis import _walk_by_scan, metropolis_hastings, walk
+from torch_emc2.kernels.metropolis import _walk_by_scan, metropolis_hastings, walk
 
 
 def loop(log_scores: Tensor, entry_score: Tensor, noise: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def test_walks_take_scores_with_a_gradient() -> None:
 
 def test_compiles_where_no_folder_may_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     caching = pytest.importorskip("numba.core.caching")
-    from torch_emc2 import _compiled
+    from torch_emc2.kernels import _compiled_walk as _compiled
 
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])  # numba's way to look for a place
     monkeypatch.setattr(_compiled, "_walk", _compiled._compile(_compiled._walk.py_func))

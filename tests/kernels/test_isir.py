@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_emc2.isir import resample
+from torch_emc2.kernels.isir import resample
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,0 +1,99 @@
+"""How a loss may be called, and calls back: the caller's ``encode``, and what a call cannot be part of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from torch_emc2.unit import unit_vectors
+from torch_emc2.validation import Towers
+
+__all__ = ["CheckedEncode", "DifferentiableOnce", "Encode", "checked_encoders", "keep_out_of_graphs", "refuse_tracing"]
+
+Encode = Callable[[Tensor], Tensor]
+"""``encode(ids)``: embeddings (k, d) of the samples (or views) ``ids`` (k,) with today's weights, with gradient.
+
+All ranks call it equally often, with different ids: one that has none to encode where another has is given one of its
+own samples', which then weighs nothing. So it may call a module that `fully_shard` has split among the ranks. Under DDP
+it must call the wrapped module itself (``ddp.module``): the wrapper counts on one forward pass a step.
+"""
+
+
+class CheckedEncode(Protocol):
+    """The caller's ``encode`` as estimators get it: under the caller's autocast, giving finite unit vectors."""
+
+    def __call__(self, ids: Tensor, *, gradient: bool = True) -> Tensor:
+        """Embed ``ids`` (k,): (k, d), with gradient where the caller's mode and ``gradient`` allow it."""
+
+
+def checked_encoders(
+    encode: Encode | tuple[Encode | None, Encode | None] | None, x: Tensor, towers: Towers
+) -> tuple[CheckedEncode | None, CheckedEncode | None]:
+    """Return what encodes ids of either side."""
+    if towers == 2 and encode is not None:
+        if not isinstance(encode, tuple) or len(encode) != 2:
+            raise TypeError(f"with towers=2 encode must be a pair (encode_x, encode_y), got {encode!r}")
+        of_x, of_y = encode
+        return None if of_x is None else _checked(of_x, x), None if of_y is None else _checked(of_y, x)
+    if isinstance(encode, tuple):
+        raise TypeError("encode must be one function of ids; a pair is for towers=2")
+    return None if encode is None else _checked(encode, x), None
+
+
+def _checked(encode: Encode, x: Tensor) -> CheckedEncode:
+    """Run a caller's ``encode`` under the caller's autocast and gradient modes; finite unit vectors (k, d)."""
+    device, grad = x.device.type, torch.is_grad_enabled()
+    autocast, autocast_dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def encode_unit(ids: Tensor, *, gradient: bool = True) -> Tensor:
+        with torch.set_grad_enabled(grad and gradient):
+            with torch.autocast(device, dtype=autocast_dtype, enabled=autocast):
+                embeddings = encode(ids)
+            expected = len(ids), x.shape[-1]
+            if embeddings.shape != expected:
+                raise ValueError(f"encode must return {expected} for {len(ids)} ids, got {tuple(embeddings.shape)}")
+            embeddings = embeddings.to(torch.promote_types(x.dtype, torch.float32))
+            return unit_vectors(embeddings, lambda row: f"encode({int(ids[row])})")
+
+    return encode_unit
+
+
+@cache
+def keep_out_of_graphs(loss: type[nn.Module]) -> None:
+    """Let a compiled step call losses as they are. At the first of them: this imports the compiler, for seconds."""
+    reason = "a loss and its memory are no part of a graph: compile without fullgraph=True, or the encoder alone"
+    loss.forward = torch.compiler.disable(loss.forward, reason=reason)  # type: ignore
+
+
+def refuse_tracing(loss: nn.Module) -> None:
+    """Raise RuntimeError where a call would have no lasting effect, or one on a copy."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "a loss cannot be transformed by torch.func (grad, vmap, …): take its gradient with loss.backward() or "
+            "torch.autograd.grad; no state has changed"
+        )
+    if getattr(loss, "_is_replica", False):
+        raise RuntimeError(
+            "a loss cannot be part of what nn.DataParallel copies to each device: wrap the encoder alone, or use "
+            "DistributedDataParallel; no state has changed"
+        )
+
+
+class DifferentiableOnce(torch.autograd.Function):
+    """The weights are constants: a second derivative would be wrong, not missing."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        """Pass the loss on."""
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Pass its gradient on, once."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("the loss can be differentiated once: take its gradient without create_graph=True")
+        return gradients[0]

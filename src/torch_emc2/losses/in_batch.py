@@ -1,0 +1,83 @@
+"""The losses whose negatives are the batch's alone: InfoNCE, and DCL, which leaves the positive out."""
+
+from __future__ import annotations
+
+import torch
+
+from torch_emc2.batch import Directions
+from torch_emc2.geometry import Contrast
+from torch_emc2.losses.base import ContrastiveLoss
+from torch_emc2.losses.calling import CheckedEncode
+from torch_emc2.losses.settings import NumSamples, PositiveWeight
+from torch_emc2.losses.weighting import Scores, Weights
+from torch_emc2.temperature import Temperature
+from torch_emc2.validation import Towers
+
+__all__ = ["DCLLoss", "InfoNCELoss"]
+
+
+class InfoNCELoss(ContrastiveLoss):
+    """Cross entropy of the positive against the batch (van den Oord et al. 2018; NT-Xent in Chen et al. 2020; CLIP).
+
+    Weights: softmax over negatives and positive, ``-β s_pos + log(κ exp(β s_pos) + Σ_j exp(β s_j))``.
+
+    Args:
+        temperature: 1 / β, or a `Temperature`, which is learnt.
+        positive_weight: κ, or ``"global"``; see `ContrastiveLoss`.
+        num_samples: size of the data set, for ``"global"``.
+        towers: 1 or 2; see `ContrastiveLoss`.
+        directions: of two towers.
+
+    Example::
+
+        >>> loss_fn = InfoNCELoss(temperature=0.07)
+        >>> loss = loss_fn(torch.randn(8, 128), torch.randn(8, 128))
+    """
+
+    def __init__(
+        self,
+        temperature: float | Temperature = 0.07,
+        *,
+        positive_weight: PositiveWeight = 1.0,
+        num_samples: NumSamples = None,
+        towers: Towers = 1,
+        directions: Directions = "both",
+    ) -> None:
+        super().__init__(
+            temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
+        )
+
+    def _weigh(self, contrast: Contrast, scores: Scores, encode: CheckedEncode | None) -> Weights:
+        log_total = torch.logaddexp(scores.log_mass, scores.log_positive)
+        return Weights(
+            negatives=scores.logits.sub_(log_total[:, None]).exp_(),
+            positive=(scores.log_positive - log_total).exp(),
+            value=log_total - scores.positive.mean,
+        )
+
+
+class DCLLoss(InfoNCELoss):
+    """``-β s_pos + log Σ_j exp(β s_j)`` over the batch's negatives (Yeh et al. 2022, without its von Mises weights).
+
+    Weights: softmax over the negatives: `InfoNCELoss` with κ = 0.
+
+    Args:
+        temperature: 1 / β, or a `Temperature`, which is learnt.
+        positive_weight: κ, or ``"global"``; see `ContrastiveLoss`.
+        num_samples: size of the data set, for ``"global"``.
+        towers: 1 or 2; see `ContrastiveLoss`.
+        directions: of two towers.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Temperature = 0.07,
+        *,
+        positive_weight: PositiveWeight = 0.0,
+        num_samples: NumSamples = None,
+        towers: Towers = 1,
+        directions: Directions = "both",
+    ) -> None:
+        super().__init__(
+            temperature, positive_weight=positive_weight, num_samples=num_samples, towers=towers, directions=directions
+        )

@@ -1,0 +1,160 @@
+"""What a loss may be called with: one rank's batch, valid and normalised, or an error that names what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_emc2.unit import unit_vectors
+
+__all__ = ["Inputs", "Towers", "unique_ids", "validate_inputs", "validate_range"]
+
+Towers = Literal[1, 2]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one rank gives to a call.
+
+    Attributes:
+        size: samples b.
+        views: of a sample on each side.
+        vectors: of each side (views · b, d) unit vectors, view by view.
+        ids: of each side (b,) or (b, views) int64, or None.
+        hard: hard negatives, (k, d) unit vectors for all rows or (b, k, d) a sample, or None.
+        hard_ids: (k,) or (b, k) int64, -1 where they have none; or None.
+        same: (b, b) bool, or None.
+        labels: (b,) int64, or None.
+    """
+
+    size: int
+    views: int
+    vectors: tuple[Tensor, ...]
+    ids: tuple[Tensor | None, ...]
+    hard: Tensor | None = None
+    hard_ids: Tensor | None = None
+    same: Tensor | None = None
+    labels: Tensor | None = None
+
+
+def validate_inputs(
+    x: Tensor,
+    y: Tensor | None,
+    index: Tensor | None,
+    y_index: Tensor | None = None,
+    hard: Tensor | None = None,
+    hard_index: Tensor | None = None,
+    same: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    towers: Towers = 1,
+    needs_index: bool = False,
+) -> Inputs:
+    """Validate one rank's arguments of a call (`ContrastiveLoss.forward` says what they are), and normalise embeddings.
+
+    Raises:
+        ValueError, TypeError: one cannot be used.
+    """
+    if index is None and needs_index:
+        raise ValueError("this loss needs index, the ids of the batch's samples: loss(x, y, index)")
+    _validate_views(x, y, towers)
+    if y is None:
+        size, views, dim = x.shape
+        z = unit_vectors(x.transpose(0, 1).flatten(0, 1), lambda row: f"x[{row % size}, {row // size}]")
+        vectors: tuple[Tensor, ...] = (z,)
+    else:
+        (size, dim), views = x.shape, 3 - towers
+        z = unit_vectors(torch.cat([x, y]), lambda row: f"{'xy'[row // size]}[{row % size}]")
+        vectors = (z,) if towers == 1 else torch.split(z, size)
+    if index is not None:
+        index = _validate_index("index", index, size, views).to(x.device)
+    if y_index is not None and towers == 1:
+        raise ValueError("y_index is for towers=2; with towers=1 give index (b, views), an id a view")
+    if y_index is not None:
+        y_index = _validate_index("y_index", y_index, size, views).to(x.device)
+    hard_ids = None
+    if hard is not None:
+        hard, hard_ids = _validate_hard(hard, hard_index, size, dim, x)
+    elif hard_index is not None:
+        raise ValueError("hard_index without hard: give the hard negatives' embeddings too")
+    if same is not None:
+        if same.shape != (size, size) or same.dtype != torch.bool:
+            raise ValueError(f"same must be ({size}, {size}) bool, got {tuple(same.shape)} {same.dtype}")
+        same = same.to(x.device)
+    if labels is not None:
+        _validate_integers("labels", labels)
+        if labels.shape != (size,):
+            raise ValueError(f"labels must be ({size},), one a sample, got {tuple(labels.shape)}")
+        labels = labels.to(x.device, torch.int64)
+    ids = (index,) if towers == 1 else (index, index if y_index is None else y_index)
+    return Inputs(size, views, vectors, ids, hard, hard_ids, same, labels)
+
+
+def unique_ids(ids: Tensor, num_samples: int | None) -> Tensor:
+    """Validate ids of any shape, as a loss is called with, and return the different ones (k,), int64."""
+    _validate_integers("index", ids)
+    ids = torch.unique(ids.to(torch.int64))
+    if len(ids):
+        validate_range("index", ids, num_samples)
+    return ids
+
+
+def validate_range(name: str, ordered: Tensor, num_samples: int | None) -> None:
+    """Raise IndexError where one of some ordered ids (n,), n >= 1, cannot be one of ``num_samples``, or of any."""
+    if num_samples is None:
+        if (ordered == -1).any():
+            raise IndexError(f"{name} -1 is reserved, it marks an empty chain: number that sample otherwise")
+        return
+    low, high = int(ordered[0]), int(ordered[-1])
+    if low < 0 or high >= num_samples:
+        raise IndexError(
+            f"{name} must be at least 0 and below num_samples={num_samples}, got {low if low < 0 else high}"
+        )
+
+
+def _validate_views(x: Tensor, y: Tensor | None, towers: Towers) -> None:
+    if y is None:
+        if towers == 2:
+            raise ValueError("towers=2 needs both sides: loss(x, y, index)")
+        if x.ndim != 3 or x.shape[1] < 2:
+            raise ValueError(f"x without y must be (b, views, d) with 2 views or more, got {tuple(x.shape)}")
+    elif x.ndim != 2 or x.shape != y.shape:
+        raise ValueError(f"x and y must both be (b, d), got {tuple(x.shape)} and {tuple(y.shape)}")
+    y = x if y is None else y
+    if not x.is_floating_point() or x.dtype != y.dtype:
+        raise TypeError(f"x and y must share a floating-point dtype, got {x.dtype} and {y.dtype}")
+
+
+def _validate_index(name: str, index: Tensor, size: int, views: int) -> Tensor:
+    _validate_integers(name, index)
+    if index.shape != (size,) and (views == 1 or index.shape != (size, views)):
+        by_view = "" if views == 1 else f", or ({size}, {views}) with an id a view"
+        raise ValueError(f"{name} must be ({size},){by_view}, got {tuple(index.shape)}")
+    return index.to(torch.int64)
+
+
+def _validate_hard(hard: Tensor, index: Tensor | None, size: int, dim: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    if hard.ndim not in (2, 3) or hard.shape[-1] != dim or (hard.ndim == 3 and len(hard) != size):
+        raise ValueError(f"hard must be (k, {dim}), for all rows, or ({size}, k, {dim}), got {tuple(hard.shape)}")
+    if hard.dtype != x.dtype:
+        raise TypeError(f"hard must have the dtype of x, {x.dtype}, got {hard.dtype}")
+    shape = hard.shape[:-1]
+    if index is None:
+        ids = torch.full(shape, -1, device=x.device)
+    else:
+        _validate_integers("hard_index", index)
+        if index.shape != shape:
+            raise ValueError(f"hard_index must be {tuple(shape)}, an id each, got {tuple(index.shape)}")
+        ids = index.to(x.device, torch.int64)
+    of_sample = lambda row: f"hard[{row}]" if hard.ndim == 2 else f"hard[{row // shape[1]}, {row % shape[1]}]"  # noqa: E731
+    return unit_vectors(hard.reshape(-1, dim), of_sample).view(*shape, dim), ids
+
+
+def _validate_integers(name: str, index: object) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {type(index).__name__}")
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {index.dtype}")
