@@ -31,7 +31,7 @@ def main() -> None:
     print(f"torch {torch.__version__}; {args.runs} runs of {args.epochs} epochs after 20 of mixing")
     for batch_size in args.batch_sizes:
         errors = {
-            name: gradient_error(make_loss, z, batch_size, epochs=args.epochs, runs=args.runs)
+            name: gradient_error(make_loss, z, TEMPERATURE, batch_size, epochs=args.epochs, runs=args.runs)
             for name, make_loss in estimators(len(z), TEMPERATURE).items()
         }
         print(f"\nb = {batch_size}\n\n{error_table(errors)}", flush=True)

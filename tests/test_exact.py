@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_emc2.exact import Directions, global_backward, global_contrastive_loss, two_tower_loss
+from torch_emc2.batch import Directions
+from torch_emc2.exact import global_backward, global_contrastive_loss, two_tower_loss
 
 
 def dense(z: Tensor, temperature: float | Tensor, positive_mass: float) -> Tensor:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from torch_emc2.batch import Directions
 from torch_emc2.temperature import require_temperature
 from torch_emc2.unit import unit_vectors
 
 __all__ = ["global_backward", "global_contrastive_loss", "two_tower_loss"]
-
-Directions = Literal["both", "x->y", "y->x"]
 
 
 def global_contrastive_loss(

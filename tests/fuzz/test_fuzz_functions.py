@@ -125,7 +125,7 @@ def test_gradient_error(samples: int, dim: int, batch_size: int, ids: str, epoch
     error, _ = refusal(
         "diagnostics",
         lambda: gradient_error(
-            lambda seed: InfoNCELoss(), z, batch_size, ids=ids, epochs=epochs, mixing_epochs=1, runs=runs
+            lambda seed: InfoNCELoss(), z, 0.07, batch_size, ids=ids, epochs=epochs, mixing_epochs=1, runs=runs
         ),
     )
     assert error is None or torch.isfinite(torch.tensor([error.one_epoch, error.squared_bias])).all()
