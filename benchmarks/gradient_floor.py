@@ -18,8 +18,8 @@ from torch import Tensor
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
 from torch_emc2.diagnostics import clustered_embeddings
 from torch_emc2.exact import global_contrastive_loss
-from torch_emc2.losses import ContrastiveLoss
 from torch_emc2.kernels import Metropolis
+from torch_emc2.losses import ContrastiveLoss
 
 TEMPERATURE = 0.2
 SAMPLES = 64

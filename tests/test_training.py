@@ -216,9 +216,9 @@ def test_similarities_are_float32_under_bf16(tiny: Config, monkeypatch: pytest.M
     seen = []
     weigh = EMC2Loss._weigh
 
-    def spy(self: EMC2Loss, pairs: Any, logits: Tensor, *args: Any) -> Any:
-        seen.append((pairs.rows.dtype, logits.dtype))
-        return weigh(self, pairs, logits, *args)
+    def spy(self: EMC2Loss, contrast: Any, scores: Any, *args: Any) -> Any:
+        seen.append((contrast.rows.dtype, scores.logits.dtype))
+        return weigh(self, contrast, scores, *args)
 
     monkeypatch.setattr(EMC2Loss, "_weigh", spy)
     run = train(replace(tiny, precision="bf16-mixed"))
@@ -290,7 +290,7 @@ def test_a_step_that_is_not_finite_stops_the_run(
     (line,) = capsys.readouterr().err.strip().splitlines()
     named = ", ".join(map(str, ids))
     if where == "embedding":
-        assert line.startswith("emc2: error: step 6: z1[3] is not finite")
+        assert line.startswith("emc2: error: step 6: x[3] is not finite")
         assert line.endswith(f"samples {ids[3]}")
     else:
         assert line.startswith(f"emc2: error: step 6: the {where} is not finite (loss ")

@@ -49,7 +49,7 @@ class _Side(NamedTuple):
 
 
 class _Hard(NamedTuple):
-    """Hard negatives: those of all rows (K, d) and (K,), of all ranks; those of a sample (local, k, d) and (local, k)."""
+    """Hard negatives: for all rows (of all ranks), (K, d) and (K,); those of a sample, (local, k, d) and (local, k)."""
 
     shared: Tensor
     shared_ids: Tensor
@@ -137,7 +137,8 @@ def _agree(
             "dimension d": inputs.vectors[0].shape[1],
             "views": inputs.views,
             "bytes a number of float": inputs.vectors[0].element_size(),
-            "dimensions of index": [None if ids is None else ids.ndim for ids in inputs.ids],
+            "dimensions of index": None if inputs.ids[0] is None else inputs.ids[0].ndim,
+            "y_index": inputs.ids[-1] is not None,
             "kind of hard negatives": None if hard is None else hard.ndim,
             "hard negatives a sample": None if hard is None or hard.ndim == 2 else hard.shape[1],
             "labels": inputs.labels is not None,

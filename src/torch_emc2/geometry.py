@@ -124,7 +124,7 @@ class Contrast:
 
     @cached_property
     def chain_ids(self) -> Tensor:
-        """(size,) ids of the whole batch's samples where their rows share them, else (row views · size,) of the rows."""
+        """(size,) ids of the batch's samples where their rows share them, else (row views · size,) of the rows."""
         return _flat(self.anchor_ids)
 
     @cached_property

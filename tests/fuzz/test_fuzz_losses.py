@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, cached_backward
+from torch_emc2.kernels import Isir, Metropolis
 
 M = 12
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -36,10 +37,10 @@ def losses(draw: st.DrawFn) -> Any:
             lambda: NegativeCacheLoss(num_samples, num_chains, temperature, refresh_fraction=burn_in),
             *(
                 lambda carry=carry, kernel=kernel: EMC2Loss(
-                    num_samples, temperature, burn_in=burn_in, num_chains=num_chains, carry=carry, kernel=kernel
+                    num_samples, temperature, kernel=kernel(), num_chains=num_chains, carry=carry
                 )
                 for carry in ("encode", "encode_if_used", "cache", "drop")
-                for kernel in ("metropolis", "isir")
+                for kernel in (lambda: Metropolis(burn_in), Isir)
             ),
         ])
     )  # fmt: skip

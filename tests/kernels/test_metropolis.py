@@ -67,26 +67,32 @@ def test_scan_equals_loop_at_the_size_of_a_large_batch() -> None:
 def test_walks_count_the_steps_of_the_loop(
     by: str, problem: tuple[Tensor, Tensor, Tensor, Tensor], num_chains: int, seed: int
 ) -> None:
-    log_scores, entry, _, counted = problem
+    log_scores, entry, _, valid = problem
+    log_scores = log_scores.masked_fill(~valid, -torch.inf)
     generator = torch.Generator().manual_seed(seed)
+    burnt = ((log_scores > -torch.inf).sum(1) * torch.rand(len(entry), generator=generator)).long()
     carried_score = entry[:, None] * torch.arange(1, num_chains + 1)
     noise = torch.empty(len(entry), num_chains, log_scores.shape[1], dtype=entry.dtype)
     noise.exponential_(generator=generator)
 
-    result = (walk if by == "walk" else _walk_by_scan)(log_scores, carried_score, noise, counted)
+    result = (walk if by == "walk" else _walk_by_scan)(log_scores, carried_score, noise, burnt)
 
     steps, carried_steps, all_accepted = torch.zeros_like(log_scores), torch.zeros_like(carried_score), 0
     for row in range(len(entry)):
         for chain in range(num_chains):
-            at, score = -1, carried_score[row, chain]
+            at, score, step = -1, carried_score[row, chain], 0
             for k in range(log_scores.shape[1]):
+                if log_scores[row, k] == -torch.inf:
+                    continue
                 if log_scores[row, k] + noise[row, chain, k] > score:
                     at, score = k, log_scores[row, k]
                     all_accepted += 1
+                counted = step >= burnt[row]
                 if at < 0:
-                    carried_steps[row, chain] += counted[row, k]
+                    carried_steps[row, chain] += counted
                 else:
-                    steps[row, at] += counted[row, k]
+                    steps[row, at] += counted
+                step += 1
             assert result.state[row, chain] == at
     assert torch.equal(result.steps, steps)
     assert torch.equal(result.carried_steps, carried_steps)
@@ -102,7 +108,7 @@ def test_the_compiled_walk_is_the_one_under_test() -> None:
 def test_walks_take_scores_with_a_gradient() -> None:
     x = torch.zeros(2, 3, requires_grad=True)
     carried_score, noise = torch.zeros(2, 1, requires_grad=True), torch.ones(2, 1, 3)
-    result = walk(x, carried_score, noise, torch.ones(2, 3, dtype=torch.bool))
+    result = walk(x, carried_score, noise, torch.zeros(2, dtype=torch.int64))
     assert not result.steps.requires_grad
     assert result.steps.tolist() == [[1, 1, 1], [1, 1, 1]]
 
@@ -114,7 +120,7 @@ def test_compiles_where_no_folder_may_be_written(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])  # numba's way to look for a place
     monkeypatch.setattr(_compiled, "_walk", _compiled._compile(_compiled._walk.py_func))
     x, noise = torch.tensor([[0.0, 2.0, 1.0]]), torch.full((1, 1, 3), 0.1)
-    result = walk(x, torch.ones(1, 1), noise, torch.ones(1, 3, dtype=torch.bool))
+    result = walk(x, torch.ones(1, 1), noise, torch.zeros(1, dtype=torch.int64))
     assert result.state.tolist() == [[1]]
 
 

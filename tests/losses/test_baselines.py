@@ -124,7 +124,7 @@ def test_negative_cache_equals_a_dictionary_of_embeddings(own_ids: int, with_enc
         loss = loss_fn(z1, z2, ids, encode=table.__getitem__ if with_encode else None)
         if with_encode:
             # Of entries equally old any may be taken: follow the loss's choice, and check that it is one of the oldest.
-            now = loss_fn._written.data
+            now = loss_fn.sides[0].written.data
             count = math.ceil(fraction * entries)
             assert {i for i in range(entries) if now[i] < -1} == set(range(entries)) - set(written)
             refreshed = [i for i in written if int(now[i]) == step and written[i] != step]
@@ -144,7 +144,9 @@ def test_negative_cache_equals_a_dictionary_of_embeddings(own_ids: int, with_enc
             w_pos = float(positive.detach().exp() / (positive.detach().exp() + scores.exp().sum()))
             met = F.normalize(table[drawn], dim=0) if with_encode else cache[drawn].float().double()
             surrogate.append((1 - w_pos) * (z[row] @ met / temperature - positive))
-            values.append(float(negatives.detach().exp().mean().log() - positive.detach()))
+            in_data = entries - 2 if own_ids else 2 * (M - 1)
+            mass = negatives.detach().exp().mean() + positive.detach().exp() / in_data
+            values.append(float(mass.log() - positive.detach()))
         mean = torch.stack(surrogate).mean()
         expected = mean - mean.detach() + sum(values) / len(values)
         inputs = (z1, z2, table) if with_encode else (z1, z2)
@@ -201,8 +203,8 @@ def test_negative_cache_refreshes_its_share_rounded_up(fraction: float, count: i
 
 def test_negative_cache_draws_the_nearest_where_all_noise_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draw of exactly zero is rare and comes; the row's own entry, the nearest of all, must not win by it."""
-    zeros = lambda pairs, shape, *_: pairs.rows.new_zeros(2, B, *shape)  # noqa: E731
-    monkeypatch.setattr("torch_emc2.losses.negative_cache.exponential_noise", zeros)
+    zeros = lambda _, *shape: torch.zeros(2 * B, *shape, dtype=torch.float64)  # noqa: E731
+    monkeypatch.setattr("torch_emc2.losses.draws.BatchDraws.exponential", zeros)
     loss_fn = NegativeCacheLoss(M, D, refresh_fraction=0)
     z1, z2 = views(0)
     loss = loss_fn(z1, z2, torch.arange(B))
@@ -240,7 +242,7 @@ def test_negative_cache_names_another_dimension() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_negative_cache_on_another_device_than_the_batch() -> None:
     loss_fn, other = NegativeCacheLoss(M, D), NegativeCacheLoss(M, D)
-    for table in (loss_fn._embeddings, loss_fn._written):
+    for table in (loss_fn.sides[0].embeddings, loss_fn.sides[0].written):
         table.share_memory()
     for step in range(3):
         z1, z2 = (z.detach().cuda() for z in views(step))
@@ -285,10 +287,10 @@ def test_where_there_is_no_room_for_new_samples_nothing_changes(monkeypatch: pyt
     def fail(*_: object) -> None:
         raise RuntimeError("no memory")
 
-    for loss_fn, table in ((SogCLRLoss(None), "_log_u"), (EMC2Loss(None), "_embeddings")):
+    for loss_fn, table in ((SogCLRLoss(None), "log_u"), (EMC2Loss(None), "embeddings")):
         loss_fn(*views(0), torch.arange(B))
         before = copy.deepcopy(loss_fn.state_dict())
-        monkeypatch.setattr(getattr(loss_fn, table), "make_room", fail)
+        monkeypatch.setattr(getattr(loss_fn.sides[0], table), "make_room", fail)
         with pytest.raises(RuntimeError, match="no memory"):
             loss_fn(*views(1), torch.arange(B) + 3)
         torch.testing.assert_close(loss_fn.state_dict(), before, rtol=0, atol=0)

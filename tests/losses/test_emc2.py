@@ -1,6 +1,7 @@
 """EMC² against a slow version with a dictionary of chains and one step after the other."""
 
 import copy
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -14,11 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torch_emc2 import EMC2Loss
+from torch_emc2.batch import gather_batch
+from torch_emc2.geometry import Contrast
+from torch_emc2.kernels import Draws as KernelDraws
+from torch_emc2.kernels import Isir, Metropolis, Move, Visit
+from torch_emc2.losses.draws import BatchDraws
 from torch_emc2.losses.emc2 import Carry
-from torch_emc2.losses.noise import exponential_noise
-from torch_emc2.pairs import make_pairs
 from torch_emc2.seeds import mix_seed
-from torch_emc2.kernels import Metropolis
+from torch_emc2.validation import validate_inputs
 
 M, B, D = 24, 5, 6
 POLICIES = ("encode", "encode_if_used", "cache", "drop")
@@ -155,9 +159,10 @@ def test_equals_the_slow_version(carry: str, num_chains: int, own_chains: bool, 
     ids = fast.chains.ids.data
     assert {(i, c): int(ids[i, c]) for i, c in slow.chains} == {key: end for key, (end, _) in slow.chains.items()}
     assert int((ids >= 0).sum()) == len(slow.chains)
-    similarities = fast.chains.similarities.data
-    for (i, c), (_, similarity) in slow.chains.items():
-        assert float(similarities[i, c]) == pytest.approx(similarity, rel=1e-6)
+    assert (fast.chains.similarities is None) == (carry in ("encode", "cache"))
+    if fast.chains.similarities is not None:
+        for (i, c), (_, similarity) in slow.chains.items():
+            assert float(fast.chains.similarities.data[i, c]) == pytest.approx(similarity, rel=1e-6)
 
 
 @pytest.mark.parametrize("own_chains", [False, True])
@@ -187,21 +192,20 @@ def test_encode_if_used_is_asked_for_what_is_used_alone(own_chains: bool) -> Non
 @pytest.mark.parametrize("kernel", ["metropolis", "isir"])
 @pytest.mark.parametrize("carry", POLICIES)
 def test_shares_of_a_row_sum_to_one(
-    carry: Carry, kernel: Kernel, own_chains: bool, monkeypatch: pytest.MonkeyPatch
+    carry: Carry, kernel: str, own_chains: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss_fn = EMC2Loss(2 * M, 0.1, num_chains=2, carry=carry, kernel=kernel)
-    shares = []
-    name = "_walk" if kernel == "metropolis" else "_resample"
-    move = getattr(loss_fn, name)
+    shares, move = [], type(loss_fn.kernel).move
 
-    def spy(pairs: Any, logits: Tensor, *args: Any) -> Any:
-        in_sets, at_carried, end = move(pairs, logits, *args)
-        shares.append((logits == -torch.inf, in_sets.clone(), at_carried.clone()))
-        return in_sets, at_carried, end
+    def spy(self: Metropolis | Isir, visit: Visit, draws: KernelDraws) -> Move:
+        moved = move(self, visit, draws)  # type: ignore[arg-type]
+        shares.append((visit.log_scores == -torch.inf, moved.weights, moved.carried_weights))
+        return moved
 
-    monkeypatch.setattr(loss_fn, name, spy)
+    monkeypatch.setattr(type(loss_fn.kernel), "move", spy)
     for z1, z2, index in batches(10, own_chains, seed=0):
         loss_fn(z1, z2, index, encode=lambda ids: torch.randn(len(ids), D, dtype=torch.float64))
+    assert len(shares) == 10
     for own, in_sets, at_carried in shares:
         total = in_sets.sum((1, 2)) + at_carried.sum(1) / 2
         torch.testing.assert_close(total, torch.ones(2 * B, dtype=torch.float64))
@@ -280,7 +284,8 @@ def test_isir_equals_the_slow_version(num_chains: int, carry: Carry, own_chains:
         assert float(fast.last["carried_share"]) == pytest.approx(1 - slow.acceptance, rel=1e-6, abs=1e-12)
         for (i, c), (end, similarity) in slow.chains.items():
             assert int(fast.chains.ids.data[i, c]) == end
-            assert float(fast.chains.similarities.data[i, c]) == pytest.approx(similarity, rel=1e-6)
+            if fast.chains.similarities is not None:
+                assert float(fast.chains.similarities.data[i, c]) == pytest.approx(similarity, rel=1e-6)
 
 
 def test_a_stale_score_does_not_hold_its_chain() -> None:
@@ -295,9 +300,8 @@ def test_a_stale_score_does_not_hold_its_chain() -> None:
     torch.testing.assert_close(loss_fn.chains.similarities.data[:B, 0], fresh)
 
 
-@pytest.mark.parametrize("saved", ["encode", "drop"])
-def test_chains_without_embeddings_are_no_cache(saved: Carry) -> None:
-    first, cache = EMC2Loss(M, carry=saved), EMC2Loss(M, carry="cache")
+def test_chains_without_embeddings_are_no_cache() -> None:
+    first, cache = EMC2Loss(M, carry="encode"), EMC2Loss(M, carry="cache")
     cache.load_state_dict(first.state_dict())  # none yet, and so no chain
     z1, z2, index = batches(1, own_chains=False, seed=0)[0]
     first(z1, z2, index, encode=lambda ids: torch.randn(len(ids), D))
@@ -323,13 +327,13 @@ def test_a_batch_of_another_width_changes_nothing() -> None:
     loss_fn = EMC2Loss(M)
     loss_fn(*torch.randn(2, B, D), torch.arange(B))
     before = loss_fn.chains.ids.data.clone()
-    with pytest.raises(ValueError, match=rf"z1 and z2 must be \(b, {D}\) as the cached"):
+    with pytest.raises(ValueError, match=rf"x and y must be \(b, {D}\) as the cached"):
         loss_fn(*torch.randn(2, B, D + 1), torch.arange(B))
     assert torch.equal(loss_fn.chains.ids.data, before)
 
 
 @pytest.mark.parametrize(("kernel", "temperature"), [("metropolis", 0.2), ("isir", 1.0)])
-def test_noise_goes_on_with_the_calls_and_starts_with_the_seed(kernel: Kernel, temperature: float) -> None:
+def test_noise_goes_on_with_the_calls_and_starts_with_the_seed(kernel: str, temperature: float) -> None:
     z, index, ends = torch.randn(2, B, D, generator=torch.Generator().manual_seed(0)), torch.arange(B), []
     for seed, calls in ((0, 0), (0, 1), (1, 0)):
         loss_fn = EMC2Loss(M, temperature, kernel=kernel, num_chains=20)
@@ -358,7 +362,7 @@ def test_acceptance_and_carried_share_are_those_of_the_slow_walk() -> None:
 @pytest.mark.parametrize("kernel", ["metropolis", "isir"])
 @pytest.mark.parametrize("carry", POLICIES)
 @pytest.mark.parametrize("own_chains", [False, True])
-def test_keys_equal_a_fixed_table(own_chains: bool, carry: Carry, kernel: Kernel, key: int, tmp_path: Path) -> None:
+def test_keys_equal_a_fixed_table(own_chains: bool, carry: Carry, kernel: str, key: int, tmp_path: Path) -> None:
     """Bit for bit, with samples forgotten and the state saved on the way."""
     key_of = torch.arange(2 * M) * key  # wraps
     id_of = {each: i for i, each in enumerate(key_of.tolist())}
@@ -387,11 +391,12 @@ def test_keys_equal_a_fixed_table(own_chains: bool, carry: Carry, kernel: Kernel
     ids = torch.tensor([id_of[each] for each in state["keys"].tolist()])
     carried = fixed.chains.ids.data[ids].long()
     assert torch.equal(state["chains"]["ids"], torch.where(carried < 0, -1, key_of[carried]))
-    assert torch.equal(state["chains"]["similarities"], fixed.chains.similarities.data[ids])
+    if fixed.chains.similarities is not None:
+        assert torch.equal(state["chains"]["similarities"], fixed.chains.similarities.data[ids])
     assert (fixed.chains.ids.data >= 0).sum() == (state["chains"]["ids"] != -1).sum()
-    assert sum(len(each) for each in (state["keys"], *state["chains"].values())) == 3 * len(ids)
+    assert {len(each) for each in (state["keys"], *state["chains"].values())} == {len(ids)}
     if carry == "cache":
-        assert torch.equal(state["embeddings"], fixed._embeddings.data[ids])
+        assert torch.equal(state["embeddings"], fixed.sides[0].embeddings.data[ids])
 
 
 @pytest.mark.parametrize("num_samples", [None, M])
@@ -400,13 +405,11 @@ def test_a_forgotten_sample_leaves_nothing(num_samples: int | None) -> None:
     for z1, z2, index in batches(8, own_chains=False, seed=0):
         loss_fn(z1, z2, index)
     loss_fn.forget(gone)
-    slots = loss_fn._slots.find(gone) if num_samples else torch.tensor(loss_fn._slots._free)
+    slots = loss_fn.sides[0].slots.find(gone) if num_samples else torch.tensor(loss_fn.sides[0].slots._free)
     assert len(slots) > 3
     assert not torch.isin(loss_fn.chains.ids.data, gone).any()
     assert (loss_fn.chains.ids.data[slots] == -1).all()
-    assert (loss_fn.chains.similarities.data[slots] == -torch.inf).all()
-    assert (loss_fn._embeddings.data[slots] == 0).all()
-    assert (loss_fn.chains.similarities.data == -torch.inf).equal(loss_fn.chains.ids.data == -1)
+    assert (loss_fn.sides[0].embeddings.data[slots] == 0).all()
 
 
 def test_chains_are_emptied_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,7 +438,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kernel", ["metropolis", "isir"])
 @pytest.mark.parametrize("carry", POLICIES)
-def test_a_step_makes_nothing_of_the_size_of_the_table(carry: Carry, kernel: Kernel) -> None:
+def test_a_step_makes_nothing_of_the_size_of_the_table(carry: Carry, kernel: str) -> None:
     rows, largest = torch.randn(10**6, D), []
     for size in (1000, 10**6):
         loss_fn = EMC2Loss(size, carry=carry, kernel=kernel)
@@ -451,12 +454,12 @@ def test_saving_copies_nothing_and_loading_fills_the_table() -> None:
     for loss_fn in (first, second):
         loss_fn(*torch.randn(2, B, D), torch.arange(B))
     state = first.get_extra_state()
-    before = [second.chains.ids.data, second.chains.similarities.data, second._embeddings.data]
-    tables = [first.chains.ids, first.chains.similarities, first._embeddings]
+    before = [second.chains.ids.data, second.sides[0].embeddings.data]
+    tables = [first.chains.ids, first.sides[0].embeddings]
     saved = [*state["chains"].values(), state["embeddings"]]
     assert all(a is table.data for a, table in zip(saved, tables, strict=True))
     second.set_extra_state(state)
-    after = [second.chains.ids.data, second.chains.similarities.data, second._embeddings.data]
+    after = [second.chains.ids.data, second.sides[0].embeddings.data]
     assert all(a is b for a, b in zip(before, after, strict=True))
     torch.testing.assert_close(after, saved, rtol=0, atol=0)
 
@@ -472,23 +475,29 @@ def test_a_state_of_another_kind_of_ids_changes_nothing() -> None:
         torch.testing.assert_close(loss_fn.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_chain_costs_eight_bytes() -> None:
-    chains = EMC2Loss(1000, num_chains=3).chains
-    assert sum(table.data.nbytes for table in (chains.ids, chains.similarities)) == 8 * 3 * 1000
+@pytest.mark.parametrize(("carry", "size"), [("encode", 4), ("cache", 4), ("encode_if_used", 8), ("drop", 8)])
+def test_a_chain_costs_four_bytes_and_four_where_its_score_is_read(carry: Carry, size: int) -> None:
+    state = EMC2Loss(1000, num_chains=3, carry=carry).chains.state()
+    assert sum(table.nbytes for table in state.values()) == size * 3 * 1000
+
+
+def contrast(z1: Tensor, z2: Tensor) -> Contrast:
+    (only,) = gather_batch(functools.partial(validate_inputs, z1, z2, None), z1.device)
+    return only
 
 
 def test_noise_is_exponential_and_finite() -> None:
-    noise = exponential_noise(make_pairs(*torch.randn(2, 500, D), None), (500,), seed=7, call=0)
+    noise = BatchDraws(contrast(*torch.randn(2, 500, D)), seed=7, call=0).exponential(500)
     assert noise.isfinite().all()
     assert noise.min() >= 0
     assert noise.mean().item() == pytest.approx(1, abs=4 / noise.numel() ** 0.5)
     assert (noise > 2).float().mean().item() == pytest.approx(math.exp(-2), abs=4 * (0.135 / noise.numel()) ** 0.5)
 
 
-def test_every_call_seed_and_view_has_noise_of_its_own() -> None:
-    z = torch.randn(2, 300, D)  # more samples than share a block
-    pairs = make_pairs(*z, None)
-    draws = torch.cat([exponential_noise(pairs, (50,), seed, call).flatten(1) for seed in (0, 1) for call in (0, 1)])
+def test_every_seed_call_time_and_view_has_noise_of_its_own() -> None:
+    pairs = contrast(*torch.randn(2, 300, D))  # more samples than share a block
+    each = [BatchDraws(pairs, seed, call) for seed in (0, 1) for call in (0, 1)]
+    draws = torch.cat([draws.exponential(50).view(2, -1) for draws in each for _ in range(2)])
     blocks = torch.cat([draws[:, : 256 * 50 // 6], draws[:, -(256 * 50 // 6) :]])  # of the first and of the last block
     correlation = torch.corrcoef(blocks) - torch.eye(len(blocks))
     assert correlation.abs().max() < 5 / blocks.shape[1] ** 0.5
@@ -512,15 +521,12 @@ def test_cold_near_duplicates_stay_finite_and_chains_move(dtype: torch.dtype) ->
         moved += int((loss_fn.chains.ids.data != before).sum())
     visits = 60 * 16 * 2
     assert moved > 0.5 * visits  # among 14 near-duplicates in the batch, most visits end elsewhere
-    assert loss_fn.chains.similarities.data[loss_fn.chains.ids.data >= 0].isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"burn_in": 1.0}, r"burn_in must be in \[0, 1\).*1.0"),
-        ({"burn_in": -0.1}, "burn_in"),
-        ({"burn_in": 0.5, "kernel": "isir"}, r'kernel="isir" has no burn-in, got burn_in=0.5'),
+        ({"kernel": "gibbs"}, "kernel must be one of metropolis, isir, or a Kernel; got 'gibbs'"),
         ({"num_chains": 0}, "num_chains must be at least 1, got 0"),
         ({"carry": "keep"}, "carry must be one of encode, encode_if_used, cache, drop; got 'keep'"),
         ({"temperature": 0.0}, r"temperature must be a positive number \(at least 1e-30\), got 0.0"),

@@ -1,6 +1,5 @@
 """Every loss on a GPU: the numbers of the CPU, a process group of NCCL, and training in half precisions."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from test_contract import CASES, MAKERS, batch, table
 from torch import Tensor
 
 from torch_emc2.config import Config
-from torch_emc2.losses import ContrastiveLoss, emc2, negative_cache, noise
-from torch_emc2.pairs import Pairs
+from torch_emc2.geometry import Contrast
+from torch_emc2.losses import ContrastiveLoss, emc2, negative_cache
+from torch_emc2.losses.draws import BatchDraws
 from torch_emc2.training import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -37,15 +37,26 @@ def steps(loss_fn: ContrastiveLoss, own_ids: bool, device: torch.device) -> list
 def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw on the CPU whatever the device: the two kinds of generator give different numbers."""
 
-    def on_cpu(pairs: Pairs) -> Pairs:
-        return replace(pairs, rows=pairs.rows.detach().cpu())
+    def on_cpu(contrast: Contrast) -> Contrast:
+        ranks = replace(contrast.ranks, device=torch.device("cpu"))
+        return replace(contrast, ranks=ranks, rows=contrast.rows.detach().cpu())
 
-    def moved(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda pairs, *args: draw(on_cpu(pairs), *args).to(pairs.rows.device)
+    class OnCPU(BatchDraws):
+        def __init__(self, contrast: Contrast, seed: int, call: int) -> None:
+            super().__init__(on_cpu(contrast), seed, call)
+            self.device = contrast.rows.device
 
-    for name in ("exponential_noise", "proposal_sets", "fair_coins"):
-        monkeypatch.setattr(emc2, name, moved(getattr(noise, name)))
-    monkeypatch.setattr(negative_cache, "exponential_noise", moved(noise.exponential_noise))
+        def exponential(self, *shape: int) -> Tensor:
+            return super().exponential(*shape).to(self.device)
+
+        def proposal_sets(self) -> Tensor:
+            return super().proposal_sets().to(self.device)
+
+        def coins(self, num_chains: int) -> Tensor:
+            return super().coins(num_chains).to(self.device)
+
+    for module in (emc2, negative_cache):
+        monkeypatch.setattr(module, "BatchDraws", OnCPU)
 
 
 @pytest.mark.usefixtures("same_noise")

@@ -33,7 +33,7 @@ def compile_steps() -> None:
         def step(
             encoder: nn.Module, loss_fn: nn.Module, z1: Tensor, z2: Tensor, index: Tensor, encode: Encode
         ) -> Tensor:
-            loss: Tensor = loss_fn(encoder(z1), encoder(z2), index, encode)
+            loss: Tensor = loss_fn(encoder(z1), encoder(z2), index, encode=encode)
             return loss
 
         compiled = torch.compile(step, backend=count)
@@ -41,7 +41,7 @@ def compile_steps() -> None:
             z1, z2, index = batch(number, 6)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 for run, *what in ((compiled, encoder, loss_fn), (step, twin, plain)):
-                    run(*what, z1.float(), z2.float(), index, encode).backward()
+                    run(*what, z1.float(), z2.float(), index, encode=encode).backward()
             assert_same([p.grad for p in encoder.parameters()], [p.grad for p in twin.parameters()])
             assert_same(loss_fn.state_dict(), plain.state_dict())
             if number == 1:
@@ -65,11 +65,11 @@ def test_a_compiled_step_breaks_once_and_is_right() -> None:
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "replica"])
 def test_what_would_change_a_trace_or_a_copy_is_refused(name: str, transform: str) -> None:
     loss_fn, (z1, z2, index), encode = MAKERS[name](), batch(0, 6), table().__getitem__
-    loss_fn(z1, z2, index, encode)
+    loss_fn(z1, z2, index, encode=encode)
     before = copy.deepcopy((loss_fn.state_dict(), loss_fn.last))
 
     def call(z: Tensor) -> Tensor:
-        loss: Tensor = loss_fn(z, z2, index, encode)
+        loss: Tensor = loss_fn(z, z2, index, encode=encode)
         return loss
 
     with pytest.raises(RuntimeError, match=r"no state has changed") as error:  # noqa: PT012
@@ -81,7 +81,7 @@ def test_what_would_change_a_trace_or_a_copy_is_refused(name: str, transform: st
             case "jvp":
                 torch.func.jvp(call, (z1,), (z1,))
             case "replica":  # as nn.DataParallel makes them
-                loss_fn._replicate_for_data_parallel()(z1, z2, index, encode)
+                loss_fn._replicate_for_data_parallel()(z1, z2, index, encode=encode)
     assert ("nn.DataParallel" if transform == "replica" else "torch.func") in str(error.value)
     assert_same((loss_fn.state_dict(), loss_fn.last), before)
 

@@ -64,7 +64,7 @@ def _walk(
                 for k in range(num_proposals):
                     clock[k] = max(step, 0)
                     step += log_scores[row, k] > -np.inf
-                clock[num_proposals] = step
+                clock[num_proposals] = max(step, 0)
             accepted_at[lane, num] = num_proposals
             carried_steps[chain] = clock[accepted_at[lane, 0]]
             for i in range(num):

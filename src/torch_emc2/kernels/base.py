@@ -72,7 +72,7 @@ class Move(NamedTuple):
 
 
 class Draws(Protocol):
-    """The random numbers of a visit, a function of seed, call and place in the batch: any number of ranks draws alike."""
+    """Random numbers of a visit, a function of seed, call and place in the batch: any number of ranks draws alike."""
 
     def exponential(self, *shape: int) -> Tensor:
         """Draw finite Exp(1) numbers (rows, \\*shape); each call in a visit draws others."""

@@ -30,7 +30,6 @@ class Isir(Kernel):
 
     def move(self, visit: Visit, draws: Draws) -> Move:
         """Choose once in each set; see `Kernel.move`."""
-        rows, num_sets, _ = visit.log_scores.shape
         num_chains = visit.carried_score.shape[1]
         inside = visit.inside
         candidates = inside | ~inside.any(1, keepdim=True)  # (rows, sets, chains): all sets, or the ones that hold it

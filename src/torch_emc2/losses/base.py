@@ -27,7 +27,13 @@ from torch_emc2.losses.calling import (
     keep_out_of_graphs,
     refuse_tracing,
 )
-from torch_emc2.losses.settings import NumSamples, PositiveWeight, log_positive_weight, require_positive_weight, require_sizes
+from torch_emc2.losses.settings import (
+    NumSamples,
+    PositiveWeight,
+    log_positive_weight,
+    require_positive_weight,
+    require_sizes,
+)
 from torch_emc2.losses.weighting import Scores, Weights, log_sum_exp, weighted_sum
 from torch_emc2.temperature import Temperature, require_temperature
 from torch_emc2.validation import Towers, validate_inputs
@@ -39,22 +45,22 @@ class ContrastiveLoss(nn.Module, ABC):
     """A contrastive loss of a batch: ``loss(x, y, index)``, of two views or of two towers.
 
     Args:
-        temperature: 1 / β, what similarities of unit vectors are divided by: a number, which may be assigned at any time
-            (``loss_fn.temperature = 0.1``, by a schedule, on all ranks alike) and holds from the next call on; or a
-            `Temperature`, which is learnt.
+        temperature: 1 / β, what similarities of unit vectors are divided by: a number, which may be assigned at any
+            time (``loss_fn.temperature = 0.1``, by a schedule, on all ranks alike) and holds from the next call on; or
+            a `Temperature`, which is learnt.
         num_samples: size of the data set, or of both sides'; None if it is not known.
         positive_weight: κ ≥ 0, the positive's mass in the denominator beside the batch's negatives: 0 is the paper's
             objective, 1 InfoNCE's; ``"global"`` is n / N (n negatives in the batch, N in the data), which counts the
             positive once among all.
-        towers: 1: all views are rows and columns, each row's positive the other view of its sample (SimCLR). 2: ``x`` are
-            one side and ``y`` the other (CLIP; queries and documents): rows of one against columns of the other.
+        towers: 1: all views are rows and columns, each row's positive the other view of its sample (SimCLR). 2: ``x``
+            are one side and ``y`` the other (CLIP; queries and documents): rows of one against columns of the other.
         directions: of two towers, whose rows count: ``"x->y"``, ``"y->x"``, or the mean of both.
 
     Attributes:
         last: detached numbers of the last call, for logs, mean over directions. ``global_loss`` is every method's batch
-            estimate of the global contrastive loss, per negative: ``mean_a[-β s_pos + log mean_j exp(β s_j)]``, that is,
-            the loss less the log of the number of negatives. It compares methods and batch sizes, and is 0 when all
-            embeddings are equal.
+            estimate of the global contrastive loss, per negative: ``mean_a[-β s_pos + log mean_j exp(β s_j)]``, that
+            is, the loss less the log of the number of negatives. It compares methods and batch sizes, and is 0 when
+            all embeddings are equal.
     """
 
     _needs_index = False
@@ -78,8 +84,8 @@ class ContrastiveLoss(nn.Module, ABC):
         if towers == 1 and directions != "both":
             raise ValueError(f"directions={directions!r} is for towers=2")
         self.temperature = temperature
-        self.num_samples = num_samples
         self.sizes = require_sizes(num_samples, towers)
+        self.num_samples: NumSamples = self.sizes[0] if towers == 1 else (self.sizes[0], self.sizes[1])
         self.positive_weight = require_positive_weight(positive_weight, self.sizes)
         self.towers, self.directions = towers, directions
         self.last: dict[str, Tensor] = {}
@@ -115,11 +121,11 @@ class ContrastiveLoss(nn.Module, ABC):
         Args:
             x: (b, d) embeddings of the first views, or of one side; or (b, views, d) of any number of views, without y.
             y: (b, d) embeddings of the second views, or of the other side.
-            index: (b,) ids of the samples in the data set, or (b, views) ids of their views; of two towers x's. The same
-                id again is the same item: never a negative of its own rows, and one negative of others'.
+            index: (b,) ids of the samples in the data set, or (b, views) ids of their views; of two towers x's. The
+                same id again is the same item: never a negative of its own rows, and one negative of others'.
             y_index: (b,) ids of y's items where they are not x's; of two towers.
-            hard: hard negatives beside the batch's, each counting as one of those: (k, d) for all rows, or (b, k, d) for
-                the rows of a sample; of two towers of y's side, for x's rows.
+            hard: hard negatives beside the batch's, each counting as one of those: (k, d) for all rows, or (b, k, d)
+                for the rows of a sample; of two towers of y's side, for x's rows.
             hard_index: (k,) or (b, k) their ids.
             same: (b, b) bool, further pairs (x_i, y_j), or samples, known to belong together: no negatives.
             labels: (b,) classes. Samples of one class are one another's positives, too: the positive term is their mean
@@ -152,7 +158,8 @@ class ContrastiveLoss(nn.Module, ABC):
                 alike=lambda: {
                     **self._alike(),
                     "temperature": self.temperature if beta is None else float(beta),
-                    "encode": [encoder is not None for encoder in encoders],
+                    "encode": encoders[0] is not None,
+                    "encode_y": encoders[1] is not None,
                     "training": self.training,
                 },
             )
@@ -213,8 +220,9 @@ class ContrastiveLoss(nn.Module, ABC):
 
     def _remember(self, writes: list[Callable[[], None]]) -> None:
         """Write what is to be remembered of all directions; not called in evaluation mode."""
-        for write in writes:
-            write()
+        with torch.no_grad():
+            for write in writes:
+                write()
 
     def extra_repr(self) -> str:
         """Show the settings."""

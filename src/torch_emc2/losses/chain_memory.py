@@ -38,7 +38,7 @@ class ChainMemory(Memory):
         self.embeddings: SampleTable | None = None
 
     def recall(self, ids: Tensor, like: Tensor) -> Tensor | None:
-        """Look up the cached embeddings (\\*ids.shape, d) of ``ids``, of which `EMPTY` may be; None if there are none."""
+        """Look up the cached embeddings (\\*ids.shape, d) of ``ids``, some `EMPTY`; None if there are none."""
         if self.embeddings is None:
             return None
         dim = self.embeddings.data.shape[1]

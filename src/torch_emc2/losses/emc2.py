@@ -31,8 +31,8 @@ class EMC2Loss(StatefulLoss):
     """Global contrastive loss by Markov chain Monte Carlo negative sampling (Yau et al., ICML 2024).
 
     The batch's negatives are proposals to a Markov chain that each sample keeps between its visits and whose states are
-    draws from the softmax over all negatives of the data set. Weights: what the kernel estimates of that softmax at each
-    negative; at the negative that the chain came in with it is the carried negative's weight.
+    draws from the softmax over all negatives of the data set. Weights: what the kernel estimates of that softmax at
+    each negative; at the negative that the chain came in with it is the carried negative's weight.
 
     A batch holds as many sets of proposals as a sample has columns, each with one view of every sample. A visit moves
     the chain in each of them, from the negative it came in with; its weights are those of all, and it goes on from the
@@ -43,9 +43,9 @@ class EMC2Loss(StatefulLoss):
             but -1, and the tables grow with every new one. With ``towers=2`` of both sides, or a pair.
         temperature: 1 / β, or a `Temperature`, which is learnt.
         kernel: how a chain moves, by name (`torch_emc2.kernels.KERNELS`) or with its settings. ``"metropolis"``, the
-            paper's, is ``Metropolis(burn_in=0.5)``. ``"isir"`` chooses among the batch and the carried negative by their
-            softmax, which are its weights too: no burn-in, less variance, and exact in the long run although batches
-            are drawn without replacement.
+            paper's, is ``Metropolis(burn_in=0.5)``. ``"isir"`` chooses among the batch and the carried negative by
+            their softmax, which are its weights too: no burn-in, less variance, and exact in the long run although
+            batches are drawn without replacement.
         num_chains: chains a sample; they share the proposals, and their mean has less variance.
         carry: who supplies the carried negative's embedding.
             ``"encode"``: ``encode(ids)`` does, with today's weights and before the walk, so the entry score is fresh
@@ -55,8 +55,8 @@ class EMC2Loss(StatefulLoss):
             ``"cache"``: the loss keeps every sample's last embedding, 4·d bytes each; it gets no gradient itself.
             ``"drop"``: nobody; its term is left out and the estimate is biased.
         seed: of the chains' noise, which is a function of (seed, number of the call).
-        positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. The positive is a state then, at which an empty chain
-            sits.
+        positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. The positive is a state then, at which an empty
+            chain sits.
         towers: 1 or 2; see `ContrastiveLoss`. Each direction has chains of its own, whose states are ids of the other
             side.
         directions: of two towers.

@@ -63,6 +63,8 @@ class NegativeCacheLoss(StatefulLoss):
         towers: Towers = 1,
         directions: Directions = "both",
     ) -> None:
+        for size in num_samples if isinstance(num_samples, tuple) else (num_samples,):
+            require_int("num_samples", size)
         super().__init__(
             temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
         )
@@ -136,7 +138,8 @@ class NegativeCacheLoss(StatefulLoss):
     def _own_entries(self, contrast: Contrast) -> Tensor:
         """(rows, num_samples) entries of the row's own sample, and of what is known to be its own."""
         size = self.sizes[contrast.candidates]
-        assert size is not None and contrast.candidate_ids is not None
+        assert size is not None
+        assert contrast.candidate_ids is not None
         entries = torch.arange(size, device=contrast.rows.device)
         views = self.views_per_sample if contrast.candidate_ids.ndim == 2 else 1
         own = entries // views == contrast.partner_ids[:, None] // views

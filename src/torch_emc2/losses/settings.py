@@ -7,13 +7,19 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from torch_emc2.geometry import Contrast
 from torch_emc2.validation import Towers
 
-__all__ = ["NumSamples", "PositiveWeight", "log_positive_weight", "require_int", "require_positive_weight", "require_sizes"]
+__all__ = [
+    "NumSamples",
+    "PositiveWeight",
+    "log_positive_weight",
+    "require_int",
+    "require_positive_weight",
+    "require_sizes",
+]
 
 NumSamples = int | tuple[int | None, int | None] | None
 """Size of the data; None where ids are any int64 but -1. With two towers of both sides, or a pair."""

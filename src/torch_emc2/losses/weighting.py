@@ -68,7 +68,7 @@ class Weights(NamedTuple):
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
-    """Row-wise log Σ exp of (rows, n) logits, -inf for a row of nothing else; faster than `torch.logsumexp` on the CPU."""
+    """Row-wise log Σ exp of (rows, n) logits, -inf where all are; faster than `torch.logsumexp` on the CPU."""
     peak = logits.amax(1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
     return (logits - peak).exp_().sum(1).log_() + peak[:, 0]
 
