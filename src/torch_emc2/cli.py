@@ -142,7 +142,7 @@ def _diagnose(argv: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=64, help="largest number of epochs whose gradients are averaged")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images and views")
     args = parser.parse_args(argv)
-    from torch_emc2.diagnosis import to_markdown
+    from torch_emc2.evaluation.estimators import to_markdown
     from torch_emc2.runs import diagnose_run
 
     settings = {"samples": args.samples, "batch_size": args.batch_size, "epochs": args.epochs, "seed": args.seed}

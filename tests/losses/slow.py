@@ -124,7 +124,7 @@ def _rows(
         items = sample_items * views
         items += [("hard", number) if i is None else item_of.get(i, (i,)) for number, i in enumerate(hard_ids)]
         known = {sample_items[j] for i, j in pairs if row_items[i] == row_items[sample]}
-        first = {item: j for item, j in reversed([*zip(items, samples, strict=True)])}
+        first = dict(reversed([*zip(items, samples, strict=True)]))
         own = [u * size + sample for u in range(views)]
         positives = [j for j in own if not (one_tower and j == view * size + sample)]
         others = [j for j in range(len(columns)) if items[j] not in known and first[items[j]] == samples[j]]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from torch_emc2.chains import EMPTY
 from torch_emc2.data import ContrastiveDataset
-from torch_emc2.diagnosis import Diagnosis, diagnose, embed_views, to_markdown
 from torch_emc2.diagnostics import Staleness, score_staleness
+from torch_emc2.evaluation.estimators import Diagnosis, diagnose, embed_views, to_markdown
 from torch_emc2.files import load_checkpoint, whole_file
 from torch_emc2.models import Encoder
 from torch_emc2.report import plot_errors
@@ -25,9 +25,9 @@ __all__ = ["diagnose_run"]
 def diagnose_run(
     run: Path, *, samples: int = 512, batch_size: int | None = None, epochs: int = 64, seed: int = 0
 ) -> Diagnosis:
-    """Measure how wrong each estimator's gradient is at a run's weights, and why; see `torch_emc2.diagnosis`.
+    """Measure how wrong each estimator's gradient is at a run's weights, and why.
 
-    Writes diagnosis.json, diagnosis.md and diagnosis.png.
+    Writes diagnosis.json, diagnosis.md and diagnosis.png; `torch_emc2.evaluation.estimators` says what is in them.
 
     Args:
         run: its folder.

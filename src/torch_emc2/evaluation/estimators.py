@@ -98,6 +98,7 @@ def diagnose(
         errors[name] = gradient_error(
             make_loss,
             z,
+            temperature,
             batch_size,
             epochs=epochs,
             mixing_epochs=MIXING_EPOCHS,
