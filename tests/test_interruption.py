@@ -22,12 +22,17 @@ import pytest
 import torch
 
 from outcomes import Outcome, assert_same, interrupt, outcome, photos, started
-from torch_emc2 import run_images
 from torch_emc2.cli import main
 from torch_emc2.config import Config, LossName, read_config, to_yaml
-from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_another, refuse_used, validate_checkpoint
 from torch_emc2.runs.finished import load_run
-from torch_emc2.training import ContrastiveModule, train
+from torch_emc2.training import ContrastiveModule, run_images, train
+from torch_emc2.training.run_folder import (
+    keep_finished,
+    prepare_folder,
+    refuse_another,
+    refuse_used,
+    validate_checkpoint,
+)
 
 
 @pytest.mark.parametrize("loss", ["emc2", "infonce", "dcl", "sogclr", "negative-cache"])

@@ -24,8 +24,8 @@ from torch_emc2.data import (
 )
 from torch_emc2.evaluation import extract_features
 from torch_emc2.files import whole_file
-from torch_emc2.run_images import given_range
 from torch_emc2.runs.finished import leave_out_advised, load_run
+from torch_emc2.training.run_images import given_range
 
 __all__ = ["Embedded", "embed_images"]
 

@@ -19,9 +19,9 @@ from torch_emc2.data import ContrastiveDataset, ImageDataset, evaluation_transfo
 from torch_emc2.evaluation import Evaluation, Features, compare, extract_features, nearest_neighbours, raw_pixels
 from torch_emc2.files import whole_file
 from torch_emc2.models import build_encoder
-from torch_emc2.report import plot_curves, plot_neighbours, thumbnail
-from torch_emc2.run_images import evaluation_parts, given_range
 from torch_emc2.runs.finished import leave_out_advised, load_run
+from torch_emc2.runs.pictures import plot_curves, plot_neighbours, thumbnail
+from torch_emc2.training.run_images import evaluation_parts, given_range
 
 __all__ = ["evaluate_run"]
 

@@ -12,7 +12,7 @@ import torch
 from torch_emc2.config import Config, read_config
 from torch_emc2.data import BadImageError
 from torch_emc2.models import Encoder, load_encoder
-from torch_emc2.run_folder import resume_command
+from torch_emc2.training.run_folder import resume_command
 
 __all__ = ["FinishedRun", "leave_out_advised", "load_run"]
 

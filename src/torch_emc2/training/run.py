@@ -19,14 +19,22 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from torch_emc2.callbacks import EpochLines, KeptCheckpoints, MetricsFile, ProgressBar, StopOnSIGTERM, WholeCheckpoints
 from torch_emc2.config import Config
 from torch_emc2.data import BadImageError, identity
 from torch_emc2.files import cause
 from torch_emc2.locks import only_writer
 from torch_emc2.losses import EMC2Loss
 from torch_emc2.models import save_encoder
-from torch_emc2.run_folder import (
+from torch_emc2.training.batches import ContrastiveData
+from torch_emc2.training.callbacks import (
+    EpochLines,
+    KeptCheckpoints,
+    MetricsFile,
+    ProgressBar,
+    StopOnSIGTERM,
+    WholeCheckpoints,
+)
+from torch_emc2.training.run_folder import (
     find_checkpoint,
     keep_finished,
     prepare_folder,
@@ -35,8 +43,7 @@ from torch_emc2.run_folder import (
     resume_command,
     validate_checkpoint,
 )
-from torch_emc2.run_images import first_images, same_images
-from torch_emc2.training.batches import ContrastiveData
+from torch_emc2.training.run_images import first_images, same_images
 from torch_emc2.training.step import ContrastiveModule
 
 __all__ = ["train"]

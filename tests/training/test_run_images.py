@@ -14,8 +14,8 @@ from outcomes import assert_same, break_inside, outcome
 from torch_emc2.cli import main
 from torch_emc2.config import Config, to_yaml
 from torch_emc2.data import BadImageError, DataError, ImageDataset, identity
-from torch_emc2.run_images import evaluation_parts, first_images, same_images
 from torch_emc2.training import train
+from torch_emc2.training.run_images import evaluation_parts, first_images, same_images
 
 
 @pytest.fixture
