@@ -134,7 +134,8 @@ def test_a_range_that_the_run_found_is_not_that_of_other_images(finished: Path, 
     (tmp_path / "deep").mkdir()
     for i in range(6):
         Image.fromarray(np.array([[0, 4000 + i]], np.uint16)).save(tmp_path / "deep" / f"{i}.tif")
-    (run / "config.yaml").write_text(settings.replace("value_range: null", "value_range: 0,65535"))
+    facts = json.loads((run / "versions.json").read_text())
+    (run / "versions.json").write_text(json.dumps(facts | {"value_range": "0,65535"}))
     for use in (
         lambda: embed_images(run, tmp_path / "deep", out),
         lambda: evaluate_run(run, f"folder:{tmp_path}/deep"),

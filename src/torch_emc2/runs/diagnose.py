@@ -44,7 +44,7 @@ def diagnose_run(
     config, encoder, _ = load_run(run)
     encoder.eval()
     data = config.data
-    config, images = same_images(config, run)
+    images = same_images(config, run)
     views = ContrastiveDataset(images, data.augmentation.transform(), seed=seed, on_bad_image=data.on_bad_image)
     picks = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
     with leave_out_advised(run):
