@@ -3,10 +3,11 @@
     python benchmarks/gradient_bias.py [--parts towers] [--batch-sizes 32] [--out rows.json]
 
 500 samples in 15 clusters, β = 14.28. Parts: ``fixed``, two fixed views a sample, with an id each; ``shared``, the same
-with an id a sample; ``anew``, two that each visit draws from eight; ``towers``, queries against keys and back, with the gradients in both and in β; ``positive``, the positive
-in the denominator with weight κ, in one tower and in two, against the exact objective of the same κ. Relative to the
-squared norm of the exact gradient: the squared error of one epoch's mean gradient, and the squared bias that no
-averaging removes. With ``--out`` a run that was cut off goes on where it stopped.
+with an id a sample; ``anew``, two that each visit draws from eight; ``towers``, queries against keys and back, with the
+gradients in both and in β; ``positive``, the positive in the denominator with weight κ, in one tower and in two,
+against the exact objective of the same κ. Relative to the squared norm of the exact gradient: the squared error of one
+epoch's mean gradient, and the squared bias that no averaging removes. With ``--out`` a run that was cut off goes on
+where it stopped.
 """
 
 from __future__ import annotations

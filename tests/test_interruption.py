@@ -22,13 +22,13 @@ import pytest
 import torch
 
 from outcomes import Outcome, assert_same, interrupt, outcome, photos, started
-from torch_emc2 import run_images
 from torch_emc2.cli import main
 from torch_emc2.config import Config, read_config, to_yaml
 from torch_emc2.losses.registry import ESTIMATORS
-from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_another, refuse_used, validate_checkpoint
 from torch_emc2.runs.finished import load_run
-from torch_emc2.training import ContrastiveModule, train
+from torch_emc2.training import ContrastiveModule, run_images, train
+from torch_emc2.training.resume import refuse_another, refuse_used, validate_checkpoint
+from torch_emc2.training.run_folder import keep_finished, prepare_folder
 
 
 @pytest.mark.parametrize("loss", ESTIMATORS)
@@ -197,7 +197,7 @@ def test_sigterm_before_the_first_step(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(run_images, "open_dataset", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(run_images, "open_splits", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit) as end:
             train(tiny)
     assert end.value.code is None  # which Python makes 0

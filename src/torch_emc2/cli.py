@@ -189,7 +189,7 @@ def _experiment(argv: list[str]) -> None:
             print(f"{name:16s} {experiment.title}")
         return
     args, overrides = parser.parse_known_args(argv)
-    from torch_emc2.experiments.runner import read_tuned, run_experiment
+    from torch_emc2.experiments.run import read_tuned, run_experiment
 
     folder = run_experiment(
         args.name,

@@ -1,16 +1,10 @@
-"""A run's folder: what a run writes down of itself, and what must be the same for it to go on."""
+"""What must be so for a run to begin in a folder, or to go on there as the same run."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import csv
-import json
-import platform
-import shlex
-import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +13,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from torch_emc2.config import Config, recorded_config, to_yaml
-from torch_emc2.files import load_checkpoint, one_line, whole_file
-from torch_emc2.losses.outside import is_outside
+from torch_emc2.files import load_checkpoint, one_line
+from torch_emc2.training.run_folder import finished_epochs, has_results, read_facts, resume_command
 
-__all__ = [
-    "find_checkpoint",
-    "keep_finished",
-    "prepare_folder",
-    "refuse_another",
-    "refuse_used",
-    "resume_command",
-    "validate_checkpoint",
-]
-
-_PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-learn", "numpy", "numba")
-
+__all__ = ["find_checkpoint", "refuse_another", "refuse_used", "validate_checkpoint"]
 
 # What a run that was stopped before its first checkpoint may have left.
 _BEFORE_A_CHECKPOINT = {
@@ -53,7 +36,7 @@ def refuse_used(run: Path) -> None:
     """Raise FileExistsError where a run's folder would be among other files, or has a checkpoint."""
     names = {file.name for file in run.iterdir()} if run.exists() else set()
     names -= {name for name in names if name.startswith(".") and name.endswith(".partial")}  # of killed writers
-    if names - _BEFORE_A_CHECKPOINT or any(run.glob("checkpoints/[!.]*")) or _passed_a_checkpoint(run):
+    if names - _BEFORE_A_CHECKPOINT or has_results(run):
         raise FileExistsError(f"{run} is not empty: --resume goes on with the run there, --out FOLDER starts another")
 
 
@@ -67,9 +50,8 @@ def find_checkpoint(run: Path) -> Path | None:
     last = folder / "last.ckpt"
     if last.exists():
         return last
-    others = sorted(folder.glob("*.ckpt"))
     steps = {}
-    for file in others:
+    for file in sorted(folder.glob("*.ckpt")):
         with contextlib.suppress(ValueError):  # damaged
             steps[file] = load_checkpoint(file)["global_step"]
     if steps:
@@ -78,7 +60,7 @@ def find_checkpoint(run: Path) -> Path | None:
             f"emc2: {last} is gone: going on from {newest.name}, step {steps[newest]}", file=sys.stderr
         )
         return newest
-    if others or (run / "encoder.safetensors").exists() or _passed_a_checkpoint(run):
+    if has_results(run):
         raise ValueError(
             f"{run} has results but no whole checkpoint to go on from: put one into {folder}, "
             "or --out FOLDER starts another run"
@@ -96,10 +78,9 @@ def refuse_another(config: Config, run: Path, facts: dict[str, Any], checkpoint:
     """
     if not (run / "config.yaml").exists():
         return
-    before, saved = recorded_config(run), _read_facts(run / "versions.json")
-    had, has = _what_counts(before, facts | saved), _what_counts(config, facts)
+    had, has = _what_counts(recorded_config(run), facts | read_facts(run)), _what_counts(config, facts)
     if checkpoint is not None:
-        fewest = max(load_checkpoint(checkpoint)["epoch"] + 1, _finished_epochs(run, before, saved))
+        fewest = max(load_checkpoint(checkpoint)["epoch"] + 1, finished_epochs(run))
         if config.epochs >= fewest:
             had["epochs"] = config.epochs
     if different := [name for name in has if had.get(name) != has[name]]:
@@ -108,45 +89,6 @@ def refuse_another(config: Config, run: Path, facts: dict[str, Any], checkpoint:
         if "images" in different:
             advice = "put back the images that it began with, or start another run by --out FOLDER"
         raise ValueError(f"cannot resume {run}: its config differs ({changes}); {advice}")
-
-
-def prepare_folder(config: Config, run: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
-    """Write down what is run, and what else its results depend on; what another start has logged goes.
-
-    Where a run goes on to other epochs, the learning rate is from its checkpoint on that of a run of so many; the line
-    that says so is kept in versions.json.
-    """
-    file, versions_file = run / "config.yaml", run / "versions.json"
-    if checkpoint is None:
-        (run / "metrics.csv").unlink(missing_ok=True)
-        shutil.rmtree(run / "tensorboard", ignore_errors=True)
-    elif file.exists():
-        before, saved = recorded_config(run), _read_facts(versions_file)
-        schedule = saved.get("schedule", [])
-        if config.epochs != before.epochs:
-            step = load_checkpoint(checkpoint)["global_step"]
-            schedule = [*schedule, f"rates of {before.epochs} epochs up to step {step}, then those of {config.epochs}"]
-            print(f"emc2: {run} goes on, with the {schedule[-1]}", file=sys.stderr)
-        if schedule:
-            facts = facts | {"schedule": schedule}
-        if finished := _finished_epochs(run, before, saved):
-            facts = facts | {"finished": finished}
-    versions = {"python": platform.python_version(), "platform": platform.platform(), **facts}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    _write(versions_file, _to_json(versions))
-    _write(file, to_yaml(config))
-
-
-def keep_finished(run: Path, epochs: int) -> None:
-    """Make way for the encoder of so many epochs: one that was finished after fewer is kept under their number."""
-    saved = _read_facts(run / "versions.json")
-    if (finished := saved.get("finished", epochs)) != epochs:
-        for part in ("encoder", "head"):
-            if (trained := run / f"{part}.safetensors").exists():
-                trained.rename(run / f"{part}-{finished}-epochs.safetensors")
-    _write(run / "versions.json", _to_json(saved | {"finished": epochs}))
 
 
 def validate_checkpoint(file: Path, module: nn.Module) -> None:
@@ -161,49 +103,6 @@ def validate_checkpoint(file: Path, module: nn.Module) -> None:
         copy.deepcopy(module.get_submodule("loss")).load_state_dict(memory)
     except Exception as error:  # whatever a loss makes of foreign values
         raise ValueError(f"{file} is of another loss ({one_line(error)[:200]}): {advice}") from error
-
-
-def resume_command(run: Path) -> str:
-    """Return the command that goes on with a run, for a shell."""
-    file = run / "config.yaml"
-    loss = recorded_config(run).loss if file.exists() else ""
-    return f"emc2 train {shlex.quote(str(file))} --resume" + (f" --loss {loss}" if is_outside(loss) else "")
-
-
-def _passed_a_checkpoint(run: Path) -> bool:
-    """Tell whether metrics.csv has a step after the first that a checkpoint was written at."""
-    metrics = run / "metrics.csv"
-    if not metrics.exists():
-        return False
-    every = recorded_config(run).checkpoint_every_steps if (run / "config.yaml").exists() else None
-    with metrics.open(newline="") as file:
-        rows = [(row.get("step") or "", row.get("epoch") or "") for row in csv.DictReader(file)]
-    return any(
-        (epoch.isdecimal() and int(epoch) > 0) or (every is not None and step.isdecimal() and int(step) >= every)
-        for step, epoch in rows
-    )
-
-
-def _read_facts(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text())) if file.exists() else {}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({one_line(error)}): remove it") from error
-
-
-def _finished_epochs(run: Path, before: Config, saved: dict[str, Any]) -> int:
-    """Return the epochs of the encoder that a run has finished; 0 before it has."""
-    epochs: int = saved.get("finished", before.epochs if (run / "encoder.safetensors").exists() else 0)
-    return epochs
-
-
-def _to_json(versions: dict[str, Any]) -> str:
-    return json.dumps(versions, indent=2) + "\n"
-
-
-def _write(file: Path, content: str) -> None:
-    with whole_file(file) as path:
-        path.write_text(content)
 
 
 def _what_counts(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
