@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 
@@ -90,3 +91,13 @@ def test_what_a_search_chose_is_used() -> None:
     for series, _, config in EXPERIMENTS["batch-size"].variants(base, tuned):
         expected = (0.7, 0.3) if series == "DCL" else (base.optimizer.lr, base.temperature)
         assert (config.optimizer.lr, config.temperature) == expected
+
+
+def test_a_method_is_its_own_whatever_the_base_or_a_search_has() -> None:
+    base = base_config("digits", "smoke", ["--emc2.burn_in", "0.3"])
+    tuned: dict[str, dict[str, Any]] = {name: {"temperature": 0.3, "loss": "own_module:Class"} for name in METHODS}
+    configs = {series: config for series, _, config in EXPERIMENTS["small-batch"].variants(base, tuned)}
+    assert [config.loss for config in configs.values()] == [METHODS[name]["loss"] for name in configs]
+    assert {config.temperature for config in configs.values()} == {0.3}
+    own = {name: (config.emc2.kernel, config.emc2.burn_in) for name, config in configs.items() if "EMC" in name}
+    assert own == {"EMC²": ("metropolis", 0.3), "EMC², isir": ("isir", None)}
