@@ -124,7 +124,7 @@ def _rows(
         items = sample_items * views
         items += [("hard", number) if i is None else item_of.get(i, (i,)) for number, i in enumerate(hard_ids)]
         known = {sample_items[j] for i, j in pairs if row_items[i] == row_items[sample]}
-        first = {item: j for item, j in reversed([*zip(items, samples, strict=True)])}
+        first = dict(reversed([*zip(items, samples, strict=True)]))
         own = [u * size + sample for u in range(views)]
         positives = [j for j in own if not (one_tower and j == view * size + sample)]
         others = [j for j in range(len(columns)) if items[j] not in known and first[items[j]] == samples[j]]
@@ -293,7 +293,7 @@ class SogCLR(Slow):
     def end(self, number: int, rows: list[Row]) -> None:
         self.averages |= self.after
 
-    def forget(self, gone: list[int]) -> None:
+    def forget(self, gone: Sequence[int]) -> None:
         """Of one tower."""
         self.averages = {key: average for key, average in self.averages.items() if key[1] not in gone}
 
@@ -355,7 +355,7 @@ class NegativeCache(Slow):
         met = self.cached[number, drawn] if self.table is None else self.table[drawn]
         return self.estimate(number, row, beta), weights, [Met(rest, met)]
 
-    def forget(self, gone: list[int]) -> None:
+    def forget(self, gone: Sequence[int]) -> None:
         """Of one tower."""
         self.cached = {key: z for key, z in self.cached.items() if key[1] not in gone}
         self.written = {key: call for key, call in self.written.items() if key[1] not in gone}
@@ -543,7 +543,7 @@ class EMC2(Slow):
                     self.cached[number, i] = row.columns[j].detach()
                     entered.add(i)
 
-    def forget(self, gone: list[int]) -> None:
+    def forget(self, gone: Sequence[int]) -> None:
         """Of one tower."""
         self.chains = {key: at for key, at in self.chains.items() if key[1] not in gone and at[0] not in gone}
         self.cached = {key: z for key, z in self.cached.items() if key[1] not in gone}

@@ -34,7 +34,9 @@ def term(row: Tensor, positives: list[Tensor], negatives: list[Tensor], kappa: f
 def check(loss: Tensor, expected: Tensor, inputs: list[Tensor], value: bool = True, tolerance: float = 1e-9) -> None:
     if value:
         torch.testing.assert_close(loss.detach(), expected.detach(), rtol=tolerance, atol=tolerance)
-    got, want = (torch.autograd.grad(each, inputs, materialize_grads=True, retain_graph=True) for each in (loss, expected))
+    got, want = (
+        torch.autograd.grad(each, inputs, materialize_grads=True, retain_graph=True) for each in (loss, expected)
+    )
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
@@ -44,7 +46,11 @@ WHOLE: dict[str, tuple[Callable[..., ContrastiveLoss], float, bool]] = {
     "dcl": (lambda n, **towers: DCLLoss(1 / BETA, **towers), 0.0, True),
     "sogclr": (lambda n, **towers: SogCLRLoss(n, 1 / BETA, 1.0, **towers), 0.0, False),
     "isir": (lambda n, **towers: EMC2Loss(n, 1 / BETA, kernel="isir", **towers), 0.0, False),
-    "isir and positive": (lambda n, **towers: EMC2Loss(n, 1 / BETA, kernel="isir", positive_weight=1, **towers), 1.0, False),
+    "isir and positive": (
+        lambda n, **towers: EMC2Loss(n, 1 / BETA, kernel="isir", positive_weight=1, **towers),
+        1.0,
+        False,
+    ),
 }
 each_exact = pytest.mark.parametrize("name", WHOLE)
 each_direction = pytest.mark.parametrize("directions", ["both", "x->y", "y->x"])
@@ -53,7 +59,9 @@ each_direction = pytest.mark.parametrize("directions", ["both", "x->y", "y->x"])
 PAIRS = [(0, 0), (1, 1), (2, 1), (3, 2), (3, 3), (4, 4), (0, 5), (1, 5)]
 
 
-def of_pairs(items: Tensor, others: Tensor, pairs: list[tuple[int, int]], own: set[tuple[int, int]], kappa: float) -> Tensor:
+def of_pairs(
+    items: Tensor, others: Tensor, pairs: list[tuple[int, int]], own: set[tuple[int, int]], kappa: float
+) -> Tensor:
     """The objective without false negatives: each pair a row, each item that is not the row's own once a negative."""
     return sum(
         term(items[i], [others[j]], [others[k] for k in range(len(others)) if (i, k) not in own], kappa)
