@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, Temperature
 from torch_emc2.losses import ContrastiveLoss
@@ -32,9 +31,7 @@ def test_other_numbers_are_named(value: object) -> None:
 
 @pytest.mark.parametrize("value", [torch.tensor(0.1), torch.nn.Parameter(torch.tensor(0.1))])
 def test_a_tensor_is_told_how_it_is_learnt(value: object) -> None:
-    with pytest.raises(
-        TypeError, match=r"must be a number, such as 0\.07, got a \w+: to learn it give Temperature\(0\.07\)$"
-    ):
+    with pytest.raises(TypeError, match=r"must be a number, .*got a \w+: to learn it give Temperature\(0\.07\)$"):
         require_temperature(value)
 
 
@@ -156,10 +153,11 @@ WHOLE: dict[str, Callable[..., ContrastiveLoss]] = {  # exact where the batch is
 }
 
 
+WHOLE_CASES = [("infonce", 1), ("infonce", 2), ("sogclr", 1), ("sogclr", 2), ("isir", 2)]
+
+
 @pytest.mark.parametrize("kappa", [0.0, 0.4, 1.0, "global"])
-@pytest.mark.parametrize(
-    ("name", "towers"), [("infonce", 1), ("infonce", 2), ("sogclr", 1), ("sogclr", 2), ("isir", 2)]
-)
+@pytest.mark.parametrize(("name", "towers"), WHOLE_CASES)
 def test_the_slope_in_beta_is_that_of_the_objective(name: str, towers: int, kappa: float | str) -> None:
     """By central differences; over all of the data "global" is 1."""
     beta, h, mass = 3.0, 1e-5, 1.0 if kappa == "global" else float(kappa)
@@ -176,15 +174,6 @@ def test_the_slope_in_beta_is_that_of_the_objective(name: str, towers: int, kapp
         assert float(learnt.temperature.logit_scale.grad) == pytest.approx(beta * want, rel=1e-6)
 
 
-def descend(loss: Callable[[Tensor], Tensor], log_beta: Tensor) -> float:
-    optimiser = torch.optim.Adam([log_beta], lr=0.05)
-    for _ in range(200):
-        optimiser.zero_grad()
-        loss(log_beta).backward()
-        optimiser.step()
-    return float(log_beta.detach().exp())
-
-
 def test_the_temperature_that_is_learnt_is_the_objective_s_best() -> None:
     """Pairs that are alike, so that there is a best one; found on a grid."""
     x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -194,8 +183,12 @@ def test_the_temperature_that_is_learnt_is_the_objective_s_best() -> None:
     target = torch.arange(6)
     values = [F.cross_entropy(beta * logits, target) + F.cross_entropy(beta * logits.T, target) for beta in betas]
     loss_fn = InfoNCELoss(Temperature(0.3), towers=2)
-    found = descend(lambda _: loss_fn(x, y), loss_fn.temperature.logit_scale)
-    assert found == pytest.approx(float(betas[torch.stack(values).argmin()]), abs=0.02)
+    optimiser = torch.optim.Adam(loss_fn.parameters(), lr=0.05)
+    for _ in range(200):
+        optimiser.zero_grad()
+        loss_fn(x, y).backward()
+        optimiser.step()
+    assert loss_fn.temperature().item() == pytest.approx(float(betas[torch.stack(values).argmin()]), abs=0.02)
 
 
 def test_a_number_takes_the_place_of_what_was_learnt() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from slow import Batch
@@ -107,12 +107,8 @@ def together(parts: list[Batch]) -> Batch:
     return Batch(**fields)
 
 
-class Step(NamedTuple):
-    """Loss and gradients: of embeddings, which are a rank's own, and of parameters, which all ranks share."""
-
-    loss: Tensor
-    embeddings: tuple[Tensor, ...]
-    parameters: tuple[Tensor, ...]
+Step = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
+"""Loss and gradients: of embeddings, which are a rank's own, and of parameters, which all ranks share."""
 
 
 def train(name: str, sizes: tuple[int, ...], rank: int | None = None) -> tuple[list[Step], Any]:
@@ -130,15 +126,15 @@ def train(name: str, sizes: tuple[int, ...], rank: int | None = None) -> tuple[l
         loss = batch.call(loss_fn, encode=tuple(encoders) if towers == 2 else encoders[0], **scale)
         leaves, learnt = batch.leaves(), [*tables, *loss_fn.parameters(), *scale.values()]
         gradients = torch.autograd.grad(loss, [*leaves, *learnt], materialize_grads=True)
-        steps.append(Step(loss.detach(), gradients[: len(leaves)], gradients[len(leaves) :]))
+        steps.append((loss.detach(), gradients[: len(leaves)], gradients[len(leaves) :]))
     return steps, loss_fn.state_dict()
 
 
 def mean_over_ranks(steps: Sequence[Step]) -> Step:
     """What one process would have: an embedding is on one rank, and the others add nothing."""
-    ranks = len(steps)
-    return Step(
-        sum(step.loss for step in steps) / ranks,
-        tuple(torch.cat(parts) / ranks for parts in zip(*(step.embeddings for step in steps), strict=True)),
-        tuple(sum(parts) / ranks for parts in zip(*(step.parameters for step in steps), strict=True)),
+    losses, embeddings, parameters = zip(*steps, strict=True)
+    return (
+        torch.stack(losses).mean(),
+        tuple(torch.cat(parts) / len(steps) for parts in zip(*embeddings, strict=True)),
+        tuple(torch.stack(parts).mean(0) for parts in zip(*parameters, strict=True)),
     )

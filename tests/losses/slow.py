@@ -293,7 +293,7 @@ class SogCLR(Slow):
     def end(self, number: int, rows: list[Row]) -> None:
         self.averages |= self.after
 
-    def forget(self, gone: list[int]) -> None:
+    def forget(self, gone: Sequence[int]) -> None:
         """Of one tower."""
         self.averages = {key: average for key, average in self.averages.items() if key[1] not in gone}
 
@@ -355,7 +355,7 @@ class NegativeCache(Slow):
         met = self.cached[number, drawn] if self.table is None else self.table[drawn]
         return self.estimate(number, row, beta), weights, [Met(rest, met)]
 
-    def forget(self, gone: list[int]) -> None:
+    def forget(self, gone: Sequence[int]) -> None:
         """Of one tower."""
         self.cached = {key: z for key, z in self.cached.items() if key[1] not in gone}
         self.written = {key: call for key, call in self.written.items() if key[1] not in gone}
@@ -543,7 +543,7 @@ class EMC2(Slow):
                     self.cached[number, i] = row.columns[j].detach()
                     entered.add(i)
 
-    def forget(self, gone: list[int]) -> None:
+    def forget(self, gone: Sequence[int]) -> None:
         """Of one tower."""
         self.chains = {key: at for key, at in self.chains.items() if key[1] not in gone and at[0] not in gone}
         self.cached = {key: z for key, z in self.cached.items() if key[1] not in gone}

@@ -1,8 +1,7 @@
-"""EMC² against a slow version with a dictionary of chains and one step after the other."""
+"""EMC²: what it asks of ``encode``, draws, saves and forgets; its numbers are in test_one_tower and test_two_towers."""
 
 import copy
 import functools
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import EMC2, Batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch_emc2 import EMC2Loss
 from torch_emc2.batch import gather_batch
 from torch_emc2.geometry import Contrast
-from torch_emc2.kernels import Draws as KernelDraws
-from torch_emc2.kernels import Isir, Metropolis, Move, Visit
+from torch_emc2.kernels import Draws, Isir, Metropolis, Move, Visit
 from torch_emc2.losses.draws import BatchDraws
 from torch_emc2.losses.emc2 import Carry
 from torch_emc2.seeds import mix_seed
@@ -26,94 +25,6 @@ from torch_emc2.validation import validate_inputs
 
 M, B, D = 24, 5, 6
 POLICIES = ("encode", "encode_if_used", "cache", "drop")
-
-
-class Draws:
-    """What chance decides in a call of the loss under test, as it decides it."""
-
-    def __init__(self, seed: int, call: int, size: int, num_chains: int) -> None:
-        self.words, self.size, self.num_chains = (seed, call), size, num_chains
-        generator = self._generator(-1)
-        samples = torch.randperm(size, generator=generator).tolist()
-        views = torch.randint(2, (size,), generator=generator).tolist()
-        first = [i + size * view for i, view in zip(samples, views, strict=True)]
-        self.sets = first, [(j + size) % (2 * size) for j in first]  # of columns: a view of each sample, and the others
-        self.coins = torch.randint(2, (size, 3, num_chains), generator=self._generator(-2)).tolist()
-
-    def _generator(self, place: int) -> torch.Generator:
-        return torch.Generator().manual_seed(mix_seed(*self.words, place))
-
-    def uniform(self, *shape: int) -> Tensor:
-        """In [0, 1), (2, size, *shape)."""
-        return torch.empty(2, self.size, *shape, dtype=torch.float64).uniform_(generator=self._generator(0))
-
-
-class SlowEMC2:
-    """One chain after the other and one step after the other, in Python numbers."""
-
-    def __init__(self, temperature: float, burn_in: float, num_chains: int, carry: str, seed: int) -> None:
-        self.temperature, self.burn_in, self.num_chains = temperature, burn_in, num_chains
-        self.carry, self.seed = carry, seed
-        self.chains: dict[tuple[int, int], tuple[int, float]] = {}  # the carried negative and its similarity
-        self.cached: dict[int, Tensor] = {}
-        self.calls = 0
-
-    def forget(self, ids: Tensor) -> None:
-        gone = ids.tolist()
-        self.chains = {key: at for key, at in self.chains.items() if key[0] not in gone and at[0] not in gone}
-        self.cached = {i: z for i, z in self.cached.items() if i not in gone}
-
-    def __call__(self, z1: Tensor, z2: Tensor, index: Tensor, table: Tensor) -> Tensor:
-        size = len(z1)
-        columns = [F.normalize(z, dim=0) for z in (*z1, *z2)]
-        ids = [*index.tolist(), *index.tolist()] if index.ndim == 1 else index.T.flatten().tolist()
-        draws, total, estimates = Draws(self.seed, self.calls, size, self.num_chains), torch.zeros(()), []
-        noise = -torch.log(1 - draws.uniform(2, self.num_chains, size))
-        after, accepted = dict(self.chains), []
-        for view, sample, chain in itertools.product(range(2), range(size), range(self.num_chains)):
-            row = columns[view * size + sample]
-            logit = [float(row.detach() @ column.detach()) / self.temperature for column in columns]
-            positive, key = (1 - view) * size + sample, (ids[view * size + sample], chain)
-            negatives = [j for j in range(2 * size) if j % size != sample]
-            log_mass = torch.tensor([logit[j] for j in negatives]).logsumexp(0) - math.log(len(negatives))
-            estimates.append(float(log_mass) - logit[positive])
-            total = total - row @ columns[positive] / self.num_chains
-
-            carried, similarity = self.chains.get(key, (None, -math.inf))
-            entry = similarity / self.temperature
-            embedding = None
-            if carried is not None and self.carry.startswith("encode"):
-                embedding = F.normalize(table[carried], dim=0)
-            elif carried is not None and self.carry == "cache":
-                embedding = self.cached[carried]
-            fresh = None if embedding is None else float(row.detach() @ embedding.detach()) / self.temperature
-            if self.carry in ("encode", "cache") and fresh is not None:
-                entry = fresh
-            for number, columns_of_set in enumerate(draws.sets):
-                state, score = None, entry  # None: at the carried negative
-                steps = [(k, j) for k, j in enumerate(columns_of_set) if j % size != sample]
-                burnt = int(self.burn_in * len(steps))
-                for step, (k, j) in enumerate(steps):
-                    accepted.append(logit[j] + float(noise[view, sample, number, chain, k]) > score)
-                    if accepted[-1]:
-                        state, score = j, logit[j]
-                    if step >= burnt:
-                        met = embedding if state is None else columns[state]
-                        if met is not None:
-                            total = total + (row @ met) / (2 * self.num_chains * (len(steps) - burnt))
-                if state is None and self.carry == "encode_if_used" and fresh is not None:
-                    score = fresh
-                kept_view = draws.coins[sample][2][chain] if index.ndim == 1 else view
-                if (view, number) == (kept_view, draws.coins[sample][view][chain]):
-                    end = carried if state is None else ids[state]
-                    assert end is not None
-                    after[key] = (end, score * self.temperature)
-        self.chains, self.calls, self.acceptance = after, self.calls + 1, sum(accepted) / len(accepted)
-        for j in range(size if index.ndim == 1 else 2 * size):
-            self.cached[ids[j]] = columns[j].detach()
-        value = sum(estimates) / len(estimates)
-        surrogate = total / (2 * size * self.temperature)
-        return value + surrogate - surrogate.detach()
 
 
 def batches(count: int, own_chains: bool, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -127,50 +38,11 @@ def batches(count: int, own_chains: bool, seed: int) -> list[tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("own_chains", [False, True])
-@pytest.mark.parametrize("num_chains", [1, 3])
-@pytest.mark.parametrize("carry", POLICIES)
-@pytest.mark.parametrize("burn_in", [0.0, 0.5, 0.9])
-def test_equals_the_slow_version(carry: str, num_chains: int, own_chains: bool, burn_in: float) -> None:
-    table = torch.randn(2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    fast = EMC2Loss(2 * M, 0.2, kernel=Metropolis(burn_in), num_chains=num_chains, carry=carry, seed=5)
-    slow = SlowEMC2(0.2, burn_in, num_chains, carry, seed=5)
-    carried = 0.0
-    for step, (z1, z2, index) in enumerate(batches(12, own_chains, seed=2)):
-        for loss_fn in (fast, slow):
-            loss_fn.temperature = 0.2 if step < 6 else 0.4
-        if step == 8:
-            for loss_fn in (fast, slow):
-                loss_fn.forget(torch.arange(0, 2 * M, 3))
-        gradients, values = [], []
-        for loss_fn in (fast, slow):
-            inputs = [tensor.clone().requires_grad_() for tensor in (z1, z2, table)]
-            a, b, rows = inputs
-            extra = {"encode": rows.__getitem__} if loss_fn is fast and carry.startswith("encode") else {}
-            loss = fast(a, b, index, **extra) if loss_fn is fast else slow(a, b, index, rows)
-            loss.backward()
-            values.append(loss.detach())
-            gradients.append([torch.zeros_like(t) if t.grad is None else t.grad for t in inputs])
-        carried += float(fast.last["carried_share"])
-        assert float(fast.last["acceptance"]) == pytest.approx(slow.acceptance)
-        torch.testing.assert_close(values[0], values[1], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-6)
-    if burn_in == 0:
-        assert carried > 0, "the carried negatives were never weighed: this test shows nothing of them"
-    ids = fast.chains.ids.data
-    assert {(i, c): int(ids[i, c]) for i, c in slow.chains} == {key: end for key, (end, _) in slow.chains.items()}
-    assert int((ids >= 0).sum()) == len(slow.chains)
-    assert (fast.chains.similarities is None) == (carry in ("encode", "cache"))
-    if fast.chains.similarities is not None:
-        for (i, c), (_, similarity) in slow.chains.items():
-            assert float(fast.chains.similarities.data[i, c]) == pytest.approx(similarity, rel=1e-6)
-
-
-@pytest.mark.parametrize("own_chains", [False, True])
 def test_encode_if_used_is_asked_for_what_is_used_alone(own_chains: bool) -> None:
     """Used are those that the slow version's gradient reaches."""
     table = torch.randn(2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     fast = EMC2Loss(2 * M, 0.2, kernel=Metropolis(0.3), num_chains=2, carry="encode_if_used", seed=5)
-    slow = SlowEMC2(0.2, 0.3, 2, "encode_if_used", seed=5)
+    slow = EMC2(burn_in=0.3, num_chains=2, carry="encode_if_used", seed=5)
     all_carried, all_asked = 0, 0
     for z1, z2, index in batches(12, own_chains, seed=2):
         asked: list[int] = []
@@ -181,7 +53,8 @@ def test_encode_if_used_is_asked_for_what_is_used_alone(own_chains: bool) -> Non
             return table[ids]
 
         fast(z1, z2, index, encode=encode)
-        (gradient,) = torch.autograd.grad(slow(z1.requires_grad_(), z2, index, table), table, materialize_grads=True)
+        batch, beta = Batch(z1.requires_grad_(), z2, index), torch.tensor(1 / 0.2, dtype=torch.float64)
+        (gradient,) = torch.autograd.grad(slow(batch, beta, (table, table)), table, materialize_grads=True)
         assert sorted(asked) == gradient.any(1).nonzero()[:, 0].tolist()
         all_carried += len(carried[carried >= 0].unique())
         all_asked += len(asked)
@@ -197,7 +70,7 @@ def test_shares_of_a_row_sum_to_one(
     loss_fn = EMC2Loss(2 * M, 0.1, num_chains=2, carry=carry, kernel=kernel)
     shares, move = [], type(loss_fn.kernel).move
 
-    def spy(self: Metropolis | Isir, visit: Visit, draws: KernelDraws) -> Move:
+    def spy(self: Metropolis | Isir, visit: Visit, draws: Draws) -> Move:
         moved = move(self, visit, draws)  # type: ignore[arg-type]
         shares.append((visit.log_scores == -torch.inf, moved.weights, moved.carried_weights))
         return moved
@@ -213,88 +86,13 @@ def test_shares_of_a_row_sum_to_one(
         assert (in_sets[own] == 0).all()
 
 
-class SlowISIR:
-    """One chain after the other, in Python numbers."""
-
-    def __init__(self, temperature: float, num_chains: int, carry: str, seed: int) -> None:
-        self.temperature, self.num_chains, self.carry, self.seed = temperature, num_chains, carry, seed
-        self.chains: dict[tuple[int, int], tuple[int, float]] = {}  # the carried negative and its similarity
-        self.calls = 0
-
-    def __call__(self, z1: Tensor, z2: Tensor, index: Tensor, table: Tensor) -> Tensor:
-        size, total = len(z1), torch.zeros((), dtype=torch.float64)
-        ids = [*index.tolist(), *index.tolist()] if index.ndim == 1 else index.T.flatten().tolist()
-        columns = [F.normalize(z, dim=0) for z in (*z1, *z2)]
-        draws = Draws(self.seed, self.calls, size, self.num_chains)
-        uniform = draws.uniform(2, self.num_chains)
-        parts = uniform[:, :, 1].argsort(-1)  # which part of (0, 1] each chain draws from
-        places = (parts + 1 - uniform[:, :, 0]) / self.num_chains
-        after, stay = dict(self.chains), 0.0
-        for view, sample, chain in itertools.product(range(2), range(size), range(self.num_chains)):
-            row, key = columns[view * size + sample], (ids[view * size + sample], chain)
-            total = total - row @ columns[(1 - view) * size + sample] / self.num_chains
-            carried, stored = self.chains.get(key, (None, -math.inf))
-            embedding = None
-            if carried is not None and self.carry != "drop":
-                embedding = F.normalize(table[carried], dim=0)
-            fresh = stored if embedding is None else float(row.detach() @ embedding.detach())
-            holding = [number for number in range(2) if carried in [ids[j] for j in draws.sets[number]]]
-            used = holding or [0, 1]  # a set with another view of what is carried than the one with itself is not
-            number = draws.coins[sample][view][chain] if len(used) == 2 else used[0]
-            for candidates in (draws.sets[each] for each in used):
-                negatives = [j for j in candidates if j % size != sample]
-                similarities = [float(row.detach() @ columns[j].detach()) for j in negatives]
-                outside = carried is not None and not holding
-                entry = fresh if self.carry == "encode" else stored
-                logits = torch.tensor([entry if outside else -math.inf, *similarities], dtype=torch.float64)
-                weights = (logits / self.temperature).softmax(0)
-                stay += float(weights[0]) / (2 * size * self.num_chains * len(used))
-                for met, weight in zip([embedding, *(columns[j] for j in negatives)], weights.tolist(), strict=True):
-                    if met is not None:
-                        total = total + weight * (row @ met) / (self.num_chains * len(used))
-                kept_view = draws.coins[sample][2][chain] if index.ndim == 1 else view
-                if view == kept_view and candidates is draws.sets[number]:
-                    # The draw's place on the line: the carried state first, then the set's columns in their order.
-                    reach = (weights.cumsum(0) >= float(places[view, sample, chain])).tolist()
-                    choice = reach.index(True) if True in reach else len(negatives)
-                    if choice:
-                        after[key] = (ids[negatives[choice - 1]], similarities[choice - 1])
-                    else:
-                        after[key] = (carried, fresh)
-        self.chains, self.calls, self.acceptance = after, self.calls + 1, 1 - stay
-        return total / (2 * size * self.temperature)
-
-
-@pytest.mark.parametrize("own_chains", [False, True])
-@pytest.mark.parametrize("carry", ["encode", "encode_if_used", "drop"])
-@pytest.mark.parametrize("num_chains", [1, 2])
-def test_isir_equals_the_slow_version(num_chains: int, carry: Carry, own_chains: bool) -> None:
-    table = torch.randn(2 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    fast = EMC2Loss(2 * M, 0.3, num_chains=num_chains, carry=carry, kernel="isir", seed=5)
-    slow = SlowISIR(0.3, num_chains, carry, seed=5)
-    for step, (z1, z2, index) in enumerate(batches(15, own_chains, seed=2)):
-        fast.temperature = slow.temperature = 0.3 if step < 7 else 0.6
-        gradients = []
-        for loss_fn in (fast, slow):
-            a, b, rows = (tensor.clone().requires_grad_() for tensor in (z1, z2, table))
-            loss = fast(a, b, index, encode=rows.__getitem__) if loss_fn is fast else slow(a, b, index, rows)
-            gradients.append(torch.autograd.grad(loss, (a, b, rows), materialize_grads=True))
-        torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
-        assert float(fast.last["acceptance"]) == pytest.approx(slow.acceptance, rel=1e-6)
-        assert float(fast.last["carried_share"]) == pytest.approx(1 - slow.acceptance, rel=1e-6, abs=1e-12)
-        for (i, c), (end, similarity) in slow.chains.items():
-            assert int(fast.chains.ids.data[i, c]) == end
-            if fast.chains.similarities is not None:
-                assert float(fast.chains.similarities.data[i, c]) == pytest.approx(similarity, rel=1e-6)
-
-
 def test_a_stale_score_does_not_hold_its_chain() -> None:
     loss_fn = EMC2Loss(M, 0.1, kernel=Metropolis(0.0), carry="encode_if_used")
     index, rows = torch.arange(B), torch.randn(M, D)
     loss_fn.chains.write(index, torch.full((B, 1), M - 1), torch.full((B, 1), 1e6))  # which nothing can reach
     z = torch.randn(2, B, D)
     loss_fn(*z, index, encode=rows.__getitem__)
-    kept = torch.tensor(Draws(seed=0, call=0, size=B, num_chains=1).coins)[:, 2, 0]
+    kept = torch.randint(2, (B, 3, 1), generator=torch.Generator().manual_seed(mix_seed(0, 0, -2)))[:, 2, 0]
     fresh = F.normalize(z[kept, index], dim=1) @ F.normalize(rows[-1], dim=0)
     assert (loss_fn.chains.ids.data[:B, 0] == M - 1).all()
     torch.testing.assert_close(loss_fn.chains.similarities.data[:B, 0], fresh)
