@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_emc2.geometry import NO_ID, Contrast
+from torch_emc2.geometry import NO_ID, Contrast, first_of, flat
 from torch_emc2.ranks import (
     Ranks,
     exchange,
@@ -45,7 +45,7 @@ class _Side(NamedTuple):
     @property
     def first(self) -> Tensor | None:
         """(ids,) which ids, view by view, come for the first time; None if all do."""
-        return _first(self.ids.T.flatten()) if self.repeated and self.ids is not None else None
+        return first_of(flat(self.ids)) if self.repeated else None
 
 
 class _Hard(NamedTuple):
@@ -188,13 +188,6 @@ def _gather_same(inputs: Inputs, ranks: Ranks) -> Tensor | None:
     return ranks.gather(mine)
 
 
-def _first(ids: Tensor) -> Tensor:
-    """(n,) bool, which of ``ids`` (n,) come for the first time."""
-    ordered, place = ids.sort(stable=True)
-    new = torch.cat([ordered[:1] == ordered[:1], ordered[1:] != ordered[:-1]])
-    return torch.empty_like(new).scatter_(0, place, new)
-
-
 def _equal(side: _Side) -> Tensor:
     """(size, size) which samples have an id in common."""
     assert side.ids is not None
@@ -243,6 +236,14 @@ def _contrast(
             excluded = excluded | part
         whole = ranks.mine(excluded).repeat(row_views, column_views)
         no_negatives = torch.cat([whole, *_copies(candidate, hard, len(whole), row_views)], 1)
+    own_items = None
+    if known.own is not None or known.alike is not None:
+        related = torch.zeros_like(excluded)
+        for part in (known.own, known.alike):
+            if part is not None:
+                related = related | part
+        views = 1 if candidate.ids is None or candidate.ids.ndim == 1 else column_views
+        own_items = ranks.mine(related).repeat(row_views, views)
     if known.alike is not None:
         further = known.alike if known.own is None else known.alike & ~known.own
         positives, weights = _with_further(positives, ranks.mine(further).repeat(row_views, column_views), own_columns)
@@ -262,6 +263,7 @@ def _contrast(
         own_columns=own_columns,
         positives=positives,
         positive_weights=weights.to(anchor.whole.dtype),
+        known=own_items,
         no_negatives=no_negatives,
     )
 
@@ -269,7 +271,7 @@ def _contrast(
 def _copies(candidate: _Side, hard: _Hard, num_rows: int, row_views: int) -> tuple[Tensor, Tensor]:
     """(rows, K) and (rows, k) hard negatives that a column before them, or of the batch's candidates, has already."""
     items = hard.shared_ids[:0] if candidate.ids is None else candidate.ids.flatten()
-    shared = (torch.isin(hard.shared_ids, items) | ~_first(hard.shared_ids)) & (hard.shared_ids != NO_ID)
+    shared = (torch.isin(hard.shared_ids, items) | ~first_of(hard.shared_ids)) & (hard.shared_ids != NO_ID)
     shared = shared.expand(num_rows, -1)
     ids = hard.own_ids
     if ids is None:
@@ -284,7 +286,7 @@ def _with_further(positives: Tensor, further: Tensor, own_columns: Tensor) -> tu
     mask = further.scatter(1, own_columns, False).scatter(1, positives, True)
     count = mask.sum(1, keepdim=True)
     columns = mask.long().argsort(dim=1, descending=True, stable=True)[:, : int(count.max())]
-    return columns, mask.gather(1, columns) / count
+    return columns, mask.gather(1, columns).double() / count
 
 
 def _require_negatives(contrasts: Sequence[Contrast], ranks: Ranks) -> None:

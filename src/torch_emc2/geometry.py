@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torch_emc2.ranks import Ranks
 
-__all__ = ["NO_ID", "Contrast", "Positive"]
+__all__ = ["NO_ID", "Contrast", "Positive", "first_of", "flat"]
 
 NO_ID = -1
 """The id of hard negatives that have none."""
@@ -61,6 +61,7 @@ class Contrast:
         own_columns: (rows, column views) of the row's own sample, itself first if it is one: they are no negatives.
         positives: (rows, P) a row's positives among the columns.
         positive_weights: (rows, P) of each in the positive term, summing to one; zero where a row has fewer than P.
+        known: (rows, len(item_ids)) which of `item_ids` are known to be the row's own, beside its sample's; None: none.
         no_negatives: (rows, C + k) columns that are no negatives, beside ``own_columns``; None for none.
     """
 
@@ -79,6 +80,7 @@ class Contrast:
     own_columns: Tensor
     positives: Tensor
     positive_weights: Tensor
+    known: Tensor | None
     no_negatives: Tensor | None
 
     @cached_property
@@ -125,12 +127,12 @@ class Contrast:
     @cached_property
     def chain_ids(self) -> Tensor:
         """(size,) ids of the batch's samples where their rows share them, else (row views · size,) of the rows."""
-        return _flat(self.anchor_ids)
+        return flat(self.anchor_ids)
 
     @cached_property
     def item_ids(self) -> Tensor:
         """(size,) or (column views · size,) ids of the whole batch's candidates, which its first columns are."""
-        return _flat(self.candidate_ids)
+        return flat(self.candidate_ids)
 
     @cached_property
     def column_ids(self) -> Tensor:
@@ -142,6 +144,28 @@ class Contrast:
     def partner_ids(self) -> Tensor:
         """(rows,) id of the first of each row's own columns: its partner, or with one tower itself."""
         return self.column_ids[self.own_columns[:, 0]]
+
+    def known_own(self, ids: Tensor) -> Tensor:
+        """(rows, j) which of candidates' ``ids`` (rows, j) are known to be the row's own, no negatives."""
+        own = self.column_ids[self.own_columns]
+        if self.known is not None:
+            own = torch.cat([own, torch.where(self.known, self.item_ids, NO_ID)], 1)
+        return (ids[:, :, None] == own[:, None]).any(2) & (ids != NO_ID)
+
+    def items(self) -> tuple[Tensor, Tensor]:
+        """Ids (k,), all different, and vectors (k, d) of the batch's candidates, of all ranks, hard ones included."""
+        ids, vectors = self.item_ids, self.columns[: len(self.item_ids)]
+        if not self.num_hard:
+            first = self.first_candidates
+            return (ids, vectors) if first is None else (ids[first], vectors[first])
+        ids = torch.cat([ids, self.shared_ids])
+        vectors = torch.cat([vectors, self.columns[len(self.columns) - len(self.shared_ids) :]])
+        if self.own is not None and self.own_ids is not None:
+            local = self.ranks.local  # the views of a sample have the same
+            ids = torch.cat([ids, self.ranks.gather(self.own_ids[:local]).flatten()])
+            vectors = torch.cat([vectors, self.ranks.gather(self.own[:local].detach()).flatten(0, 1)])
+        kept = first_of(ids) & (ids != NO_ID)
+        return ids[kept], vectors[kept]
 
     def ids_at(self, columns: Tensor) -> Tensor:
         """Return the ids (rows, j) at some of each row's columns; `NO_ID` at its own sample's."""
@@ -185,7 +209,14 @@ class Contrast:
         return logits.scatter_(1, self.own_columns, -torch.inf)
 
 
-def _flat(ids: Tensor | None) -> Tensor:
-    """(size,) as they are; (size, views) view by view."""
+def first_of(ids: Tensor) -> Tensor:
+    """(n,) bool, which of ``ids`` (n,) come for the first time."""
+    ordered, place = ids.sort(stable=True)
+    new = torch.cat([ordered[:1] == ordered[:1], ordered[1:] != ordered[:-1]])
+    return torch.empty_like(new).scatter_(0, place, new)
+
+
+def flat(ids: Tensor | None) -> Tensor:
+    """Ids (size,) as they are; (size, views) view by view."""
     assert ids is not None
     return ids if ids.ndim == 1 else ids.T.flatten()

@@ -8,32 +8,32 @@ import torch
 from torch import Tensor, nn
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
+from torch_emc2.batch import Directions
 from torch_emc2.diagnostics import (
     IdsOf,
+    MakeLoss,
     clustered_embeddings,
+    clustered_pairs,
     gradient_error,
     parameter_gradient,
+    two_tower_error,
 )
-from torch_emc2.exact import global_contrastive_loss
+from torch_emc2.exact import global_contrastive_loss, two_tower_loss
 from torch_emc2.losses import ContrastiveLoss
 
 
-class Noisy(ContrastiveLoss):
-    """A loss whose mean gradient over an epoch is a given one and noise, drawn anew for each batch."""
+class Noisy:
+    """A loss of its own, whose mean gradient over an epoch is a given one and noise, drawn anew for each batch."""
 
     def __init__(self, gradient: Tensor, batches: int, std: float, seed: int) -> None:
-        super().__init__(0.5)
         self.gradient, self.batches, self.std = gradient, batches, std
         self.generator = torch.Generator().manual_seed(seed)
 
-    def forward(self, z1, z2, index=None, encode=None):  # type: ignore[no-untyped-def]
+    def __call__(self, z1, z2, index=None, encode=None):  # type: ignore[no-untyped-def]
         own = self.batches * self.gradient[index[:, 0] // 2]
         noise = self.std * torch.randn(own.shape, dtype=own.dtype, generator=self.generator)
         self.last = {"std": noise.std()}
         return ((own + noise) * torch.stack([z1, z2], 1)).sum()
-
-    def _weigh(self, *args):  # type: ignore[no-untyped-def]
-        raise NotImplementedError
 
 
 def exact_gradient(z: Tensor, temperature: float) -> Tensor:
@@ -43,7 +43,7 @@ def exact_gradient(z: Tensor, temperature: float) -> Tensor:
 
 def test_dcl_on_the_whole_data_set_has_no_error() -> None:
     error = gradient_error(
-        lambda _: DCLLoss(0.07), clustered_embeddings(40).double(), 40, epochs=2, mixing_epochs=0, runs=2
+        lambda _: DCLLoss(0.07), clustered_embeddings(40).double(), 0.07, 40, epochs=2, mixing_epochs=0, runs=2
     )
     assert error.one_epoch < 1e-20
     assert abs(error.squared_bias) < 1e-20
@@ -51,7 +51,7 @@ def test_dcl_on_the_whole_data_set_has_no_error() -> None:
 
 def test_infonce_on_the_whole_data_set_errs_by_the_positive_in_its_denominator() -> None:
     z = clustered_embeddings(40).double()
-    error = gradient_error(lambda _: InfoNCELoss(0.07), z, 40, epochs=2, mixing_epochs=0, runs=2)
+    error = gradient_error(lambda _: InfoNCELoss(0.07), z, 0.07, 40, epochs=2, mixing_epochs=0, runs=2)
     z.requires_grad_()
     (exact,) = torch.autograd.grad(global_contrastive_loss(z, 0.07), z)
     (with_positive,) = torch.autograd.grad(global_contrastive_loss(z, 0.07, positive_mass=1.0), z)
@@ -63,7 +63,7 @@ def test_infonce_on_the_whole_data_set_errs_by_the_positive_in_its_denominator()
 def test_views_drawn_anew_are_all_views_on_average() -> None:
     """At a temperature so high that all negatives weigh the same, a batch of all samples errs by the draw alone."""
     z = clustered_embeddings(12, 4, views=4).double()
-    error = gradient_error(lambda _: DCLLoss(1e4), z, 12, ids="sample", epochs=400, mixing_epochs=0, runs=4)
+    error = gradient_error(lambda _: DCLLoss(1e4), z, 1e4, 12, ids="sample", epochs=400, mixing_epochs=0, runs=4)
     assert error.one_epoch > 0.5  # half of the views have no gradient in an epoch
     assert error.squared_error[-1] == pytest.approx(error.one_epoch / 400, rel=0.3)
     assert abs(error.squared_bias) < 0.1 * error.squared_error[-1]
@@ -72,7 +72,7 @@ def test_views_drawn_anew_are_all_views_on_average() -> None:
 def test_squared_bias_is_free_of_variance() -> None:
     # Exact weights on half of the data set at a time: each batch errs, their mean over epochs hardly does at this β.
     z = clustered_embeddings(40)
-    error = gradient_error(lambda _: DCLLoss(5.0), z, 20, epochs=200, mixing_epochs=0, runs=3)
+    error = gradient_error(lambda _: DCLLoss(5.0), z, 5.0, 20, epochs=200, mixing_epochs=0, runs=3)
     assert error.squared_bias < 0.05 * error.one_epoch
 
 
@@ -85,7 +85,7 @@ def test_emc2_has_a_third_of_the_bias_of_dcl_and_sogclr() -> None:
         "dcl": lambda seed: DCLLoss(0.07),
         "sogclr": lambda seed: SogCLRLoss(2 * m, 0.07, gamma=0.9),
     }
-    bias = {name: gradient_error(make, z, 32, epochs=30, runs=2).squared_bias for name, make in makers.items()}
+    bias = {name: gradient_error(make, z, 0.07, 32, epochs=30, runs=2).squared_bias for name, make in makers.items()}
     assert bias["emc2"] < bias["dcl"] / 3
     assert bias["emc2"] < bias["sogclr"] / 3
     assert bias["emc2"] < bias["drop"] / 3
@@ -97,7 +97,7 @@ def test_variance_falls_as_one_over_n_and_the_bias_stays(offset: float) -> None:
     exact = exact_gradient(z, 0.5)
     norm = float(exact.square().sum())
     error = gradient_error(
-        lambda seed: Noisy((1 + offset) * exact, 4, 0.01, seed), z, 10, epochs=24, mixing_epochs=1, runs=4
+        lambda seed: Noisy((1 + offset) * exact, 4, 0.01, seed), z, 0.5, 10, epochs=24, mixing_epochs=1, runs=4
     )
     variance = exact.numel() * 0.01**2 / 4**2 / norm  # the noise of 4 batches fills the epoch's gradient, over 4
     assert error.epochs == [1, 2, 4, 8, 16, 24]
@@ -129,7 +129,7 @@ def test_bias_and_variance_are_those_over_all_ways_to_split_the_data() -> None:
     along_bias = ((each - each.mean(0)) * (each.mean(0) - exact)).sum((1, 2, 3)) / norm
     chance = float(2 * along_bias.square().mean().sqrt()) / 1600**0.5  # of 4 runs of 400 epochs
     variance = float((each - each.mean(0)).square().sum((1, 2, 3)).mean() / norm)
-    error = gradient_error(lambda _: DCLLoss(0.2), z, 2, epochs=400, mixing_epochs=0, runs=4)
+    error = gradient_error(lambda _: DCLLoss(0.2), z, 0.2, 2, epochs=400, mixing_epochs=0, runs=4)
     assert bias > 10 * chance
     assert error.squared_bias == pytest.approx(bias, abs=3 * chance)
     assert error.variance == pytest.approx(variance, rel=0.05)
@@ -144,13 +144,13 @@ def test_epochs_of_mixing_are_left_out() -> None:
 
         calls = 0
 
-        def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        def __call__(self, *args, **kwargs):  # type: ignore[no-untyped-def]
             self.calls += 1
-            return (3 if self.calls <= 2 * self.batches else 1) * super().forward(*args, **kwargs)
+            return (3 if self.calls <= 2 * self.batches else 1) * super().__call__(*args, **kwargs)
 
     def measure(mixing_epochs: int) -> list[float]:
         error = gradient_error(
-            lambda seed: Settling(exact, 4, 0.0, seed), z, 10, epochs=3, mixing_epochs=mixing_epochs, runs=2
+            lambda seed: Settling(exact, 4, 0.0, seed), z, 0.5, 10, epochs=3, mixing_epochs=mixing_epochs, runs=2
         )
         assert error.squared_bias == pytest.approx(error.squared_error[-1])
         return error.squared_error
@@ -166,7 +166,13 @@ def test_the_bias_is_the_mean_over_all_pairs_of_runs_and_has_their_spread() -> N
 
     def measure(runs: int) -> tuple[float, float]:
         error = gradient_error(
-            lambda seed: Noisy((1 + errors[seed]) * exact, 4, 0.0, seed), z, 10, epochs=1, mixing_epochs=0, runs=runs
+            lambda seed: Noisy((1 + errors[seed]) * exact, 4, 0.0, seed),
+            z,
+            0.5,
+            10,
+            epochs=1,
+            mixing_epochs=0,
+            runs=runs,
         )
         return error.squared_bias, error.standard_error
 
@@ -183,7 +189,7 @@ def test_ids_and_what_they_encode(ids: IdsOf) -> None:
     both_views_seen = set()
 
     class Spy(Noisy):
-        def forward(self, z1, z2, index=None, encode=None):  # type: ignore[no-untyped-def]
+        def __call__(self, z1, z2, index=None, encode=None):  # type: ignore[no-untyped-def]
             own = index if ids == "sample" else index[:, 0] // 2
             samples.append(own)
             torch.testing.assert_close((z1, z2), (z[own, 0], z[own, 1]))
@@ -198,7 +204,7 @@ def test_ids_and_what_they_encode(ids: IdsOf) -> None:
                 torch.testing.assert_close(met, z.flatten(0, 1))
             return z1.sum() + z2.sum()
 
-    gradient_error(lambda seed: Spy(z, 2, 0.0, seed), z, 4, ids=ids, epochs=3, mixing_epochs=1, runs=2)
+    gradient_error(lambda seed: Spy(z, 2, 0.0, seed), z, 0.5, 4, ids=ids, epochs=3, mixing_epochs=1, runs=2)
     assert both_views_seen == ({0, 1} if ids == "sample" else set())
     assert [len(own) for own in samples] == 2 * 4 * 2 * [4]  # two runs of four epochs of two batches: two are left out
     for first, second in zip(samples[::2], samples[1::2], strict=True):
@@ -212,7 +218,7 @@ def test_errors_at_the_parameters_are_those_of_the_losses_of_a_network() -> None
     parameters = list(network.parameters())
     to_parameters = parameter_gradient(lambda ids: network(x[ids]), parameters, 12, chunk_size=5)
     error = gradient_error(
-        lambda _: InfoNCELoss(0.3), network(x), 12, epochs=3, mixing_epochs=0, runs=2, to_parameters=to_parameters
+        lambda _: InfoNCELoss(0.3), network(x), 0.3, 12, epochs=3, mixing_epochs=0, runs=2, to_parameters=to_parameters
     )
     exact, with_positive = (
         torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
@@ -233,4 +239,52 @@ def test_errors_at_the_parameters_are_those_of_the_losses_of_a_network() -> None
 def test_what_cannot_be_measured_is_refused(wrong: dict[str, int]) -> None:
     arguments = {"batch_size": 8, "epochs": 1, "runs": 2} | wrong
     with pytest.raises(ValueError, match="runs must be at least 2, epochs at least 1 and batch_size from 2 to the 40"):
-        gradient_error(lambda _: DCLLoss(0.1), torch.randn(40, 2, 4), **arguments)
+        gradient_error(lambda _: DCLLoss(0.1), torch.randn(40, 2, 4), 0.1, **arguments)
+    with pytest.raises(ValueError, match="runs must be at least 2, epochs at least 1 and batch_size from 2 to the 40"):
+        two_tower_error(lambda _: DCLLoss(0.1, towers=2), *torch.randn(2, 40, 4), 0.1, **arguments)
+
+
+def cross_entropy(x, y, index, encode, logit_scale):  # type: ignore[no-untyped-def]
+    """CLIP's loss, as anyone would write it."""
+    logits = logit_scale * nn.functional.normalize(x) @ nn.functional.normalize(y).T
+    own = torch.arange(len(x))
+    return (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
+
+
+@pytest.mark.parametrize("directions", ["both", "x->y", "y->x"])
+def test_two_towers_on_the_whole_data_set_have_no_error(directions: Directions) -> None:
+    def measure(make_loss: MakeLoss, positive_mass: float) -> list[float]:
+        x, y = (side.double() for side in clustered_pairs(30))
+        lengths = {"epochs": 2, "mixing_epochs": 0, "runs": 2}
+        errors = two_tower_error(
+            make_loss, x, y, 0.07, 30, directions=directions, positive_mass=positive_mass, **lengths
+        )
+        return [error.one_epoch for error in errors]
+
+    assert max(measure(lambda _: DCLLoss(0.07, towers=2, directions=directions), 0.0)) < 1e-20
+    assert max(measure(lambda _: InfoNCELoss(0.07, towers=2, directions=directions), 1.0)) < 1e-20
+    if directions == "both":
+        assert max(measure(lambda _: cross_entropy, 1.0)) < 1e-20
+    assert min(measure(lambda _: cross_entropy, 0.0)) > 0.01
+
+
+def test_errors_of_x_y_and_beta_are_told_apart() -> None:
+    x, y = (side.double().requires_grad_() for side in clustered_pairs(20))
+    beta = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    gradients = torch.autograd.grad(two_tower_loss(x, y, 1 / beta), (x, y, beta))
+    seen = []
+
+    def loss(x_batch, y_batch, index, encode, logit_scale):  # type: ignore[no-untyped-def]
+        seen.append(index)
+        encode_x, encode_y = encode
+        torch.testing.assert_close((encode_x(index), encode_y(index)), (x_batch, y_batch))
+        at_x, at_y, at_beta = gradients
+        batches = 20 // 5
+        through_encode = (1.2 * batches * at_y[index] * encode_y(index)).sum()
+        return (0.9 * batches * at_x[index] * x_batch).sum() + through_encode + 1.5 * at_beta * logit_scale
+
+    errors = two_tower_error(lambda _: loss, x, y, 0.2, 5, epochs=3, mixing_epochs=1, runs=2)
+    assert [error.squared_bias for error in errors] == pytest.approx([0.01, 0.04, 0.25])
+    assert [error.one_epoch for error in errors] == pytest.approx([0.01, 0.04, 0.25])
+    assert len(seen) == 2 * 4 * 4
+    assert all(len(torch.cat(seen[k : k + 4]).unique()) == 20 for k in range(0, 32, 4))

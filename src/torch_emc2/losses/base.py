@@ -157,7 +157,7 @@ class ContrastiveLoss(nn.Module, ABC):
                 needs_negatives=self.positive_weight == 0,
                 alike=lambda: {
                     **self._alike(),
-                    "temperature": self.temperature if beta is None else float(beta),
+                    "temperature": self.temperature if beta is None else float(beta.detach()),
                     "encode": encoders[0] is not None,
                     "encode_y": encoders[1] is not None,
                     "training": self.training,
@@ -199,7 +199,7 @@ class ContrastiveLoss(nn.Module, ABC):
         if logit_scale is None:
             return self.temperature() if isinstance(self.temperature, Temperature) else None
         beta = torch.as_tensor(logit_scale)
-        if beta.numel() != 1 or not 0 < float(beta) < math.inf:
+        if beta.numel() != 1 or not 0 < float(beta.detach()) < math.inf:
             raise ValueError(f"logit_scale must be one positive number, β = 1 / temperature; got {logit_scale!r}")
         return beta.reshape(())
 

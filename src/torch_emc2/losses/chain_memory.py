@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_emc2.chains import EMPTY, ChainTable
+from torch_emc2.losses.met import Met
 from torch_emc2.losses.stateful import Memory
 from torch_emc2.slots import Slots
 from torch_emc2.tables import SampleTable
@@ -37,7 +38,7 @@ class ChainMemory(Memory):
         self.chains = ChainTable(num_samples, num_chains, scored=scored)
         self.embeddings: SampleTable | None = None
 
-    def recall(self, ids: Tensor, like: Tensor) -> Tensor | None:
+    def recall(self, ids: Tensor, like: Tensor) -> Met | None:
         """Look up the cached embeddings (\\*ids.shape, d) of ``ids``, some `EMPTY`; None if there are none."""
         if self.embeddings is None:
             return None
@@ -45,7 +46,7 @@ class ChainMemory(Memory):
         if dim != like.shape[1]:
             raise ValueError(f"x and y must be (b, {dim}) as the cached embeddings are, got d = {like.shape[1]}")
         slots = self.slots.find(ids.flatten()).clamp(min=0)  # what an empty chain meets has no weight
-        return self.embeddings.read(slots).to(like.dtype).view(*ids.shape, dim)
+        return Met(self.embeddings.read(slots).to(like.dtype).view(*ids.shape, dim))
 
     def moving(
         self, ids: Tensor, ends: Tensor, similarities: Tensor | None, first: Tensor | None
@@ -63,10 +64,8 @@ class ChainMemory(Memory):
 
         return write
 
-    def caching(self, ids: Tensor, embeddings: Tensor, first: Tensor | None) -> Callable[[], None]:
-        """Be ready to keep the embeddings (k, d) of ``ids`` (k,), of each one that is met ``first``."""
-        if first is not None:
-            ids, embeddings = ids[first], embeddings[first]
+    def caching(self, ids: Tensor, embeddings: Tensor) -> Callable[[], None]:
+        """Be ready to keep the embeddings (k, d) of ``ids`` (k,), all different."""
         slots = self.slots.place(ids)
         if self.embeddings is None:
             self.embeddings = SampleTable(self.num_samples, (embeddings.shape[1],), torch.float32, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch_emc2.kernels import KERNELS, Kernel, Visit
 from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.chain_memory import ChainMemory
 from torch_emc2.losses.draws import BatchDraws
+from torch_emc2.losses.met import encode_met
 from torch_emc2.losses.settings import NumSamples, PositiveWeight, require_int
 from torch_emc2.losses.stateful import StatefulLoss
-from torch_emc2.losses.weighting import Carried, Scores, Weights
+from torch_emc2.losses.weighting import Scores, Weights
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 
@@ -127,16 +128,17 @@ class EMC2Loss(StatefulLoss):
         slots = side.slots.find(contrast.chain_ids)
         carried_by_all = side.chains.ids.read(slots).long()  # as every rank sees it
         carried = contrast.to_rows(carried_by_all)  # (rows, chains)
+        carried = carried.masked_fill(contrast.known_own(carried), EMPTY)  # no negative any more
         empty = carried == EMPTY
         at_positive = scores.log_positive[:, None] - math.log(contrast.column_views)  # which is in each set
         met = None
         if self.carry == "encode":
-            met = self._encode(contrast, carried, ~empty, bool((carried_by_all != EMPTY).any()), encode)
+            met = encode_met(contrast, carried, ~empty, bool((carried_by_all != EMPTY).any()), encode)
         elif self.carry == "cache":
-            met = _as_met(self.sides[contrast.candidates].recall(carried, contrast.rows))
+            met = self.sides[contrast.candidates].recall(carried, contrast.rows)
         score = at_positive
         if met is not None:
-            score = _log_scores(contrast, met, scores)
+            score = met.similarities(contrast.rows) / scores.temperature
         elif side.chains.similarities is not None:
             score = contrast.to_rows(side.chains.similarities.read(slots)).to(scores.logits.dtype) / scores.temperature
         score = torch.where(empty, at_positive, score)
@@ -158,18 +160,16 @@ class EMC2Loss(StatefulLoss):
             at_carried = at_carried.masked_fill(empty, 0.0)
         if self.carry == "encode_if_used":
             used = at_carried > 0
-            met = self._encode(contrast, carried, used, contrast.ranks.anywhere(bool(used.any())), encode)
+            met = encode_met(contrast, carried, used, contrast.ranks.anywhere(bool(used.any())), encode)
             if met is not None:  # a score that stayed as it was could hold its chain for ever
-                score = torch.where((end < 0) & used, _log_scores(contrast, met, scores), score)
+                score = torch.where((end < 0) & used, met.similarities(contrast.rows) / scores.temperature, score)
         write = None
         if self.training:
             ends = torch.where(end < 0, carried, contrast.ids_at(end.clamp(min=0)))
             write = self._writing(contrast, ends, score * scores.temperature, coins[-1])
         last = {"acceptance": move.acceptance, "carried_share": at_carried.sum() / carried.numel()}
-        if met is not None:
-            carried_part = Carried(met.vectors, at_carried / self.num_chains, met.encoded, met.place)
-            return Weights(weights, w_pos, carried=carried_part, write=write, last=last)
-        return Weights(weights, w_pos, write=write, last=last)
+        term = None if met is None else met.weighed(at_carried / self.num_chains)
+        return Weights(weights, w_pos, carried=term, write=write, last=last)
 
     def _proposals(self, contrast: Contrast, scores: Scores, at_positive: Tensor) -> Tensor:
         """Log scores of the columns as proposals: hard negatives and, in its own sample's place, the positive are in
@@ -182,23 +182,6 @@ class EMC2Loss(StatefulLoss):
         if self.positive_weight:
             logits = logits.scatter(1, contrast.own_columns, at_positive.expand(-1, contrast.column_views))
         return logits
-
-    def _encode(
-        self, contrast: Contrast, carried: Tensor, wanted: Tensor, anywhere: bool, encode: CheckedEncode | None
-    ) -> _Met | None:
-        """Encode each wanted id of (rows, chains) once; None where no id is wanted on any rank.
-
-        Where one is `anywhere`, a rank that wants none has a stand-in that no chain is at.
-        """
-        if not anywhere:
-            return None
-        ids, place_of_wanted = torch.unique(carried[wanted], return_inverse=True)
-        ids = contrast.some_ids(ids)
-        with contrast.ranks.together():
-            assert encode is not None
-            encoded = encode(ids)
-        place = torch.zeros_like(carried).masked_scatter_(wanted, place_of_wanted)
-        return _Met(encoded.detach()[place], encoded, place)
 
     def _writing(self, contrast: Contrast, ends: Tensor, similarities: Tensor, coins: Tensor) -> Callable[[], None]:
         """Be ready to write where the chains ended, ids and similarities (rows, chains).
@@ -213,8 +196,7 @@ class EMC2Loss(StatefulLoss):
         kept = None if side.chains.similarities is None else ranks.gather_rows(similarities)
         writes = [side.moving(contrast.chain_ids, ranks.gather_rows(ends), kept, contrast.first_anchors)]
         if self.carry == "cache":
-            ids, cache = contrast.item_ids, self.sides[contrast.candidates]
-            writes.append(cache.caching(ids, contrast.columns[: len(ids)], contrast.first_candidates))
+            writes.append(self.sides[contrast.candidates].caching(*contrast.items()))
 
         def write_all() -> None:
             for write in writes:
@@ -228,20 +210,3 @@ class EMC2Loss(StatefulLoss):
     def _take_position(self, state: dict[str, Any]) -> None:
         super()._take_position(state)
         self.seed = state["seed"]
-
-
-class _Met(NamedTuple):
-    """What each row's chains carry: (rows, chains, d) vectors, and what they are copies of, as in `Carried`."""
-
-    vectors: Tensor
-    encoded: Tensor | None = None
-    place: Tensor | None = None
-
-
-def _as_met(vectors: Tensor | None) -> _Met | None:
-    return None if vectors is None else _Met(vectors)
-
-
-def _log_scores(contrast: Contrast, met: _Met, scores: Scores) -> Tensor:
-    """Score what each row meets: (rows, chains)."""
-    return torch.bmm(met.vectors, contrast.rows[:, :, None])[:, :, 0] / scores.temperature

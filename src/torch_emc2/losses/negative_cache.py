@@ -143,12 +143,9 @@ class NegativeCacheLoss(StatefulLoss):
         entries = torch.arange(size, device=contrast.rows.device)
         views = self.views_per_sample if contrast.candidate_ids.ndim == 2 else 1
         own = entries // views == contrast.partner_ids[:, None] // views
-        if contrast.no_negatives is not None:
-            columns = len(contrast.item_ids)  # an item is known to be the row's where none of its columns is a negative
-            known = contrast.no_negatives.scatter(1, contrast.own_columns, True)[:, :columns].to(torch.int8)
-            ids = contrast.item_ids.expand_as(known)
-            every = torch.zeros_like(own, dtype=torch.int8).scatter_reduce_(1, ids, known, "amin", include_self=False)
-            own = own | (every > 0)
+        if contrast.known is not None:
+            known = entries == contrast.item_ids[:, None]
+            own = own | (contrast.known.to(contrast.rows.dtype) @ known.to(contrast.rows.dtype) > 0)
         return own
 
     def _fresh(

@@ -1,0 +1,55 @@
+"""What the rows meet of the negatives that their chains carry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_emc2.geometry import Contrast
+from torch_emc2.losses.calling import CheckedEncode
+from torch_emc2.losses.weighting import Carried
+
+__all__ = ["Met", "encode_met"]
+
+
+@dataclass(frozen=True)
+class Met:
+    """Carried negatives' embeddings.
+
+    Attributes:
+        vectors: (rows, chains, d) unit vectors, detached; of an empty chain any, which has no weight.
+        encoded: (k, d) the vectors that they are copies of, where those may have a gradient.
+        place: (rows, chains) which of ``encoded`` each one is.
+    """
+
+    vectors: Tensor
+    encoded: Tensor | None = None
+    place: Tensor | None = None
+
+    def similarities(self, rows: Tensor) -> Tensor:
+        """Compare each row with what it meets: (rows, chains)."""
+        return torch.bmm(self.vectors, rows[:, :, None])[:, :, 0]
+
+    def weighed(self, weight: Tensor) -> Carried:
+        """Give them weights (rows, chains)."""
+        return Carried(self.vectors, weight, self.encoded, self.place)
+
+
+def encode_met(
+    contrast: Contrast, carried: Tensor, wanted: Tensor, anywhere: bool, encode: CheckedEncode | None
+) -> Met | None:
+    """Encode each id of ``carried`` (rows, chains) that is ``wanted``, once; None where none is on any rank.
+
+    Where one is `anywhere`, a rank that wants none has a stand-in that no chain is at.
+    """
+    if not anywhere:
+        return None
+    ids, place_of_wanted = torch.unique(carried[wanted], return_inverse=True)
+    ids = contrast.some_ids(ids)
+    with contrast.ranks.together():
+        assert encode is not None
+        encoded = encode(ids)
+    place = torch.zeros_like(carried).masked_scatter_(wanted, place_of_wanted)
+    return Met(encoded.detach()[place], encoded, place)
