@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+__all__ = ["main"]
+
 _USAGE = """\
 usage: emc2 COMMAND …
 

@@ -18,6 +18,20 @@ from torch import Tensor, nn
 
 from torch_emc2.files import one_line, whole_file
 
+__all__ = [
+    "MOST_LAYERS",
+    "SMALL_IMAGE",
+    "Encoder",
+    "ModelConfig",
+    "Norm",
+    "adapt_backbone",
+    "build_encoder",
+    "load_backbone",
+    "load_encoder",
+    "save_backbone",
+    "save_encoder",
+]
+
 Norm = Literal["batch", "group", "none"]
 
 MOST_LAYERS = 100

@@ -86,8 +86,12 @@ def check_files(
 ) -> Check:
     """Look at image files, with a bar on a terminal.
 
-    A JPEG and a PNG that have a header and an end are taken to be whole; all others are decoded. With ``whole`` those
-    are too. What was found for files of these names, sizes and times is kept in the file ``kept`` and not sought again.
+    Args:
+        files: what should be images.
+        decoding: what is made of their pixels.
+        whole: decode all of them; else a JPEG and a PNG that have a header and an end are taken to be whole.
+        num_workers: processes that look.
+        kept: where what was found for files of these names, sizes and times is kept, and not sought again.
     """
     digest = hashlib.sha256(repr((decoding, whole)).encode())
     for path in files:

@@ -1,5 +1,7 @@
 """Data sets by name."""
 
+from __future__ import annotations
+
 import gzip
 import logging
 import os
@@ -42,19 +44,24 @@ def open_dataset(
     seed: int = 0,
     decoding: Decoding = Decoding(),  # noqa: B008  # frozen
 ) -> ImageDataset:
-    """The images of a data set that are pre-trained on ("train"), probed with labels ("probe"), or tested on ("test").
-
-    `name` is `digits`, `fashion-mnist`, `cifar10`, `stl10`, `imagenet100`, or `folder:PATH` for any tree of images.
-    All but `digits` and `folder:` are looked for under `root`; Fashion-MNIST, CIFAR-10 and STL-10 are downloaded to it.
+    """Open the images of a data set that are trained on, probed with labels, or tested on.
 
     A folder's classes are the folders that hold its images; images that all lie directly in it have no labels. Its
-    splits are known by their usual names (`train/` and `test/`, `valid/`, …); of a test and a validation part the
+    splits are known by their usual names (``train/`` and ``test/``, ``valid/``, …); of a test and a validation part the
     first is "test", and neither is trained on. Where it has none, "train" is all images and "test" a fixed random
     fifth of each class (of a class of one image, none), "probe" the rest. What was understood goes to the log.
 
-    `channels` (1 or 3) converts every image; None keeps the data set's own. `limit` keeps a random subset of at most
-    that many images of "train", drawn with `seed`. `decoding` is for images in files. Raises
-    `DataError` for data that is not there or damaged.
+    Args:
+        name: digits, fashion-mnist, cifar10, stl10, imagenet100, or folder:PATH for any tree of images.
+        split: "train" is pre-trained on, "probe" has the labels that a probe is fitted on, "test" tests.
+        root: where all but digits and folders are looked for; Fashion-MNIST, CIFAR-10 and STL-10 are downloaded to it.
+        channels: 1 or 3, to which every image is converted; None keeps the data set's own.
+        limit: "train" is a random subset of at most so many images.
+        seed: of that choice.
+        decoding: what is made of files' pixels.
+
+    Raises:
+        DataError: no such data set or split, or its files are not there or damaged.
     """
     (dataset,) = open_splits(name, (split,), root, channels=channels, limit=limit, seed=seed, decoding=decoding)
     return dataset
@@ -220,7 +227,7 @@ _WITHOUT_FILES: dict[str, Callable[[Split, Path], ImageDataset]] = {
 
 
 def _fifth(labels: Tensor, *, test: bool) -> Tensor:
-    """Rows of a fixed random fifth of each class, or of the rest, in which no class is missing.
+    """Return the rows of a fixed random fifth of each class, or of the rest, in which no class is missing.
 
     Where each class has one image no class can be tested; a fifth of all is held out, for what needs no labels.
     """
@@ -231,7 +238,7 @@ def _fifth(labels: Tensor, *, test: bool) -> Tensor:
 
 
 def _download(fetch: Callable[[str], object], folder: Path, root: Path, failure: str) -> None:
-    """Fetches `root/folder`; its files appear under their names only once all of them are whole."""
+    """Fetch ``root/folder``; its files appear under their names only once all of them are whole."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".download-", dir=root) as target:
@@ -244,7 +251,7 @@ def _download(fetch: Callable[[str], object], folder: Path, root: Path, failure:
 
 
 def _read_idx(file: Path) -> Tensor:
-    """A file in the idx format of MNIST as a uint8 tensor."""
+    """Read a file in the idx format of MNIST, as uint8."""
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         if data[:3] != b"\0\0\x08":

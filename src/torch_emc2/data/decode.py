@@ -50,6 +50,9 @@ class Decoding:
         value_range: the values that become black and white, as ``min,max``, or as ``low%,high%`` of each image's own,
             where integers are deeper than 8 bits, or floating-point. None: 16 bits that fill their range.
         max_pixels: larger images are refused before they take memory.
+
+    Raises:
+        DataError: a value that none of that can be made with.
     """
 
     background: str = "white"
@@ -70,16 +73,23 @@ class Decoding:
 
 
 class Depth(NamedTuple):
-    """What an opened file tells of values deeper than 8 bits."""
+    """What an opened file tells of values deeper than 8 bits.
 
-    kind: str  # in words
-    top: int | None  # the largest value; None where there may be any
-    colour: bool = False  # Pillow keeps the upper 8 bits
-    scaled: bool = False  # to 16 bits, by Pillow, from the range that the file names
+    Attributes:
+        kind: in words.
+        top: the largest value; None where there may be any.
+        colour: Pillow keeps the upper 8 bits.
+        scaled: to 16 bits, by Pillow, from the range that the file names.
+    """
+
+    kind: str
+    top: int | None
+    colour: bool = False
+    scaled: bool = False
 
 
 def decode_image(path: str | os.PathLike[str], decoding: Decoding = Decoding()) -> Tensor:
-    """First frame of an image file as RGB, uint8 (3, h, w), turned upright as its EXIF says.
+    """Return the first frame of an image file as RGB, uint8 (3, h, w), turned upright as its EXIF says.
 
     Raises:
         BadImageError: it cannot be read, is too large, or its values have no known range.
@@ -91,7 +101,7 @@ def decode_image(path: str | os.PathLike[str], decoding: Decoding = Decoding()) 
 
 
 def decode(path: str | os.PathLike[str], decoding: Decoding) -> Tensor:
-    """`decode_image` with errors as they come; `refusal` has them in words."""
+    """Do what `decode_image` does, with errors as they come; `refusal` has them in words."""
     with open_image(path, decoding) as file:
         depth = depth_of(file)
         _scale_transparent_grey(file)
@@ -105,7 +115,11 @@ def decode(path: str | os.PathLike[str], decoding: Decoding) -> Tensor:
 def open_image(
     path: str | os.PathLike[str], decoding: Decoding, kinds: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
-    """Open an image by its content, of all `formats` or these ``kinds``; its header alone is read."""
+    """Open an image by its content, of all `formats` or these ``kinds``; its header alone is read.
+
+    Raises:
+        DataError: it is too large.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what it repairs
         pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our limit is in its place
@@ -121,7 +135,7 @@ def open_image(
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Pillow's names of what it can open here by itself; HEIC is among them where pillow-heif is installed."""
+    """Return Pillow's names of what it can open here by itself; HEIC is among them where pillow-heif is installed."""
     with contextlib.suppress(ImportError):
         from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
 
@@ -131,12 +145,12 @@ def formats() -> tuple[str, ...]:
 
 
 def heif_bytes(start: bytes) -> bool:
-    """Whether a file that starts so is HEIC."""
+    """Tell whether a file that starts so is HEIC."""
     return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
 
 
 def refusal(path: str | os.PathLike[str], error: Exception) -> str:
-    """Why a file cannot be read, in a few words."""
+    """Say why a file cannot be read, in a few words."""
     if isinstance(error, UnidentifiedImageError):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             start = file.read(12)
@@ -147,7 +161,7 @@ def refusal(path: str | os.PathLike[str], error: Exception) -> str:
 
 
 def depth_of(file: Image.Image) -> Depth | None:
-    """What is known of an opened image's values, None for 8 bits and less; decodes nothing."""
+    """Return what is known of an opened image's values, None for 8 bits and less; nothing is decoded."""
     if file.mode == "F":
         return Depth("floating-point", None)
     if file.mode == "I":
@@ -160,7 +174,7 @@ def depth_of(file: Image.Image) -> Depth | None:
 
 
 def _raw_mode(file: Image.Image) -> str:
-    """How the file has the pixels, in Pillow's words."""
+    """Say how the file has the pixels, in Pillow's words."""
     for tile in getattr(file, "tile", ()):
         first = tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args
         return first if isinstance(first, str) else ""
@@ -217,7 +231,7 @@ def no_range(kind: str, least: float, most: float) -> str:
 
 
 def _parsed(value_range: str) -> tuple[float, float, bool]:
-    """Lowest and highest value, and whether they are percentiles of each image."""
+    """Return the lowest and the highest value, and whether they are percentiles of each image."""
     number = r"([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
     found = re.fullmatch(rf"\s*{number}(%?)\s*,\s*{number}(%?)\s*", value_range)
     if found:
@@ -228,7 +242,7 @@ def _parsed(value_range: str) -> tuple[float, float, bool]:
 
 
 def _flat(image: Image.Image, background: str) -> Image.Image:
-    """RGB, with the background where the image is transparent."""
+    """Return the image as RGB, with the background where it is transparent."""
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")

@@ -1,5 +1,7 @@
 """Finite augmentation: a fixed number of views of every image, drawn once and kept in a file."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -30,7 +32,12 @@ Shape = tuple[int, int, int, int, int]
 class FiniteViews:
     """n views of each of m samples in a .npy file, uint8 (m, n, c, s, s); the id of a view is sample · n + view.
 
-    `unreadable` has the samples whose images could not be read, and why; their views are zeros.
+    Args:
+        file: the views.
+        unreadable: samples whose images could not be read, and why; their views are zeros.
+
+    Raises:
+        ValueError: the file is damaged.
     """
 
     def __init__(self, file: Path, unreadable: Mapping[int, str]) -> None:
@@ -50,7 +57,11 @@ class FiniteViews:
         return FiniteViews, (self.file, self.unreadable)  # a memory map would be pickled with all that it maps
 
     def take(self, ids: Tensor) -> Tensor:
-        """The views `ids` (k,), float32 (k, c, s, s) in [0, 1]; raises `BadImageError` for those of no image."""
+        """Return the views ``ids`` (k,), float32 (k, c, s, s) in [0, 1].
+
+        Raises:
+            BadImageError: one is of an image that could not be read.
+        """
         if self.unreadable:
             for sample in (ids // self.num_views).tolist():
                 if sample in self.unreadable:
@@ -69,11 +80,25 @@ def finite_views(
     on_bad_image: Literal["raise", "skip"] = "raise",
     num_workers: int = 0,
 ) -> FiniteViews:
-    """The first `num_views` views of epoch 0 of every image, rounded to uint8; made unless `folder` has them whole.
+    """Return the first views of epoch 0 of every image, rounded to uint8; made unless the folder has them whole.
 
-    A file's name is a hash of all that its views depend on: `name` (the data set's), which of its images, for images
-    in files those files' paths, sizes, times and decoding, channels, augmentation, `num_views` and `seed`. A .json
+    A file's name is a hash of all that its views depend on: the data set's name, which of its images, for images in
+    files those files' paths, sizes, times and decoding, channels, augmentation, number of views and seed. A .json
     beside it has that in words.
+
+    Args:
+        images: m of them.
+        augmentation: how views are drawn.
+        num_views: of each image.
+        seed: of the views.
+        folder: where files of views are kept.
+        name: the data set's.
+        on_bad_image: stop at an unreadable one, or leave its views zeros and name it in ``unreadable``.
+        num_workers: processes that draw.
+
+    Raises:
+        DataError: fewer than two views, or no room for them.
+        BadImageError: an image cannot be read, and is not to be skipped.
     """
     if num_views < 2:
         raise DataError(f"num_views must be at least 2, got {num_views}: a positive is another view of the sample")
@@ -116,7 +141,7 @@ def _which(images: ImageDataset) -> str:
 
 
 def _open(file: Path, shape: Shape) -> FiniteViews | None:
-    """The views in a file, or None where it is missing, cut short or damaged."""
+    """Open the views in a file; None where it is missing, cut short or damaged."""
     try:
         unreadable = json.loads(file.with_suffix(".json").read_text())["unreadable"]
         views = FiniteViews(file, {int(sample): reason for sample, reason in unreadable.items()})
@@ -125,7 +150,7 @@ def _open(file: Path, shape: Shape) -> FiniteViews | None:
     return views if views.shape == shape else None
 
 
-def _make(file: Path, shape: Shape, drawn: "_Drawn", origin: dict[str, Any], num_workers: int) -> FiniteViews:
+def _make(file: Path, shape: Shape, drawn: _Drawn, origin: dict[str, Any], num_workers: int) -> FiniteViews:
     # A generator of its own: a loader seeds its workers with a draw from torch's.
     loader = DataLoader(drawn, batch_size=None, num_workers=num_workers, generator=torch.Generator())
     unreadable = {}

@@ -31,7 +31,12 @@ _SIGNED = {"AVIF", "BMP", "DDS", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PNG"
 
 @dataclass(frozen=True)
 class Found:
-    """Images below a folder, in order of their names, and how many files of what kind are none."""
+    """What is in folders.
+
+    Attributes:
+        files: the images, in order of their names.
+        left_out: how many files of what kind are none.
+    """
 
     files: list[str]
     left_out: Counter[str]
@@ -141,7 +146,7 @@ def find_images(*paths: Path) -> Found:
 
 
 def _walk(folder: str, above: tuple[str, ...]) -> Iterator[os.DirEntry[str]]:
-    """All files below a folder; of what is hidden, and of runs' folders, the name alone."""
+    """Give all files below a folder; of what is hidden, and of runs' folders, the name alone."""
     real = os.path.realpath(folder)
     try:
         with os.scandir(folder) as listing:
@@ -164,7 +169,7 @@ def _is_run(folder: str) -> bool:
 
 
 def _is_special(entry: os.DirEntry[str]) -> bool:
-    """Whether opening it might wait for ever; a link to nothing does not."""
+    """Tell whether opening it might wait for ever; a link to nothing does not."""
     if entry.is_symlink():
         return os.path.exists(entry.path) and not os.path.isfile(entry.path)
     return not entry.is_file()
@@ -172,7 +177,7 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
 
 @cache
 def _suffixes() -> frozenset[str]:
-    """Suffixes, with their dots, of what Pillow opens here."""
+    """Return the suffixes, with their dots, of what Pillow opens here."""
     known = {*formats(), "MPO"}  # the JPEG of many frames
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known) | _HEIF
 
@@ -195,7 +200,7 @@ def _is_image(path: str) -> bool:
 
 
 def _splits(path: Path, inside: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Part by part the folder in ``path`` that has it, an empty one too; nothing where there is no part."""
+    """Return part by part the folder in ``path`` that has it, an empty one too; nothing where there is no part."""
     parts: dict[str, str] = {}
     for name in sorted(os.listdir(path)):
         part = _PARTS.get(name.casefold())
@@ -221,14 +226,14 @@ def _splits(path: Path, inside: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
 
 def _with_classes(files: Sequence[str], folder: Path, at_least: int = 2) -> list[tuple[str, str]]:
-    """Images with the folder that holds them, relative to ``folder`` ('.' for that)."""
+    """Pair images with the folder that holds them, relative to ``folder`` ('.' for that)."""
     if len(files) < at_least:
         raise DataError(f"{str(folder)!r} holds {len(files)} images, at least {at_least} are needed; put images there")
     return [(file, Path(file).parent.relative_to(folder).as_posix()) for file in files]
 
 
 def _names(listing: Sequence[tuple[str, str]]) -> list[str]:
-    """Classes, or none where all images lie directly in the folder."""
+    """Return the classes, none where all images lie directly in the folder."""
     names = sorted({name for _, name in listing})
     return names if names != ["."] else []
 

@@ -27,14 +27,21 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, row: int) -> Tensor:
-        """Image `row`."""
+        """Return an image."""
 
     def path(self, row: int) -> str | None:
-        """The file that holds image `row` alone, if there is one."""
+        """Return the file that holds an image alone, if there is one."""
 
 
 class ArrayImages:
-    """Images in memory: a uint8 tensor (n, c, h, w)."""
+    """Images in memory.
+
+    Args:
+        images: uint8 (n, c, h, w), c of 1 or 3.
+
+    Raises:
+        DataError: they are of another type or shape.
+    """
 
     def __init__(self, images: Tensor) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -47,11 +54,11 @@ class ArrayImages:
         return len(self.images)
 
     def read(self, row: int) -> Tensor:
-        """Image `row`, uint8 (c, h, w)."""
+        """Return an image, uint8 (c, h, w)."""
         return self.images[row]
 
     def path(self, row: int) -> str | None:
-        """None: no file is behind a single image."""
+        """Return None: no file is behind a single image."""
         return None
 
 
@@ -59,6 +66,13 @@ class RecordImages:
     """Images of one size in one file of raw bytes, each stored as (3, width, height).
 
     Each read opens the file: the system's page cache serves all worker processes, and nothing large is copied to them.
+
+    Args:
+        file: the bytes.
+        size: width and height.
+
+    Raises:
+        DataError: the file is cut short, or another.
     """
 
     channels = 3
@@ -74,17 +88,22 @@ class RecordImages:
         return self.count
 
     def read(self, row: int) -> Tensor:
-        """Image `row`, uint8 (3, size, size)."""
+        """Return an image, uint8 (3, size, size)."""
         pixels = np.fromfile(self.file, dtype=np.uint8, count=self.record, offset=row * self.record)
         return torch.from_numpy(pixels).view(3, self.size, self.size).mT.contiguous()
 
     def path(self, row: int) -> str | None:
-        """None: no file is behind a single image."""
+        """Return None: no file is behind a single image."""
         return None
 
 
 class FileImages:
-    """Images in a file each, decoded when they are read."""
+    """Images in a file each, decoded when they are read.
+
+    Args:
+        files: an image each.
+        decoding: what is made of their pixels.
+    """
 
     channels = 3
 
@@ -95,19 +114,30 @@ class FileImages:
         return len(self.files)
 
     def read(self, row: int) -> Tensor:
-        """Image `row`, uint8 (3, h, w); raises `BadImageError` where it cannot be decoded."""
+        """Return an image, uint8 (3, h, w).
+
+        Raises:
+            BadImageError: it cannot be decoded.
+        """
         return decode_image(self.files[row], self.decoding)
 
     def path(self, row: int) -> str | None:
-        """The file of image `row`."""
+        """Return the file of an image."""
         return self.files[row]
 
 
 class ImageDataset:
     """Numbered images of one split, with labels where it has them.
 
-    `labels` is int64 (n,) with values that index `classes`, or None. `channels`, 1 or 3, is what every image is
-    converted to (grey is Rec. 601 luma); None keeps what the source has. `rows` picks images of the source.
+    Args:
+        source: where they are kept.
+        rows: (n,) which of the source's they are, all by default.
+        labels: int64 (n,), values that index ``classes``; None where there are none.
+        classes: their names.
+        channels: 1 or 3, what every image is converted to (grey is Rec. 601 luma); None keeps what the source has.
+
+    Raises:
+        DataError: another number of channels, or of labels than images.
     """
 
     def __init__(
@@ -133,11 +163,15 @@ class ImageDataset:
         return len(self.rows)
 
     def image(self, i: int) -> Tensor:
-        """Image `i`, uint8 (channels, h, w); raises `BadImageError` where its file cannot be decoded."""
+        """Return image ``i``, uint8 (channels, h, w).
+
+        Raises:
+            BadImageError: its file cannot be decoded.
+        """
         return _with_channels(self.source.read(int(self.rows[i])), self.channels)
 
     def path(self, i: int) -> str | None:
-        """The file of image `i`, None where it has none of its own."""
+        """Return the file of image ``i``, None where it has none of its own."""
         return self.source.path(int(self.rows[i]))
 
     def files(self) -> list[str]:
@@ -180,7 +214,7 @@ class ImageDataset:
 
 
 def identity(images: ImageDataset) -> str:
-    """What images these are: their number, and a hash of which of the data set's, and of files' names and sizes."""
+    """Say what images these are: their number, and a hash of which of the data set's, and of files' names and sizes."""
     digest = hashlib.sha256(images.rows.numpy().tobytes())
     for i in range(len(images)):
         if (path := images.path(i)) is not None:

@@ -19,22 +19,40 @@ _CARRIED_VIEW = 2
 
 
 class Batch(NamedTuple):
-    """Two views of b samples, and a view of each of the k samples that their chains carry; or the k carried views."""
+    """Two views of b samples, and a view of each of the k samples that their chains carry; or the k carried views.
 
-    first: Tensor  # (b, c, s, s) float32
-    second: Tensor  # (b, c, s, s)
-    index: Tensor  # type: ignore[assignment]  # int64, (b,) of samples or (b, 2) of views; hides tuple.index
-    carried_ids: Tensor  # (k,) int64, likewise of samples or views, each once, ascending
-    carried: Tensor  # (k, c, s, s)
+    Attributes:
+        first: (b, c, s, s) float32.
+        second: likewise.
+        index: int64, (b,) of samples or (b, 2) of views.
+        carried_ids: int64 (k,), likewise of samples or views, each once, ascending.
+        carried: (k, c, s, s).
+        epoch: that the views are of.
+        skipped: images left out as unreadable.
+    """
+
+    first: Tensor
+    second: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    carried_ids: Tensor
+    carried: Tensor
     epoch: int
-    skipped: int  # images left out as unreadable
+    skipped: int
 
 
 class ContrastiveDataset(Dataset[Batch]):
-    """Whole batches of views of `images`; each view depends on (seed, epoch, index, view) alone.
+    """Whole batches of views of images; each view depends on (seed, epoch, index, view) alone.
 
-    `carried_ids`, an integer tensor (num_samples, num_chains) with -1 for an empty chain, is moved to shared memory in
-    place: what the training process writes to it, workers read. Unreadable images raise, or are left out and counted.
+    Args:
+        images: n of them.
+        transform: draws a view.
+        seed: of the views.
+        carried_ids: integers (n, chains), -1 for an empty chain. They are moved to shared memory in place: what the
+            training process writes, workers read.
+        on_bad_image: stop at an unreadable one, or leave it out and count it.
+
+    Raises:
+        DataError: another number of carried ids than of images.
     """
 
     def __init__(
@@ -58,15 +76,20 @@ class ContrastiveDataset(Dataset[Batch]):
         return len(self.images)
 
     def view(self, epoch: int, index: int, view: int) -> Tensor:
-        """One view (c, s, s): 0 and 1 are a batch's two, 2 is the one used when the sample is carried."""
+        """Return a view (c, s, s): 0 and 1 are a batch's two, 2 is the one used when the sample is carried."""
         return self._views(epoch, index, view)[0]
 
     def encode_inputs(self, epoch: int, ids: Tensor) -> Tensor:
-        """The views (k, c, s, s) of carried samples `ids` (k,), as they come in a batch's `carried`."""
+        """Return the views (k, c, s, s) of carried samples ``ids`` (k,), as they come in a batch's ``carried``."""
         return self._stack([self.view(epoch, index, _CARRIED_VIEW) for index in ids.tolist()])
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
-        """The batch of keys (epoch, index), of one epoch; raises `DataError` if fewer than two images are readable."""
+        """Return the batch of keys (epoch, index), of one epoch.
+
+        Raises:
+            BadImageError: an image is unreadable, and not to be skipped.
+            DataError: fewer than two are readable.
+        """
         epoch = keys[0][0]
         pairs, read, error = [], [], None
         for _, i in keys:
@@ -100,10 +123,18 @@ class ContrastiveDataset(Dataset[Batch]):
 
 
 class FiniteDataset(Dataset[Batch]):
-    """Whole batches of two different ones of each sample's `views`, under the views' ids.
+    """Whole batches of two different ones of each sample's views, under the views' ids.
 
-    Which two, and which of them comes first, depends on (seed, epoch, sample) alone. `carried_ids` is as in
-    `ContrastiveDataset`, with a row a view. Samples whose images could not be read are left out and counted.
+    Which two, and which of them comes first, depends on (seed, epoch, sample) alone. Samples whose images could not be
+    read are left out and counted.
+
+    Args:
+        views: of each sample.
+        seed: of the choices.
+        carried_ids: as in `ContrastiveDataset`, with a row a view.
+
+    Raises:
+        DataError: another number of carried ids than of views.
     """
 
     def __init__(self, views: FiniteViews, *, seed: int, carried_ids: Tensor | None = None) -> None:
@@ -114,11 +145,15 @@ class FiniteDataset(Dataset[Batch]):
         return self.views.num_samples
 
     def encode_inputs(self, epoch: int, ids: Tensor) -> Tensor:
-        """The views `ids` (k,), (k, c, s, s): the same in every epoch."""
+        """Return the views ``ids`` (k,), (k, c, s, s): the same in every epoch."""
         return self.views.take(ids)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
-        """The batch of keys (epoch, sample), of one epoch; raises `DataError` if fewer than two images are readable."""
+        """Return the batch of keys (epoch, sample), of one epoch.
+
+        Raises:
+            DataError: fewer than two of its images are readable.
+        """
         epoch = keys[0][0]
         unreadable = self.views.unreadable
         read = [sample for _, sample in keys if sample not in unreadable]
@@ -137,7 +172,7 @@ class FiniteDataset(Dataset[Batch]):
         )
 
     def _two_of(self, epoch: int, sample: int) -> Tensor:
-        """Two ids of a sample's views, in random order."""
+        """Draw two ids of a sample's views, in random order."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch, sample))
         ids: Tensor = sample * self.views.num_views + torch.randperm(self.views.num_views, generator=generator)[:2]
         return ids
@@ -167,8 +202,18 @@ def _require_two(readable: int, size: int, error: object) -> None:
 class EpochSampler(Sampler[tuple[int, int]]):
     """Keys (epoch, index) in an order that depends on (seed, epoch) alone; what does not fill a batch is left out.
 
-    `batch_size` is that of one rank. Ranks take consecutive parts of each global batch, so that the parts of all ranks,
-    one after the other, are the batch of a single process.
+    Ranks take consecutive parts of each global batch, so that the parts of all ranks, one after the other, are the
+    batch of a single process.
+
+    Args:
+        num_samples: of the data set.
+        batch_size: that of one rank.
+        seed: of the order.
+        rank: this one.
+        world_size: how many there are.
+
+    Raises:
+        DataError: the samples do not fill one global batch.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -183,15 +228,15 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch, self._skipped = 0, 0
 
     def __len__(self) -> int:
-        """This rank's samples of a full epoch, skipped ones included."""
+        """Count this rank's samples of a full epoch, skipped ones included."""
         return self.batches * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration."""
+        """Choose the epoch of the next iteration."""
         self.epoch = epoch
 
     def skip(self, batches: int) -> None:
-        """Lets the next iteration, and only that one, start after the first `batches` of its epoch."""
+        """Let the next iteration, and only that one, start after the first ``batches`` of its epoch."""
         if not 0 <= batches <= self.batches:
             raise DataError(f"cannot skip {batches} batches of an epoch of {self.batches}")
         self._skipped = batches
@@ -211,7 +256,11 @@ def make_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """A loader whose items are `Batch`es; they do not depend on the number of workers."""
+    """Return a loader whose items are `Batch`es; they do not depend on the number of workers.
+
+    Raises:
+        DataError: the batch size is not the sampler's.
+    """
     if batch_size != sampler.batch_size:
         raise DataError(f"batch_size {batch_size} is not the sampler's {sampler.batch_size}; give both the same")
     return DataLoader(

@@ -20,19 +20,32 @@ Transform = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How random views are drawn, in this order; the defaults are those of STL-10. `size` is in pixels.
+    """How random views are drawn, in this order; the defaults are those of STL-10.
 
     Mean and standard deviation are not normalised. Grey images (one channel) know no saturation, hue or greying.
+
+    Attributes:
+        size: of a view, in pixels.
+        crop_scale: least and largest share of the image's area that is cut out and resized.
+        flip: probability of a mirror image.
+        jitter: of brightness, contrast, saturation and hue.
+        jitter_p: probability of a jitter.
+        grey_p: probability that colours go.
+        blur_p: probability of a blur.
+        blur_sigma: least and largest, in pixels; the kernel is a tenth of the size wide.
+
+    Raises:
+        DataError: a value that no view can be drawn with.
     """
 
     size: int
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area, resized to size x size
-    flip: float = 0.5  # probability, as all that end in _p
-    jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)
     jitter_p: float = 0.8
     grey_p: float = 0.2
     blur_p: float = 1.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels; the kernel is a tenth of the size wide
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
 
     def __post_init__(self) -> None:
         if self.size < 2:
@@ -48,7 +61,7 @@ class Augmentation:
             raise DataError(f"jitter must not be negative, and its hue at most 0.5, got {self.jitter}")
 
     def transform(self) -> Transform:
-        """Maps uint8 (c, h, w), c of 1 or 3, to a random view: float32 (c, size, size) in [0, 1]."""
+        """Return what maps uint8 (c, h, w), c of 1 or 3, to a random view: float32 (c, size, size) in [0, 1]."""
         return _RandomView(self)
 
 
@@ -95,7 +108,7 @@ def _happens(probability: float) -> bool:
 
 
 def _shift_hue(image: Tensor, turn: float) -> Tensor:
-    """Turns the hue, in full turns, at equal HSV value and saturation: (3, h, w) to (3, h, w).
+    """Turn the hue, in full turns, at equal HSV value and saturation: (3, h, w) to (3, h, w).
 
     Chroma and maximum stay, so HSV itself is not needed; a third of the time of torchvision's.
     """
@@ -110,13 +123,13 @@ def _shift_hue(image: Tensor, turn: float) -> Tensor:
 
 
 def _reflected_taps(size: int, width: int) -> Tensor:
-    """(width, size, size): slice t picks, for each pixel of a line, the one t - width // 2 further, mirrored."""
+    """Return (width, size, size): slice t picks, for each pixel of a line, the one t - width // 2 on, mirrored."""
     source = (torch.arange(size) + torch.arange(width)[:, None] - width // 2).abs()
     return nnf.one_hot(size - 1 - (size - 1 - source).abs(), size).float()
 
 
 def _blurred(image: Tensor, taps: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur as a product with one matrix from each side, the fastest way at these sizes on a CPU."""
+    """Blur by a Gaussian, as a product with one matrix from each side: the fastest way at these sizes on a CPU."""
     width, size, _ = taps.shape
     offset = torch.arange(width) - width // 2
     line = (torch.softmax(-0.5 * (offset / sigma) ** 2, dim=0) @ taps.flatten(1)).view(size, size)
@@ -124,7 +137,7 @@ def _blurred(image: Tensor, taps: Tensor, sigma: float) -> Tensor:
 
 
 def evaluation_transform(size: int) -> Transform:
-    """Maps uint8 (c, h, w) to float32 (c, size, size) in [0, 1], without chance.
+    """Return what maps uint8 (c, h, w) to float32 (c, size, size) in [0, 1], without chance.
 
     An image that has that size is kept. Up to 64 pixels others are resized to it; above, the middle is cut out of an
     image whose shorter side is size * 256 / 224; of one that is very long, after its ends were cut off.
@@ -153,12 +166,12 @@ def _middle(image: Tensor) -> Tensor:
 
 
 def view_seed(seed: int, epoch: int, index: int, view: int) -> int:
-    """The 64-bit seed of one view."""
+    """Return the 64-bit seed of one view."""
     return mix_seed(seed, epoch, index, view)
 
 
 def seeded_view(transform: Transform, image: Tensor, seed: int, epoch: int, index: int, view: int) -> Tensor:
-    """`transform(image)` with torch's CPU generator seeded by `view_seed`; its state is put back afterwards."""
+    """Transform an image with torch's CPU generator seeded by `view_seed`; its state is put back afterwards."""
     generator = torch.default_generator  # torch.manual_seed would seed every GPU too
     state = generator.get_state()
     try:

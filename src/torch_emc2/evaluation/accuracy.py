@@ -9,6 +9,8 @@ from torch_emc2.evaluation._checks import check_pair, class_numbers
 from torch_emc2.evaluation.knn import knn_accuracy
 from torch_emc2.evaluation.probe import linear_probe, sgd_probe
 
+__all__ = ["accuracies"]
+
 
 def accuracies(
     train_x: Tensor,

@@ -12,6 +12,8 @@ from torch_emc2.evaluation.accuracy import accuracies
 from torch_emc2.evaluation.classes import classifiable
 from torch_emc2.evaluation.label_free import label_free_numbers
 
+__all__ = ["Evaluation", "Features", "compare", "to_text"]
+
 
 class Features(NamedTuple):
     """What an encoder makes of a training part, a test part, and two random views of the first images of that."""

@@ -10,6 +10,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+__all__ = ["Images", "extract_features", "raw_pixels"]
+
 
 class Images(Protocol):
     """What this package asks of a data set."""

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from torch_emc2.evaluation._checks import check_pair, class_numbers
 
+__all__ = ["Metric", "knn_accuracy", "nearest_neighbours"]
+
 Metric = Literal["cosine", "euclidean"]
 
 

@@ -6,6 +6,8 @@ from torch.nn.functional import normalize
 
 from torch_emc2.evaluation._checks import check_matrix
 
+__all__ = ["alignment", "effective_rank", "label_free_numbers", "retrieval", "uniformity"]
+
 
 def label_free_numbers(x: Tensor, views: Tensor) -> dict[str, float]:
     """Return all numbers of features (n, d) of images and (n, 2, d) of two views of each, n of at least 2."""

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch_emc2.evaluation._checks import check_pair, class_numbers
 from torch_emc2.held_out import held_out_fifth
 
+__all__ = ["L2_DEFAULT", "L2_GRID", "ProbeResult", "linear_probe", "logistic_regression", "sgd_probe"]
+
 L2_GRID = tuple(10.0**exponent for exponent in range(1, -7, -1))  # strong to weak: every fit starts at the one before
 L2_DEFAULT = 1e-2  # where there is no image to choose by
 

@@ -16,6 +16,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from torch_emc2.diagnostics import GradientError
 
+__all__ = ["PANELS", "plot_curves", "plot_errors", "plot_neighbours", "thumbnail"]
+
 # Title of the panel of each number. Its column may also be named "train/acceptance", "acceptance_step" or "lr-Adam".
 PANELS = {
     "global_loss": "Global loss, estimated",
