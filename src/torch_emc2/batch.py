@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_emc2.geometry import NO_ID, Contrast, first_of, flat
+from torch_emc2.geometry import Contrast, first_of, flat
+from torch_emc2.known import Known, copies, later, own_pairs, with_further
 from torch_emc2.ranks import (
     Ranks,
     exchange,
@@ -43,6 +44,11 @@ class _Side(NamedTuple):
     repeated: bool
 
     @property
+    def repeated_ids(self) -> Tensor | None:
+        """Its ids if one of them occurs twice."""
+        return self.ids if self.repeated else None
+
+    @property
     def first(self) -> Tensor | None:
         """(ids,) which ids, view by view, come for the first time; None if all do."""
         return first_of(flat(self.ids)) if self.repeated else None
@@ -56,19 +62,10 @@ class _Hard(NamedTuple):
     own: Tensor | None
     own_ids: Tensor | None
 
-
-class _Known(NamedTuple):
-    """What ids, labels and the caller know of the samples' pairs, in one direction.
-
-    Attributes:
-        own: (size, size) sample j's candidate is one of sample i's anchor's own; None: for i = j alone.
-        later: (size,) j's candidate is an item that a sample before it has too; None: for none.
-        alike: (size, size) i and j have one label; None: there are none.
-    """
-
-    own: Tensor | None
-    later: Tensor | None
-    alike: Tensor | None
+    @property
+    def given(self) -> bool:
+        """Whether there are any."""
+        return self.own is not None or len(self.shared) > 0
 
 
 def gather_batch(
@@ -105,18 +102,23 @@ def gather_batch(
     ]
     hard = _gather_hard(inputs, ranks, num_hard, sides[-1].whole)
     x, y = sides[0], sides[-1]
-    own = _own_pairs(x, y, _gather_same(inputs, ranks), ranks.size)
+    same = _gather_same(inputs, ranks)
+    own = None
+    if same is not None or x.repeated or y.repeated:
+        own = own_pairs(x.repeated_ids, y.repeated_ids, same, ranks.size, device, one_tower=x is y)
     labels = None if inputs.labels is None else ranks.gather(inputs.labels)
     same_label = None if labels is None else labels[:, None] == labels
     contrasts = []
     if directions != "y->x":
-        contrasts.append(_contrast(ranks, (0, len(sides) - 1), x, y, _Known(own, _later(y), same_label), hard))
+        contrasts.append(
+            _contrast(ranks, (0, len(sides) - 1), x, y, Known(own, later(y.repeated_ids), same_label), hard)
+        )
     elif inputs.hard is not None:
         raise ValueError('hard negatives are for the rows of "x->y": with directions="y->x" there is no place for them')
     if len(sides) == 2 and directions != "x->y":
         back = None if own is None else own.T
         none = _Hard(y.whole[:0], hard.shared_ids[:0], None, None)
-        contrasts.append(_contrast(ranks, (1, 0), y, x, _Known(back, _later(x), same_label), none))
+        contrasts.append(_contrast(ranks, (1, 0), y, x, Known(back, later(x.repeated_ids), same_label), none))
     if needs_negatives:
         _require_negatives(contrasts, ranks)
     return tuple(contrasts)
@@ -188,33 +190,8 @@ def _gather_same(inputs: Inputs, ranks: Ranks) -> Tensor | None:
     return ranks.gather(mine)
 
 
-def _equal(side: _Side) -> Tensor:
-    """(size, size) which samples have an id in common."""
-    assert side.ids is not None
-    ids = side.ids.view(len(side.ids), -1)
-    return (ids[:, None, :, None] == ids[None, :, None, :]).any(3).any(2)
-
-
-def _later(side: _Side) -> Tensor | None:
-    return _equal(side).triu(1).any(0) if side.repeated else None
-
-
-def _own_pairs(x: _Side, y: _Side, same: Tensor | None, size: int) -> Tensor | None:
-    """(size, size) whether y_j is one of x_i's own: its partner, one known to be, or the same item as such a one."""
-    if same is None and not (x.repeated or y.repeated):
-        return None
-    pairs = torch.eye(size, device=x.whole.device)
-    if same is not None:
-        pairs = pairs + (same if x is not y else same | same.T)
-    for side, dim in ((x, 0), (y, 1)):
-        if side.repeated:
-            items = _equal(side).to(pairs)
-            pairs = items @ pairs if dim == 0 else pairs @ items
-    return pairs > 0
-
-
 def _contrast(
-    ranks: Ranks, direction: tuple[int, int], anchor: _Side, candidate: _Side, known: _Known, hard: _Hard
+    ranks: Ranks, direction: tuple[int, int], anchor: _Side, candidate: _Side, known: Known, hard: _Hard
 ) -> Contrast:
     row_views, column_views = len(anchor.local) // ranks.local, len(candidate.whole) // ranks.size
     device = anchor.whole.device
@@ -225,28 +202,23 @@ def _contrast(
     one_tower = anchor is candidate
     positives = own_columns[:, 1:] if one_tower else own_columns
     weights = torch.full(positives.shape, 1 / positives.shape[1], dtype=anchor.whole.dtype, device=device)
-    no_negatives = None
-    samples = [part for part in (known.own, known.later, known.alike) if part is not None]
     columns = candidate.whole if not len(hard.shared) else torch.cat([candidate.whole, hard.shared])
     own = None if hard.own is None else hard.own.repeat(row_views, 1, 1)
     own_ids = None if hard.own_ids is None else hard.own_ids.repeat(row_views, 1)
-    if samples or len(hard.shared) or own is not None:
-        excluded = torch.zeros(ranks.size, ranks.size, dtype=torch.bool, device=device)
-        for part in samples:
-            excluded = excluded | part
-        whole = ranks.mine(excluded).repeat(row_views, column_views)
-        no_negatives = torch.cat([whole, *_copies(candidate, hard, len(whole), row_views)], 1)
-    own_items = None
-    if known.own is not None or known.alike is not None:
-        related = torch.zeros_like(excluded)
-        for part in (known.own, known.alike):
-            if part is not None:
-                related = related | part
+    excluded, related = known.excluded, known.related
+    no_negatives = None
+    if excluded is not None or hard.given:
+        nothing = torch.zeros(ranks.size, ranks.size, dtype=torch.bool, device=device)
+        whole = ranks.mine(nothing if excluded is None else excluded).repeat(row_views, column_views)
+        shared_copies, own_copies = copies(candidate.ids, hard.shared_ids, hard.own_ids)
+        hard_copies = [shared_copies.expand(len(whole), -1), own_copies.repeat(row_views, 1)]
+        no_negatives = torch.cat([whole, *(part for part in hard_copies if part.numel())], 1)
+    if related is not None:
         views = 1 if candidate.ids is None or candidate.ids.ndim == 1 else column_views
-        own_items = ranks.mine(related).repeat(row_views, views)
-    if known.alike is not None:
-        further = known.alike if known.own is None else known.alike & ~known.own
-        positives, weights = _with_further(positives, ranks.mine(further).repeat(row_views, column_views), own_columns)
+        related = ranks.mine(related).repeat(row_views, views)
+    if (further := known.further) is not None:
+        further = ranks.mine(further).repeat(row_views, column_views)
+        positives, weights = with_further(positives, further, own_columns)
     return Contrast(
         ranks=ranks,
         anchors=direction[0],
@@ -263,30 +235,9 @@ def _contrast(
         own_columns=own_columns,
         positives=positives,
         positive_weights=weights.to(anchor.whole.dtype),
-        known=own_items,
+        known=related,
         no_negatives=no_negatives,
     )
-
-
-def _copies(candidate: _Side, hard: _Hard, num_rows: int, row_views: int) -> tuple[Tensor, Tensor]:
-    """(rows, K) and (rows, k) hard negatives that a column before them, or of the batch's candidates, has already."""
-    items = hard.shared_ids[:0] if candidate.ids is None else candidate.ids.flatten()
-    shared = (torch.isin(hard.shared_ids, items) | ~first_of(hard.shared_ids)) & (hard.shared_ids != NO_ID)
-    shared = shared.expand(num_rows, -1)
-    ids = hard.own_ids
-    if ids is None:
-        return shared, shared[:, :0]
-    again = (ids[:, :, None] == ids[:, None]).tril(-1).any(2)
-    own = (torch.isin(ids, torch.cat([items, hard.shared_ids])) | again) & (ids != NO_ID)
-    return shared, own.repeat(row_views, 1)
-
-
-def _with_further(positives: Tensor, further: Tensor, own_columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Add ``further`` positives (rows, columns) to a row's own (rows, P): columns, and their weights, zero for none."""
-    mask = further.scatter(1, own_columns, False).scatter(1, positives, True)
-    count = mask.sum(1, keepdim=True)
-    columns = mask.long().argsort(dim=1, descending=True, stable=True)[:, : int(count.max())]
-    return columns, mask.gather(1, columns).double() / count
 
 
 def _require_negatives(contrasts: Sequence[Contrast], ranks: Ranks) -> None:

@@ -43,7 +43,7 @@ def test_a_diagnosis_is_that_of_the_run_s_views_and_weights(finished: Path) -> N
         return F.normalize(encoder(torch.stack([views.view(0, i, view) for view in range(2)])), dim=1).detach()
 
     z = torch.stack([embed(i) for i in picks])
-    by_hand = gradient_error(lambda _: DCLLoss(0.1), z, 8, epochs=2, runs=3)
+    by_hand = gradient_error(lambda _: DCLLoss(0.1), z, 0.1, 8, epochs=2, runs=3)
     assert diagnosis.errors["DCL"].squared_error == pytest.approx(by_hand.squared_error, rel=1e-3)
     assert diagnosis.target.peak == pytest.approx(target_statistics(z, 0.1, 8).peak, rel=1e-4)
     inner = diagnosis.errors["DCL"].at_parameters
