@@ -206,13 +206,15 @@ def _contrast(
     own = None if hard.own is None else hard.own.repeat(row_views, 1, 1)
     own_ids = None if hard.own_ids is None else hard.own_ids.repeat(row_views, 1)
     excluded, related = known.excluded, known.related
-    no_negatives = None
+    no_negatives = copied = None
     if excluded is not None or hard.given:
         nothing = torch.zeros(ranks.size, ranks.size, dtype=torch.bool, device=device)
         whole = ranks.mine(nothing if excluded is None else excluded).repeat(row_views, column_views)
         shared_copies, own_copies = copies(candidate.ids, hard.shared_ids, hard.own_ids)
         hard_copies = [shared_copies.expand(len(whole), -1), own_copies.repeat(row_views, 1)]
         no_negatives = torch.cat([whole, *(part for part in hard_copies if part.numel())], 1)
+        in_batch = nothing[0] if known.later is None else known.later
+        copied = torch.cat([in_batch.repeat(column_views), shared_copies])
     if related is not None:
         views = 1 if candidate.ids is None or candidate.ids.ndim == 1 else column_views
         related = ranks.mine(related).repeat(row_views, views)
@@ -235,6 +237,7 @@ def _contrast(
         own_columns=own_columns,
         positives=positives,
         positive_weights=weights.to(anchor.whole.dtype),
+        copies=copied,
         known=related,
         no_negatives=no_negatives,
     )

@@ -61,6 +61,7 @@ class Contrast:
         own_columns: (rows, column views) of the row's own sample, itself first if it is one: they are no negatives.
         positives: (rows, P) a row's positives among the columns.
         positive_weights: (rows, P) of each in the positive term, summing to one; zero where a row has fewer than P.
+        copies: (C,) columns that stand for an item a second time, no negatives of any row; None for none.
         known: (rows, len(item_ids)) which of `item_ids` are known to be the row's own, beside its sample's; None: none.
         no_negatives: (rows, C + k) columns that are no negatives, beside ``own_columns``; None for none.
     """
@@ -80,6 +81,7 @@ class Contrast:
     own_columns: Tensor
     positives: Tensor
     positive_weights: Tensor
+    copies: Tensor | None
     known: Tensor | None
     no_negatives: Tensor | None
 
@@ -144,6 +146,17 @@ class Contrast:
     def partner_ids(self) -> Tensor:
         """(rows,) id of the first of each row's own columns: its partner, or with one tower itself."""
         return self.column_ids[self.own_columns[:, 0]]
+
+    def proposal_ids(self, sets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the ids (sets, s) that all rows have in ``sets`` (sets, n) of columns, and each row's own (rows, k).
+
+        A column that stands for an item a second time has `NO_ID`.
+        """
+        shared = self.column_ids if self.copies is None else self.column_ids.masked_fill(self.copies, NO_ID)
+        shared = shared[sets[sets < len(self.columns)].view(len(sets), -1)]
+        if self.own_ids is None or self.no_negatives is None:
+            return shared, self.own_ids
+        return shared, self.own_ids.masked_fill(self.no_negatives[:, len(self.columns) :], NO_ID)
 
     def known_own(self, ids: Tensor) -> Tensor:
         """(rows, j) which of candidates' ``ids`` (rows, j) are known to be the row's own, no negatives."""
