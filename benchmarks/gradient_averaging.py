@@ -13,8 +13,9 @@ import argparse
 
 import torch
 
-from torch_emc2.diagnosis import error_table, estimators
 from torch_emc2.diagnostics import clustered_embeddings, gradient_error
+from torch_emc2.evaluation.estimators import error_table
+from torch_emc2.losses.registry import Given, variants
 
 TEMPERATURE = 0.07
 POLICIES = ("encode", "encode_if_used", "cache", "drop")
@@ -31,8 +32,8 @@ def main() -> None:
     print(f"torch {torch.__version__}; {args.runs} runs of {args.epochs} epochs after 20 of mixing")
     for batch_size in args.batch_sizes:
         errors = {
-            name: gradient_error(make_loss, z, batch_size, epochs=args.epochs, runs=args.runs)
-            for name, make_loss in estimators(len(z), TEMPERATURE).items()
+            name: gradient_error(make_loss, z, TEMPERATURE, batch_size, epochs=args.epochs, runs=args.runs)
+            for name, make_loss in variants(Given(2 * len(z), TEMPERATURE, z.shape[2], 2)).items()
         }
         print(f"\nb = {batch_size}\n\n{error_table(errors)}", flush=True)
         for title, epochs in (("one epoch", 0), (f"{args.epochs} epochs", -1)):

@@ -10,20 +10,19 @@ bias: no descent is long enough for that.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
 from torch_emc2.diagnostics import clustered_embeddings
 from torch_emc2.exact import global_contrastive_loss
-from torch_emc2.kernels import Metropolis
 from torch_emc2.losses import ContrastiveLoss
+from torch_emc2.losses.registry import ESTIMATORS, EMC2Config, Given
 
 TEMPERATURE = 0.2
 SAMPLES = 64
 STEP_SIZE = 1.0
+DIM = 8
 
 
 def exact(inputs: Tensor, net: torch.nn.Module) -> tuple[float, float]:
@@ -38,7 +37,7 @@ def descend(loss_fn: ContrastiveLoss, batch_size: int, epochs: int, seed: int) -
     """Return the exact loss and the squared norm of its gradient at the end."""
     torch.manual_seed(seed)
     inputs = clustered_embeddings(SAMPLES, 16, clusters=8, view_spread=1.0)
-    net = torch.nn.Linear(16, 8)
+    net = torch.nn.Linear(16, DIM)
     optimizer = torch.optim.SGD(net.parameters(), lr=STEP_SIZE)
     steps = epochs * (SAMPLES // batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -63,13 +62,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs="+", default=[8, 32, 128, 512])
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    ids = 2 * SAMPLES
-    makers: dict[str, Callable[[int], ContrastiveLoss]] = {
-        "InfoNCE": lambda seed: InfoNCELoss(TEMPERATURE),
-        "DCL": lambda seed: DCLLoss(TEMPERATURE),
-        "SogCLR, γ = 0.9": lambda seed: SogCLRLoss(ids, TEMPERATURE, 0.9),
-        "EMC²": lambda seed: EMC2Loss(ids, TEMPERATURE, carry="encode", kernel=Metropolis(0.0), seed=seed),
-        "EMC², isir": lambda seed: EMC2Loss(ids, TEMPERATURE, carry="encode", kernel="isir", seed=seed),
+    given, settings = Given(2 * SAMPLES, TEMPERATURE, DIM, 2), {"emc2": EMC2Config(burn_in=0.0)}
+    makers = {
+        method.title: row.maker(method.fields, given, settings.get(row.group))
+        for row in ESTIMATORS.values()
+        for method in row.methods
     }
     for batch_size in args.batch_sizes:
         print(f"\n| b = {batch_size} | " + " | ".join(f"{epochs} epochs" for epochs in args.epochs) + " | loss |")

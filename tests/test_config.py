@@ -8,8 +8,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from torch_emc2.config import Config, EMC2Config, presets, read_config, to_yaml
+from torch_emc2.config import Config, presets, read_config, to_yaml
 from torch_emc2.data import Augmentation
+from torch_emc2.losses.registry import EMC2Config
 
 
 @pytest.mark.parametrize("name", presets())

@@ -36,6 +36,21 @@ def test_a_full_disk_is_told_with_its_number(tmp_path: Path) -> None:
     assert raised.value.errno == errno.ENOSPC
 
 
+def test_an_error_of_another_file_is_that_file_s(tmp_path: Path) -> None:
+    target = tmp_path / "results.csv"
+    target.write_text("before")
+    with pytest.raises(FileNotFoundError) as raised, whole_file(target):
+        (tmp_path / "missing").read_text()
+    assert raised.value.filename == str(tmp_path / "missing")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
+    with (
+        pytest.raises(OSError, match=rf"{target} was not written, .*: No such file") as raised,
+        whole_file(target) as own,
+    ):
+        own.unlink()
+    assert raised.value.errno == errno.ENOENT
+
+
 def test_a_link_is_followed_and_what_is_no_file_is_kept(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     with whole_file(tmp_path / "link") as path:

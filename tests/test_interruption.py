@@ -22,17 +22,18 @@ import pytest
 import torch
 
 from outcomes import Outcome, assert_same, interrupt, outcome, photos, started
-from torch_emc2 import run_images
 from torch_emc2.cli import main
-from torch_emc2.config import Config, LossName, read_config, to_yaml
-from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_another, refuse_used, validate_checkpoint
+from torch_emc2.config import Config, read_config, to_yaml
+from torch_emc2.losses.registry import ESTIMATORS
 from torch_emc2.runs.finished import load_run
-from torch_emc2.training import ContrastiveModule, train
+from torch_emc2.training import ContrastiveModule, run_images, train
+from torch_emc2.training.resume import refuse_another, refuse_used, validate_checkpoint
+from torch_emc2.training.run_folder import keep_finished, prepare_folder
 
 
-@pytest.mark.parametrize("loss", ["emc2", "infonce", "dcl", "sogclr", "negative-cache"])
+@pytest.mark.parametrize("loss", ESTIMATORS)
 def test_resumes_bit_for_bit_in_mid_epoch(
-    loss: LossName, tiny: Config, uninterrupted: Callable[[Config], Outcome], monkeypatch: pytest.MonkeyPatch
+    loss: str, tiny: Config, uninterrupted: Callable[[Config], Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Four batches an epoch: the checkpoint is of step 5, the stop after step 6, both in the second epoch.
     tiny = replace(tiny, loss=loss, checkpoint_every_steps=5)
@@ -60,7 +61,7 @@ def test_resumes_from_any_checkpoint(
 
 @pytest.mark.parametrize(("loss", "num_workers"), [("emc2", 0), ("emc2", 2), ("negative-cache", 0), ("sogclr", 0)])
 def test_finite_views_resume_bit_for_bit(
-    loss: LossName,
+    loss: str,
     num_workers: int,
     tiny: Config,
     uninterrupted: Callable[[Config], Outcome],
@@ -196,7 +197,7 @@ def test_sigterm_before_the_first_step(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(run_images, "open_dataset", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(run_images, "open_splits", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit) as end:
             train(tiny)
     assert end.value.code is None  # which Python makes 0

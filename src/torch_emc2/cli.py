@@ -73,9 +73,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> None:
     from torch_emc2.config import config_parser, read_config
+    from torch_emc2.losses.registry import ESTIMATORS
 
     if not argv or "-h" in argv or "--help" in argv:
         print("usage: emc2 train PRESET_OR_YAML [--FIELD VALUE …] [--resume]; emc2 presets lists the presets\n")
+        print(f"LOSS: {', '.join(ESTIMATORS)}, or a class of your own as package.module:Class\n")
         config_parser("emc2 train PRESET_OR_YAML").print_help()
         return
     from lightning.pytorch.utilities import rank_zero_only
@@ -140,7 +142,7 @@ def _diagnose(argv: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=64, help="largest number of epochs whose gradients are averaged")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images and views")
     args = parser.parse_args(argv)
-    from torch_emc2.diagnosis import to_markdown
+    from torch_emc2.evaluation.estimators import to_markdown
     from torch_emc2.runs import diagnose_run
 
     settings = {"samples": args.samples, "batch_size": args.batch_size, "epochs": args.epochs, "seed": args.seed}
@@ -187,7 +189,7 @@ def _experiment(argv: list[str]) -> None:
             print(f"{name:16s} {experiment.title}")
         return
     args, overrides = parser.parse_known_args(argv)
-    from torch_emc2.experiments.runner import read_tuned, run_experiment
+    from torch_emc2.experiments.run import read_tuned, run_experiment
 
     folder = run_experiment(
         args.name,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, make_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +15,11 @@ from jsonargparse import ArgumentParser
 
 from torch_emc2.config_tree import load_tree, refuse_extremes, refuse_groups, validate_tree
 from torch_emc2.data import Augmentation, Decoding
-from torch_emc2.losses.emc2 import Carry
+from torch_emc2.losses.outside import is_outside
+from torch_emc2.losses.registry import ESTIMATORS, require_name
 from torch_emc2.models import ModelConfig
 
-__all__ = ["Config", "DataConfig", "LossName", "config_parser", "presets", "read_config", "to_yaml"]
-
-LossName = Literal["emc2", "infonce", "dcl", "sogclr", "negative-cache"]
+__all__ = ["Config", "DataConfig", "config_parser", "presets", "read_config", "recorded_config", "to_yaml"]
 
 _MOST_WORKERS = 1024
 
@@ -75,61 +75,6 @@ class DataConfig:
 
 
 @dataclass
-class EMC2Config:
-    """EMC²'s own settings, as `torch_emc2.EMC2Loss` takes them.
-
-    Attributes:
-        burn_in: share of a walk's steps that are not counted; null for the kernel's own, one half for metropolis.
-        num_chains: chains a sample.
-        carry: who supplies the carried negative's embedding.
-        kernel: how a chain moves.
-    """
-
-    burn_in: float | None = None
-    num_chains: int = 1
-    carry: Carry = "encode"
-    kernel: Literal["metropolis", "isir"] = "metropolis"
-
-    def __post_init__(self) -> None:
-        if self.burn_in is not None and not 0 <= self.burn_in < 1:
-            raise ValueError(f"burn_in must be at least 0 and below 1, got {self.burn_in}")
-        if self.burn_in is not None and self.kernel == "isir":
-            raise ValueError(f"burn_in must be null for the kernel isir, which has none, got {self.burn_in}")
-        if self.num_chains < 1:
-            raise ValueError(f"num_chains must be at least 1, got {self.num_chains}")
-
-
-@dataclass
-class SogCLRConfig:
-    """SogCLR's own settings.
-
-    Attributes:
-        gamma: weight of the present batch in the moving average.
-    """
-
-    gamma: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must be above 0 and at most 1, got {self.gamma}")
-
-
-@dataclass
-class NegativeCacheConfig:
-    """Negative Cache's own settings.
-
-    Attributes:
-        refresh_fraction: share of the cache that is encoded anew each step.
-    """
-
-    refresh_fraction: float = 0.01024
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.refresh_fraction <= 1:
-            raise ValueError(f"refresh_fraction must be from 0 to 1, got {self.refresh_fraction}")
-
-
-@dataclass
 class OptimizerConfig:
     """The optimiser and its schedule: linear warm-up, then half a cosine to zero, step by step.
 
@@ -157,8 +102,22 @@ class OptimizerConfig:
             raise ValueError(f"clip must be positive, or null for none, got {self.clip}")
 
 
+# A group of settings for each estimator that has any, as the registry has them, in their place among the fields.
+_Groups: Any = make_dataclass(
+    "_Groups",
+    [
+        *((name, Any, None) for name in ("data", "model", "loss", "temperature")),  # which `Config` declares
+        *(
+            (row.group, row.settings, field(default_factory=row.settings))
+            for row in ESTIMATORS.values()
+            if row.settings is not None
+        ),
+    ],
+)
+
+
 @dataclass
-class Config:
+class Config(_Groups):  # type: ignore[misc]
     """A training run.
 
     Attributes:
@@ -182,11 +141,8 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossName = "emc2"
+    loss: str = "emc2"
     temperature: float = 0.07
-    emc2: EMC2Config = field(default_factory=EMC2Config)
-    sogclr: SogCLRConfig = field(default_factory=SogCLRConfig)
-    negative_cache: NegativeCacheConfig = field(default_factory=NegativeCacheConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 32
     epochs: int = 10
@@ -204,6 +160,7 @@ class Config:
     def __post_init__(self) -> None:
         self.out = os.path.expanduser(self.out)
         refuse_extremes(asdict(self))
+        require_name(self.loss)
         positive = ("batch_size", "epochs", "temperature", "accumulate", "log_every_steps")
         for name in (*positive, "checkpoint_every_epochs", "checkpoint_every_steps"):
             value = getattr(self, name)
@@ -240,23 +197,43 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
     The config.yaml of a run's folder gives that folder as ``out``, wherever it was when the run began.
 
     Raises:
-        ValueError: no such preset or file, an unknown field, or a value that does not fit.
+        ValueError: no such preset or file, an unknown field, or a value that does not fit. Or the file names a loss of
+            the user's own, which would be imported, and the overrides do not.
     """
-    known = presets()
+    known, words = presets(), overrides or []
     file = known.get(preset, Path(os.path.expanduser(preset)))
     if not os.path.isfile(file):  # Path's own raises where the name is too long
         raise ValueError(f"{preset!r} is neither a preset ({', '.join(known)}) nor a YAML file")
+    config = _read(file, words, prog)
+    if is_outside(config.loss) and "--loss" not in (word.partition("=")[0] for word in words):
+        raise ValueError(
+            f"{str(file)!r} names the loss {config.loss}, a class that is imported only where you name it yourself: "
+            f"give --loss {config.loss} too"
+        )
+    return config
+
+
+def recorded_config(run: Path) -> Config:
+    """Read the config.yaml of a run's folder, to know what it was: to train from it is for `read_config`.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return _read(run / "config.yaml")
+
+
+def _read(file: Path, words: Sequence[str] = (), prog: str = "emc2 train") -> Config:
     parser = config_parser(prog)
     try:
         text = file.read_text()
         validate_tree(load_tree(text, file), Config)
-        refuse_groups(overrides or [], Config)
+        refuse_groups(words, Config)
         from_file = parser.parse_string(text or "{}")
         if file.name == "config.yaml" and (file.parent / "versions.json").is_file():
             from_file.out = str(file.parent)
             if from_file.emc2.kernel == "isir":
                 from_file.emc2.burn_in = None  # earlier versions wrote metropolis's, which had no effect
-        given = parser.parse_args(overrides or [], namespace=from_file)
+        given = parser.parse_args(list(words), namespace=from_file)
         return Config(**parser.instantiate(given).as_dict())
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from error

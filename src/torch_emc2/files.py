@@ -27,7 +27,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     said of it is said of the file that it leads to.
 
     Raises:
-        OSError: it could not be written; what is there is kept.
+        OSError: it could not be written; what is there is kept. One that names another file goes through as it is.
     """
     target = path.resolve()
     if target.exists() and not target.is_file():
@@ -46,6 +46,8 @@ def whole_file(path: Path) -> Iterator[Path]:
             partial.chmod(mode)
         os.replace(partial, target)
     except OSError as error:
+        if error.filename is not None and error.filename not in (str(partial), str(target)):
+            raise
         failure = OSError(f"{path} was not written, what was there is kept: {error.strerror or error}")
         failure.errno = error.errno
         raise failure from error

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from torch_emc2.data import DataError, Decoding, datasets, open_dataset, read_folder
+from torch_emc2.data import DataError, Decoding, datasets, open_dataset, open_splits, read_folder
 
 
 @pytest.fixture(autouse=True)
@@ -260,6 +260,21 @@ def test_a_folder_is_understood_aloud(tmp_path, caplog):
     with caplog.at_level("INFO", "torch_emc2"):
         open_dataset(f"folder:{tmp_path}", "train", Path("unused"))
     assert caplog.messages == [str(read_folder(tmp_path))]
+
+
+def test_splits_are_those_opened_one_by_one_and_a_folder_is_walked_once(tmp_path, monkeypatch):
+    _images(tmp_path, *(f"{name}/{i}.png" for name in "ab" for i in range(10)))
+    name, names = f"folder:{tmp_path}", ("probe", "test", "train")
+    alone = [open_dataset(name, split, tmp_path, channels=1, limit=7, seed=3) for split in names]
+    walked = []
+    monkeypatch.setattr(datasets, "read_folder", lambda path: walked.append(path) or read_folder(path))
+    together = open_splits(name, names, tmp_path, channels=1, limit=7, seed=3)
+    assert walked == [tmp_path]
+    for one, other in zip(alone, together, strict=True):
+        assert (one.files(), one.classes, one.channels) == (other.files(), other.classes, other.channels)
+        assert torch.equal(one.labels, other.labels)
+    with pytest.raises(DataError, match="unknown split 'tests'; use one of train, probe, test"):
+        open_splits(name, ("train", "tests"), tmp_path)
 
 
 def test_files_are_decoded_as_is_said(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch._utils import ExceptionWrapper
 
-from torch_emc2.data import ArrayImages, BadImageError, DataError, FileImages, ImageDataset, identity
+from torch_emc2.data import ArrayImages, BadImageError, DataError, Decoding, FileImages, ImageDataset, identity
 from torch_emc2.data.images import RecordImages
 
 
@@ -72,6 +72,17 @@ def test_without_files_is_as_if_they_were_not_there(tmp_path):
         os.unlink(name)
     others = [names[0], names[2], names[4]]
     assert identity(less) == identity(ImageDataset(FileImages(others), labels=torch.tensor([0, 2, 4])))
+
+
+def test_another_decoding_is_that_of_other_images(tmp_path):
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    white = ImageDataset(FileImages([str(tmp_path / "clear.png")]), labels=torch.tensor([0]), classes=["x"])
+    black = white.decoded(Decoding(background="black"))
+    assert [int(images.image(0).max()) for images in (white, black)] == [255, 0]
+    assert (black.files(), black.labels.tolist(), black.classes) == (white.files(), [0], ["x"])
+    arrays = ImageDataset(ArrayImages(torch.zeros(1, 1, 2, 2, dtype=torch.uint8)))
+    assert arrays.decoded(Decoding(background="black")) is arrays
+    assert (arrays.files(), arrays.decoding) == ([], None)
 
 
 def test_wrong_arguments():

@@ -7,6 +7,8 @@ import pytest
 
 from torch_emc2.data import DataError
 from torch_emc2.experiments.definitions import EXPERIMENTS, METHODS, SCALES, base_config, override
+from torch_emc2.kernels import Metropolis
+from torch_emc2.training import build_loss
 
 
 def test_a_field_is_replaced_where_it_is_nested() -> None:
@@ -56,8 +58,10 @@ def test_settings_of_the_paper() -> None:
         assert config.epochs * 500 // config.batch_size == 1250  # steps
         assert 1 / config.temperature == pytest.approx(5)
     for _, _, config in variants["small-batch"]:
-        assert (config.optimizer.lr, config.epochs, config.emc2.burn_in) == (1e-4, 100, 0.5)
+        assert (config.optimizer.lr, config.epochs) == (1e-4, 100)
         assert 1 / config.temperature == pytest.approx(14.28, abs=0.01)
+    (emc2,) = [config for series, _, config in variants["small-batch"] if series == "EMC²"]
+    assert build_loss(emc2, 100).kernel == Metropolis(burn_in=0.5)
 
 
 def test_sizes_are_those_of_the_images_and_compared_at_equal_samples() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_emc2 import InfoNCELoss
 from torch_emc2.diagnostics import clustered_embeddings, gradient_error
 from torch_emc2.evaluation import accuracies, label_free_numbers
-from torch_emc2.exact import global_backward, global_contrastive_loss
+from torch_emc2.exact import global_backward, global_contrastive_loss, two_tower_loss
 from torch_emc2.kernels.metropolis import metropolis_hastings
 
 mostly = st.sampled_from([True] * 7 + [False])
@@ -61,9 +61,28 @@ def test_exact(data: st.DataObject) -> None:
     z = data.draw(tensors((data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3)), 3), data.draw(dtypes)))
     temperature = data.draw(st.sampled_from([0.05, 1.0, 1e3]))
     chunk_size = data.draw(st.sampled_from([None, None, 1, 2, 100, 0, -1]))
-    include = data.draw(st.booleans())
+    mass = data.draw(st.sampled_from([0.0, 0.0, 1.0, 1e3, -1.0]))
     loss, _ = refusal(
-        "exact", lambda: global_contrastive_loss(z, temperature, chunk_size=chunk_size, include_positive=include)
+        "exact", lambda: global_contrastive_loss(z, temperature, chunk_size=chunk_size, positive_mass=mass)
+    )
+    assert loss is None or loss.isfinite()
+
+
+@fuzz(300)
+@given(st.data())
+def test_two_towers(data: st.DataObject) -> None:
+    m = data.draw(st.integers(1, 6))
+    x, y = (data.draw(tensors((m, 3), data.draw(dtypes))) for _ in range(2))
+    ids = st.none() | st.lists(st.integers(-1, 3), min_size=m, max_size=m).map(torch.tensor)
+    index, y_index = data.draw(ids), data.draw(ids)
+    temperature = data.draw(st.sampled_from([0.05, 1.0, 1e3]))
+    chunk_size = data.draw(st.sampled_from([None, 1, 2, 100]))
+    mass = data.draw(st.sampled_from([0.0, 1.0, 1e3]))
+    loss, _ = refusal(
+        "two towers",
+        lambda: two_tower_loss(
+            x, y, temperature, positive_mass=mass, index=index, y_index=y_index, chunk_size=chunk_size
+        ),
     )
     assert loss is None or loss.isfinite()
 
@@ -106,7 +125,7 @@ def test_gradient_error(samples: int, dim: int, batch_size: int, ids: str, epoch
     error, _ = refusal(
         "diagnostics",
         lambda: gradient_error(
-            lambda seed: InfoNCELoss(), z, batch_size, ids=ids, epochs=epochs, mixing_epochs=1, runs=runs
+            lambda seed: InfoNCELoss(), z, 0.07, batch_size, ids=ids, epochs=epochs, mixing_epochs=1, runs=runs
         ),
     )
     assert error is None or torch.isfinite(torch.tensor([error.one_epoch, error.squared_bias])).all()

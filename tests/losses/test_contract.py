@@ -1,5 +1,6 @@
 """What every loss promises: one call, checked input, saved state, and the same on many ranks as on one."""
 
+import contextlib
 import copy
 import datetime
 import functools
@@ -28,25 +29,34 @@ from torch.utils._pytree import tree_map_only
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
 from torch_emc2.kernels import Metropolis
 from torch_emc2.losses import ContrastiveLoss
+from torch_emc2.losses.registry import ESTIMATORS, EMC2Config, Given, NegativeCacheConfig
+from torch_emc2.losses.stateful import StatefulLoss
 from torch_emc2.ranks import gather_with_gradient
 
 M, D = 40, 8
 
-MAKERS: dict[str, Callable[[], ContrastiveLoss]] = {
-    "infonce": lambda: InfoNCELoss(0.1),
-    "dcl": lambda: DCLLoss(0.1),
-    "sogclr": lambda: SogCLRLoss(M, 0.1),
-    "negative-cache": lambda: NegativeCacheLoss(M, D, 0.1, refresh_fraction=0.1),
-    "emc2-encode": lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.1), carry="encode", num_chains=2),
-    "emc2-if-used": lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.1), carry="encode_if_used"),
-    "emc2-cache": lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.1), carry="cache"),
-    "emc2-isir": lambda: EMC2Loss(M, 0.1, carry="encode", kernel="isir", num_chains=2),
-    "emc2-isir-cache": lambda: EMC2Loss(M, 0.1, kernel="isir"),
-    "emc2-drop": lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.1), carry="drop"),
-    "emc2-keyed": lambda: EMC2Loss(None, 0.1, kernel=Metropolis(0.1)),
-    "sogclr-keyed": lambda: SogCLRLoss(None, 0.1),
+SMALL = {  # settings for so few samples, where a variant has no others
+    "emc2": EMC2Config(burn_in=0.1, carry="cache"),
+    "negative_cache": NegativeCacheConfig(refresh_fraction=0.1),
 }
-STATEFUL = [name for name in MAKERS if name not in ("infonce", "dcl")]
+
+
+def _makers() -> Iterator[tuple[str, Callable[[], ContrastiveLoss]]]:
+    """Give every variant in the registry, and one of each estimator that can leave its number of samples open."""
+    given = Given(M, 0.1, D, views_per_sample=2)
+    for row in ESTIMATORS.values():
+        own = SMALL.get(row.group)
+        for label, fields in row.variants.items():
+            yield f"{row.name}-{label}".rstrip("-"), functools.partial(row.maker(fields, given, own), 0)
+        if issubclass(row.loss, StatefulLoss):
+            keyed = functools.partial(row.maker({}, given._replace(num_samples=None), own), 0)
+            with contextlib.suppress(TypeError):
+                keyed()
+                yield f"{row.name}-keyed", keyed
+
+
+MAKERS = dict(_makers())
+STATEFUL = [name for name in MAKERS if isinstance(MAKERS[name](), StatefulLoss)]
 each_loss = pytest.mark.parametrize("name", MAKERS)
 each_stateful_loss = pytest.mark.parametrize("name", STATEFUL)
 
@@ -223,7 +233,7 @@ def test_a_schedule_of_temperatures(name: str) -> None:
         assert_same(step_of(scheduled, 0)[0], step_of(type(scheduled)(0.3), 0)[0])
 
 
-@pytest.mark.parametrize("name", ["sogclr", "sogclr-keyed"])
+@pytest.mark.parametrize("name", ["sogclr-γ = 0.9", "sogclr-keyed"])
 def test_averages_of_another_temperature_are_refused(name: str) -> None:
     loss_fn, other = MAKERS[name](), MAKERS[name]()
     other.temperature = 0.5  # nothing is remembered yet
@@ -651,7 +661,7 @@ class Collective(torch.autograd.Function):
 
 
 UNEQUAL: dict[str, Callable[[], ContrastiveLoss]] = {  # where a rank may have nothing to encode
-    **{name: MAKERS[name] for name in ("emc2-encode", "emc2-if-used", "emc2-isir")},
+    **{name: MAKERS[name] for name in ("emc2-encode", "emc2-encode_if_used", "emc2-isir")},
     "negative-cache": lambda: NegativeCacheLoss(M, D, 0.1, refresh_fraction=0.01),  # one entry a step, on one rank
 }
 
@@ -848,8 +858,8 @@ def test_ranks_refuse_a_second_derivative(ranks: list[Any]) -> None:
         assert "once_differentiable" in results["second derivative"]
 
 
-CHECKPOINTED = ("emc2-drop", "emc2-cache", "emc2-keyed", "sogclr", "sogclr-keyed", "negative-cache")
-IN_PLACE = ("emc2-drop", "sogclr", "negative-cache")  # a new loss has tables as large as the saved one's
+CHECKPOINTED = ("emc2-drop", "emc2-cache", "emc2-keyed", "sogclr-γ = 0.9", "sogclr-keyed", "negative-cache")
+IN_PLACE = ("emc2-drop", "sogclr-γ = 0.9", "negative-cache")  # a new loss has tables as large as the saved one's
 
 
 def _checkpoint(rank: int, folder: str) -> None:
@@ -863,7 +873,7 @@ def _checkpoint(rank: int, folder: str) -> None:
             loss_fn(z1, z2, index, encode=table().__getitem__)
         dcp.save(loss_fn.sharded_state_dict(), checkpoint_id=saved)
         if rank == 0:
-            torch.save(loss_fn.state_dict(), saved.with_suffix(".pt"))
+            torch.save(loss_fn.state_dict(), f"{saved}.pt")
     dist.destroy_process_group()
 
 
@@ -876,7 +886,7 @@ def _restore(rank: int, folder: str) -> None:
         state = loss_fn.state_dict()
         dcp.load(state, checkpoint_id=saved)
         loss_fn.load_state_dict(state)
-        assert_same(loss_fn.state_dict(), torch.load(saved.with_suffix(".pt"), weights_only=True))
+        assert_same(loss_fn.state_dict(), torch.load(f"{saved}.pt", weights_only=True))
     dist.destroy_process_group()
 
 

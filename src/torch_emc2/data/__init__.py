@@ -1,7 +1,7 @@
 """Data sets by name, views that can be drawn again, and batches that bring the carried images along."""
 
 from torch_emc2.data.check import Check, check_files, shown
-from torch_emc2.data.datasets import open_dataset
+from torch_emc2.data.datasets import Split, open_dataset, open_splits
 from torch_emc2.data.decode import Decoding, decode_image
 from torch_emc2.data.errors import BadImageError, DataError
 from torch_emc2.data.finite import FiniteViews, finite_views
@@ -26,6 +26,7 @@ __all__ = [
     "Found",
     "ImageDataset",
     "ImageFolder",
+    "Split",
     "check_files",
     "decode_image",
     "evaluation_transform",
@@ -34,6 +35,7 @@ __all__ = [
     "identity",
     "make_loader",
     "open_dataset",
+    "open_splits",
     "read_folder",
     "seeded_view",
     "shown",

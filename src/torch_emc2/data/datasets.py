@@ -17,12 +17,12 @@ from torch import Tensor
 
 from torch_emc2.data.decode import Decoding
 from torch_emc2.data.errors import DataError
-from torch_emc2.data.folders import find_images, read_folder
+from torch_emc2.data.folders import ImageFolder, find_images, read_folder
 from torch_emc2.data.images import ArrayImages, FileImages, ImageDataset, RecordImages
 from torch_emc2.files import one_line
 from torch_emc2.held_out import held_out_fifth
 
-__all__ = ["Split", "open_dataset"]
+__all__ = ["Split", "open_dataset", "open_splits"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,29 +56,47 @@ def open_dataset(
     that many images of "train", drawn with `seed`. `decoding` is for images in files. Raises
     `DataError` for data that is not there or damaged.
     """
-    if split not in get_args(Split):
-        raise DataError(f"unknown split {split!r}; use one of {', '.join(get_args(Split))}")
+    (dataset,) = open_splits(name, (split,), root, channels=channels, limit=limit, seed=seed, decoding=decoding)
+    return dataset
+
+
+def open_splits(
+    name: str,
+    splits: Sequence[Split],
+    root: Path,
+    *,
+    channels: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    decoding: Decoding = Decoding(),  # noqa: B008  # frozen
+) -> list[ImageDataset]:
+    """Open several splits of a data set, as `open_dataset` opens one; a folder is walked once."""
+    if unknown := set(splits) - set(get_args(Split)):
+        raise DataError(f"unknown split {', '.join(map(repr, unknown))}; use one of {', '.join(get_args(Split))}")
     if limit is not None and limit < 2:
         raise DataError(f"limit must be at least 2, got {limit}: a lone image has no negatives")
-    if name.startswith("folder:"):
-        dataset = _folder(_expanded(name.removeprefix("folder:")), split, decoding)
-    elif name == "imagenet100":
-        dataset = _imagenet100(split, _expanded(root), decoding)
-    elif name in _WITHOUT_FILES:
-        dataset = _WITHOUT_FILES[name](split, _expanded(root))
-    else:
-        raise DataError(f"unknown data set {name!r}; use one of {', '.join(_WITHOUT_FILES)}, imagenet100, folder:PATH")
+    part = _parts(name, _expanded(root), decoding)
+    opened = []
+    for split in splits:
+        dataset = part(split)
+        if split == "train" and limit is not None:
+            generator = torch.Generator().manual_seed(seed)
+            dataset = dataset.subset(torch.randperm(len(dataset), generator=generator)[:limit].sort().values)
+        opened.append(dataset.converted(channels or dataset.channels))
+    return opened
 
-    if split == "train" and limit is not None:
-        generator = torch.Generator().manual_seed(seed)
-        dataset = dataset.subset(torch.randperm(len(dataset), generator=generator)[:limit].sort().values)
-    return ImageDataset(
-        dataset.source,
-        rows=dataset.rows,
-        labels=dataset.labels,
-        classes=dataset.classes,
-        channels=channels or dataset.channels,
-    )
+
+def _parts(name: str, root: Path, decoding: Decoding) -> Callable[[Split], ImageDataset]:
+    """Return what opens a split of the data set."""
+    if name.startswith("folder:"):
+        folder = read_folder(_expanded(name.removeprefix("folder:")))
+        _LOG.info("%s", folder)
+        return lambda split: _of_folder(folder, split, decoding)
+    if name == "imagenet100":
+        return lambda split: _imagenet100(split, root, decoding)
+    if name in _WITHOUT_FILES:
+        return lambda split: _WITHOUT_FILES[name](split, root)
+    raise DataError(f"unknown data set {name!r}; use one of {', '.join(_WITHOUT_FILES)}, imagenet100, folder:PATH")
 
 
 def _expanded(path: str | Path) -> Path:
@@ -183,9 +201,7 @@ def _imagenet100(split: Split, root: Path, decoding: Decoding) -> ImageDataset:
     return _of_files([(file, wnid) for wnid, found in tree.items() for file in found], wnids, decoding)
 
 
-def _folder(path: Path, split: Split, decoding: Decoding) -> ImageDataset:
-    folder = read_folder(path)
-    _LOG.info("%s", folder)
+def _of_folder(folder: ImageFolder, split: Split, decoding: Decoding) -> ImageDataset:
     if split == "test" and folder.held_out is not None:
         return _of_files(folder.held_out, folder.classes, decoding)
     dataset = _of_files(folder.train, folder.classes, decoding)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from torch_emc2.data.errors import BadImageError, DataError
-from torch_emc2.data.images import FileImages, ImageDataset
+from torch_emc2.data.images import ImageDataset
 from torch_emc2.data.views import Augmentation, seeded_view
 from torch_emc2.files import whole_file
 
@@ -86,8 +86,8 @@ def finite_views(
         "views": num_views,
         "seed": seed,
     }
-    if isinstance(images.source, FileImages):
-        origin["decoding"] = asdict(images.source.decoding)
+    if images.decoding is not None:
+        origin["decoding"] = asdict(images.decoding)
     file = folder / f"{hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]}.npy"
     shape = len(images), num_views, images.channels, augmentation.size, augmentation.size
     views = _open(file, shape)

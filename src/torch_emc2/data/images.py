@@ -1,11 +1,13 @@
 """What a data set of images is: numbered uint8 images, wherever they are kept."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -138,24 +140,43 @@ class ImageDataset:
         """The file of image `i`, None where it has none of its own."""
         return self.source.path(int(self.rows[i]))
 
-    def subset(self, picks: Tensor) -> "ImageDataset":
-        """The images numbered `picks` (k,), in that order."""
-        labels = None if self.labels is None else self.labels[picks]
-        return ImageDataset(
-            self.source, rows=self.rows[picks], labels=labels, classes=self.classes, channels=self.channels
-        )
+    def files(self) -> list[str]:
+        """Return the images' files, in order; none where they have none of their own."""
+        return [path for i in range(len(self)) if (path := self.path(i)) is not None]
 
-    def without(self, files: Collection[str]) -> "ImageDataset":
-        """The images whose files are not among ``files``, numbered anew in their order, as if those were not there."""
+    @property
+    def decoding(self) -> Decoding | None:
+        """How files are decoded; None where the images are in no files of their own."""
+        return self.source.decoding if isinstance(self.source, FileImages) else None
+
+    def subset(self, picks: Tensor) -> ImageDataset:
+        """Return the images numbered ``picks`` (k,), in that order."""
+        return self._changed(rows=self.rows[picks], labels=None if self.labels is None else self.labels[picks])
+
+    def without(self, files: Collection[str]) -> ImageDataset:
+        """Return the images whose files are not among ``files``, numbered anew in order, as if those were not there."""
         paths = [self.path(i) for i in range(len(self))]
-        picks = torch.tensor([i for i, path in enumerate(paths) if path not in files], dtype=torch.int64)
+        picks = [i for i, path in enumerate(paths) if path not in files]
         if len(picks) == len(self):
             return self
-        kept = self.subset(picks)
         assert isinstance(self.source, FileImages)  # no other has files
-        kept.source = FileImages([str(paths[i]) for i in picks.tolist()], self.source.decoding)
-        kept.rows = torch.arange(len(picks))
-        return kept
+        source = FileImages([str(paths[i]) for i in picks], self.source.decoding)
+        kept = self.subset(torch.tensor(picks, dtype=torch.int64))
+        return kept._changed(source=source, rows=torch.arange(len(picks)))
+
+    def decoded(self, decoding: Decoding) -> ImageDataset:
+        """Return the same images, those in files decoded so."""
+        if not isinstance(self.source, FileImages):
+            return self
+        return self._changed(source=FileImages(self.source.files, decoding))
+
+    def converted(self, channels: int) -> ImageDataset:
+        """Return the same images with so many channels."""
+        return self._changed(channels=channels)
+
+    def _changed(self, **changes: Any) -> ImageDataset:
+        names = ("source", "rows", "labels", "classes", "channels")
+        return ImageDataset(**{name: getattr(self, name) for name in names} | changes)
 
 
 def identity(images: ImageDataset) -> str:

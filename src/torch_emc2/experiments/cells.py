@@ -103,9 +103,9 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int, results: Path) -> 
 def _done(todo: Mapping[str, Cell], folder: Path, jobs: int) -> Generator[Cell]:
     """Run cells, so many at a time, in a process each, and give each once its process has ended, however it did."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    # A server that has imported the package once and has no threads: its forks start at once and measure alone.
+    # A server that has imported all of it once and has no threads: its forks start at once and measure alone.
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "numba", "torch.utils.tensorboard"])  # which a run's start imports
     _start_server()
     waiting, running = list(todo.items()), dict[BaseProcess, Cell]()
     try:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch_emc2.config import Config, read_config
 from torch_emc2.data import open_dataset
+from torch_emc2.losses.registry import ESTIMATORS
 
 __all__ = ["EXPERIMENTS", "METHODS", "SCALES", "Experiment", "Scale", "Tuned", "Variant", "base_config", "override"]
 
@@ -85,15 +86,12 @@ SCALES = {
     "full": Scale((), labelled=None, points=20),
 }
 
-METHODS: dict[str, dict[str, str | None]] = {
-    "InfoNCE": {"loss": "infonce"},
-    "DCL": {"loss": "dcl"},
-    "SogCLR": {"loss": "sogclr"},
-    "Negative Cache": {"loss": "negative-cache"},
-    "EMC²": {"loss": "emc2", "emc2.kernel": "metropolis"},
-    "EMC², isir": {"loss": "emc2", "emc2.kernel": "isir", "emc2.burn_in": None},
+METHODS: dict[str, dict[str, Any]] = {
+    method.title: {"loss": row.name, **{f"{row.group}.{name}": value for name, value in method.fields.items()}}
+    for row in ESTIMATORS.values()
+    for method in row.methods
 }
-_KERNELS = ("EMC²", "EMC², isir")
+_KERNELS = [method.title for method in ESTIMATORS["emc2"].methods]
 
 
 def base_config(dataset: str, scale: str, overrides: list[str]) -> Config:
@@ -122,7 +120,7 @@ def override(config: Any, fields: Mapping[str, Any]) -> Any:
 
 def _method(base: Config, tuned: Tuned, name: str, **fields: Any) -> Config:
     own = {key.replace("__", "."): value for key, value in fields.items()}
-    config: Config = override(base, {**METHODS[name], **tuned.get(name, {}), **own})
+    config: Config = override(base, {**tuned.get(name, {}), **METHODS[name], **own})
     return config
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from torch_emc2.losses.registry import ESTIMATORS
+
 __all__ = [
     "Line",
     "Panel",
@@ -24,14 +26,7 @@ __all__ = [
 Row = dict[str, Any]
 
 # Colours and markers of the methods, the same in every figure; other series take them in turn.
-_STYLES = {
-    "InfoNCE": ("#8a8a8a", "o"),
-    "DCL": ("#b07aa1", "s"),
-    "SogCLR": ("#e39c37", "D"),
-    "Negative Cache": ("#5aa469", "^"),
-    "EMC²": ("#3b6ea8", "v"),
-    "EMC², isir": ("#d1453b", "P"),
-}
+_STYLES = {method.title: (method.colour, method.marker) for row in ESTIMATORS.values() for method in row.methods}
 
 
 class Line(NamedTuple):

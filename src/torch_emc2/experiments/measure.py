@@ -20,7 +20,7 @@ from torch_emc2.evaluation import accuracies, classifiable, extract_features
 from torch_emc2.exact import global_backward
 from torch_emc2.files import whole_file
 from torch_emc2.held_out import held_out_fifth
-from torch_emc2.run_images import evaluation_parts
+from torch_emc2.training.run_images import evaluation_parts
 
 __all__ = ["AccuracyCurve", "Curve", "GradientCurve", "Part", "read_curve"]
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from torch_emc2.chains import EMPTY
 from torch_emc2.data import ContrastiveDataset
-from torch_emc2.diagnosis import Diagnosis, diagnose, embed_views, to_markdown
 from torch_emc2.diagnostics import Staleness, score_staleness
+from torch_emc2.evaluation.estimators import Diagnosis, diagnose, embed_views, to_markdown
 from torch_emc2.files import load_checkpoint, whole_file
 from torch_emc2.models import Encoder
-from torch_emc2.report import plot_errors
-from torch_emc2.run_images import same_images
 from torch_emc2.runs.finished import leave_out_advised, load_run
+from torch_emc2.runs.pictures import plot_errors
+from torch_emc2.training.run_images import same_images
 
 __all__ = ["diagnose_run"]
 
@@ -25,9 +25,9 @@ __all__ = ["diagnose_run"]
 def diagnose_run(
     run: Path, *, samples: int = 512, batch_size: int | None = None, epochs: int = 64, seed: int = 0
 ) -> Diagnosis:
-    """Measure how wrong each estimator's gradient is at a run's weights, and why; see `torch_emc2.diagnosis`.
+    """Measure how wrong each estimator's gradient is at a run's weights, and why.
 
-    Writes diagnosis.json, diagnosis.md and diagnosis.png.
+    Writes diagnosis.json, diagnosis.md and diagnosis.png; `torch_emc2.evaluation.estimators` says what is in them.
 
     Args:
         run: its folder.
@@ -44,7 +44,7 @@ def diagnose_run(
     config, encoder, _ = load_run(run)
     encoder.eval()
     data = config.data
-    config, images = same_images(config, run)
+    images = same_images(config, run)
     views = ContrastiveDataset(images, data.augmentation.transform(), seed=seed, on_bad_image=data.on_bad_image)
     picks = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
     with leave_out_advised(run):

@@ -24,7 +24,6 @@ from torch_emc2.data import (
 )
 from torch_emc2.evaluation import extract_features
 from torch_emc2.files import whole_file
-from torch_emc2.run_images import given_range
 from torch_emc2.runs.finished import leave_out_advised, load_run
 
 __all__ = ["Embedded", "embed_images"]
@@ -73,7 +72,7 @@ def embed_images(
         raise DataError(f"no images in {named}: give images, or folders that hold some. {found}".rstrip())
     _LOG.info("%s: %d images to embed. %s", named, len(found.files), found)
     skip = (on_bad_image or data.on_bad_image) == "skip"
-    decoding = replace(data.decoding, value_range=value_range or given_range(data))
+    decoding = replace(data.decoding, value_range=value_range or data.value_range)
     check = check_files(found.files, decoding, whole=skip, num_workers=data.num_workers)
     decoding, unreadable = check.resolve(decoding)
     if unreadable and not skip:

@@ -19,9 +19,9 @@ from torch_emc2.data import ContrastiveDataset, ImageDataset, evaluation_transfo
 from torch_emc2.evaluation import Evaluation, Features, compare, extract_features, nearest_neighbours, raw_pixels
 from torch_emc2.files import whole_file
 from torch_emc2.models import build_encoder
-from torch_emc2.report import plot_curves, plot_neighbours, thumbnail
-from torch_emc2.run_images import evaluation_parts, given_range
 from torch_emc2.runs.finished import leave_out_advised, load_run
+from torch_emc2.runs.pictures import plot_curves, plot_neighbours, thumbnail
+from torch_emc2.training.run_images import evaluation_parts
 
 __all__ = ["evaluate_run"]
 
@@ -39,8 +39,8 @@ def evaluate_run(
     Args:
         run: its folder.
         data: another data set than the run's, named as in a config; the files that are written then have its name.
-        value_range: of values deeper than 8 bits; by default the run's, but another data set has one of its own where
-            the run's was found in its images.
+        value_range: of values deeper than 8 bits; by default the run's; one that was found in its images is not that
+            of another data set.
         baselines: measure the encoder as it was before training, and raw pixels, beside it.
 
     Returns:
@@ -51,7 +51,7 @@ def evaluate_run(
     """
     config, encoder, device = load_run(run)
     own = data in (None, config.data.name)
-    value_range = value_range or (config.data.value_range if own else given_range(config.data))
+    value_range = value_range or config.data.value_range
     source = replace(config.data, name=data or config.data.name, channels=encoder.channels, value_range=value_range)
     train, test = evaluation_parts(replace(config, data=source), run, own=own)
     # In random order, so that any first ones are a random choice.

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from torch_emc2.config import Config, read_config
+from torch_emc2.config import Config, recorded_config
 from torch_emc2.data import BadImageError
 from torch_emc2.models import Encoder, load_encoder
-from torch_emc2.run_folder import resume_command
+from torch_emc2.training.run_folder import is_finished, resume_command
 
 __all__ = ["FinishedRun", "leave_out_advised", "load_run"]
 
@@ -33,9 +33,9 @@ def load_run(run: Path) -> FinishedRun:
     """
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{str(run)!r} is not a run's folder: it has no config.yaml")
-    if not (run / "head.safetensors").is_file():
+    if not is_finished(run):
         raise ValueError(f"the run in {str(run)!r} is not finished: {resume_command(run)} goes on")
-    config = read_config(str(run / "config.yaml"))
+    config = recorded_config(run)
     cuda = torch.cuda.is_available() and config.accelerator != "cpu"
     device = torch.device("cuda" if cuda else "cpu")
     return FinishedRun(config, load_encoder(run).to(device), device)

@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,24 +19,25 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from torch_emc2.callbacks import EpochLines, KeptCheckpoints, MetricsFile, ProgressBar, StopOnSIGTERM, WholeCheckpoints
 from torch_emc2.config import Config
-from torch_emc2.data import BadImageError, identity
+from torch_emc2.data import BadImageError, ImageDataset, identity
 from torch_emc2.files import cause
 from torch_emc2.locks import only_writer
 from torch_emc2.losses import EMC2Loss
+from torch_emc2.losses.registry import find
 from torch_emc2.models import save_encoder
-from torch_emc2.run_folder import (
-    find_checkpoint,
-    keep_finished,
-    prepare_folder,
-    refuse_another,
-    refuse_used,
-    resume_command,
-    validate_checkpoint,
-)
-from torch_emc2.run_images import first_images, same_images
 from torch_emc2.training.batches import ContrastiveData
+from torch_emc2.training.callbacks import (
+    EpochLines,
+    KeptCheckpoints,
+    MetricsFile,
+    ProgressBar,
+    StopOnSIGTERM,
+    WholeCheckpoints,
+)
+from torch_emc2.training.resume import find_checkpoint, refuse_another, refuse_used, validate_checkpoint
+from torch_emc2.training.run_folder import keep_finished, prepare_folder, resume_command
+from torch_emc2.training.run_images import first_images, same_images
 from torch_emc2.training.step import ContrastiveModule
 
 __all__ = ["train"]
@@ -80,22 +81,18 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     run = Path(config.out)
     if not resume:
         refuse_used(run)  # before the work: views may have to be drawn
+    find(config.loss)  # likewise: a class of the user's own may not be there
     checkpoint = find_checkpoint(run) if resume else None
-    config, images = first_images(config, run) if checkpoint is None else same_images(config, run)
+    images = first_images(config, run) if checkpoint is None else same_images(config, run)
     known = identity(images)
     L.seed_everything(config.seed, verbose=False)
     module = ContrastiveModule(config, images.channels, len(images))
-    carried_ids = None
-    if isinstance(module.loss, EMC2Loss) and module.loss.carry == "encode":
-        carried_ids = module.loss.chains.ids.share_memory()  # where the loader's workers read them
-    try:
-        datamodule = ContrastiveData(config, images, carried_ids)
-    except BadImageError as error:  # while finite views are drawn
-        raise BadImageError(f"{error}: mend or remove it, or leave it out by --data.on_bad_image skip") from error
+    datamodule = _data(config, images, module)
     trainer = _trainer(config, run, [*_checkpoints(config, run / "checkpoints"), *callbacks, stop])
     every = min(config.log_every_steps, module.steps_per_epoch(trainer.world_size))
     trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
-    facts = {"processes": trainer.world_size, "images": known}
+    value_range = images.decoding and images.decoding.value_range
+    facts = {"processes": trainer.world_size, "images": known, "value_range": value_range}
     if resume and trainer.is_global_zero:
         refuse_another(config, run, facts, checkpoint)
     if checkpoint is not None:
@@ -106,17 +103,38 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
             print(f"emc2: {run} has no checkpoint to go on from: starting", file=sys.stderr)
     if trainer.world_size > 1:
         stop.meet()
-    try:
+    with _saying_how_to_go_on(run, trainer.global_rank, lambda: identity(images) == known):
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        keep_finished(run, config.epochs)
+        save_encoder(module.encoder, run)
+    return run
+
+
+def _data(config: Config, images: ImageDataset, module: ContrastiveModule) -> ContrastiveData:
+    carried_ids = None
+    if isinstance(module.loss, EMC2Loss) and module.loss.carry == "encode":
+        carried_ids = module.loss.chains.ids.share_memory()  # where the loader's workers read them
+    try:
+        return ContrastiveData(config, images, carried_ids)
+    except BadImageError as error:  # while finite views are drawn
+        raise BadImageError(f"{error}: mend or remove it, or leave it out by --data.on_bad_image skip") from error
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on(run: Path, rank: int, all_there: Callable[[], bool]) -> Iterator[None]:
+    """Add to what stops a run how it goes on; ``all_there`` tells whether its images are still those that it had."""
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            rank = f"rank {trainer.global_rank}"
-            raise ConnectionError(f"{rank} waited for one that has ended; that one's own error says why") from error
+            message = f"rank {rank} waited for one that has ended; that one's own error says why"
+            raise ConnectionError(message) from error
         error.args = (f"{cause(error)}; {resume_command(run)} goes on from the last checkpoint",)
         raise
     except BadImageError as error:  # that was readable at the start, or seemed so
         on = resume_command(run)
-        if identity(images) == known:
+        if all_there():
             raise BadImageError(f"{error}: {on} --data.on_bad_image skip goes on without it") from error
         raise BadImageError(f"{error}: put back all images as they were, then {on} goes on") from error
     except SIGTERMException:
@@ -124,10 +142,6 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     except SystemExit:  # what Lightning makes of Ctrl-C, after which it ignores any other
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt(f"{resume_command(run)} goes on from the last checkpoint") from None
-    if trainer.is_global_zero:
-        keep_finished(run, config.epochs)
-        save_encoder(module.encoder, run)
-    return run
 
 
 def _trainer(config: Config, run: Path, callbacks: Sequence[L.Callback]) -> L.Trainer:

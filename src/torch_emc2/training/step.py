@@ -12,15 +12,8 @@ from torch import Tensor
 
 from torch_emc2.config import Config
 from torch_emc2.data import Batch
-from torch_emc2.kernels import Metropolis
-from torch_emc2.losses import (
-    ContrastiveLoss,
-    DCLLoss,
-    EMC2Loss,
-    InfoNCELoss,
-    NegativeCacheLoss,
-    SogCLRLoss,
-)
+from torch_emc2.losses import ContrastiveLoss
+from torch_emc2.losses.registry import Given, find
 from torch_emc2.models import build_encoder
 from torch_emc2.seeds import mix_seed
 
@@ -31,34 +24,10 @@ _NAMED = 64  # samples, in a message
 
 def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
     """Build the loss that a config names, for a data set of ``num_samples``; finite views have an entry each."""
-    num_views = config.data.finite_views or 1
-    num_samples *= num_views
-    match config.loss:
-        case "emc2":
-            own = config.emc2
-            return EMC2Loss(
-                num_samples,
-                config.temperature,
-                kernel=own.kernel if own.burn_in is None else Metropolis(own.burn_in),
-                num_chains=own.num_chains,
-                carry=own.carry,
-                seed=config.seed,
-            )
-        case "infonce":
-            return InfoNCELoss(config.temperature)
-        case "dcl":
-            return DCLLoss(config.temperature)
-        case "sogclr":
-            return SogCLRLoss(num_samples, config.temperature, config.sogclr.gamma)
-        case "negative-cache":
-            return NegativeCacheLoss(
-                num_samples,
-                config.model.out_dim,
-                config.temperature,
-                refresh_fraction=config.negative_cache.refresh_fraction,
-                views_per_sample=num_views,
-                seed=config.seed,
-            )
+    views = config.data.finite_views or 1
+    row = find(config.loss)
+    given = Given(views * num_samples, config.temperature, config.model.out_dim, views, config.seed)
+    return row.build(getattr(config, row.group, None), given)
 
 
 class ContrastiveModule(L.LightningModule):

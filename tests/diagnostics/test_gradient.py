@@ -1,7 +1,6 @@
 """The measure of errors against cases whose error is known; and the claim the library stands for."""
 
 import math
-import statistics
 from collections.abc import Callable
 
 import pytest
@@ -14,8 +13,6 @@ from torch_emc2.diagnostics import (
     clustered_embeddings,
     gradient_error,
     parameter_gradient,
-    score_staleness,
-    target_statistics,
 )
 from torch_emc2.exact import global_contrastive_loss
 from torch_emc2.losses import ContrastiveLoss
@@ -57,7 +54,7 @@ def test_infonce_on_the_whole_data_set_errs_by_the_positive_in_its_denominator()
     error = gradient_error(lambda _: InfoNCELoss(0.07), z, 40, epochs=2, mixing_epochs=0, runs=2)
     z.requires_grad_()
     (exact,) = torch.autograd.grad(global_contrastive_loss(z, 0.07), z)
-    (with_positive,) = torch.autograd.grad(global_contrastive_loss(z, 0.07, include_positive=True), z)
+    (with_positive,) = torch.autograd.grad(global_contrastive_loss(z, 0.07, positive_mass=1.0), z)
     expected = float((with_positive - exact).square().sum() / exact.square().sum())
     assert error.squared_bias == pytest.approx(expected, rel=1e-9)
     assert error.one_epoch == pytest.approx(expected, rel=1e-9)
@@ -221,7 +218,7 @@ def test_errors_at_the_parameters_are_those_of_the_losses_of_a_network() -> None
         torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
         for loss in (
             global_contrastive_loss(network(x), 0.3),
-            global_contrastive_loss(network(x), 0.3, include_positive=True),
+            global_contrastive_loss(network(x), 0.3, positive_mass=1.0),
         )
     )
     expected = float((with_positive - exact).square().sum() / exact.square().sum())
@@ -230,93 +227,6 @@ def test_errors_at_the_parameters_are_those_of_the_losses_of_a_network() -> None
     assert error.at_parameters.squared_error == pytest.approx([expected] * 3, rel=1e-9)
     assert error.at_parameters.squared_bias == pytest.approx(expected, rel=1e-9)
     assert error.at_parameters.variance == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize("chunk", [4096, 10])
-def test_the_target_is_that_of_a_dense_softmax(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch_emc2.diagnostics._CHUNK", chunk)
-    z = clustered_embeddings(20, 8).double()
-    flat = z.flatten(0, 1).tolist()
-    perplexity, effective, peak = [], [], []
-    for a, row in enumerate(flat):
-        scores = [
-            math.exp(sum(x * y for x, y in zip(row, column, strict=True)) / 0.1)
-            for b, column in enumerate(flat)
-            if b // 2 != a // 2
-        ]
-        p = [score / sum(scores) for score in scores]
-        perplexity.append(math.exp(-sum(q * math.log(q) for q in p)))
-        effective.append(1 / sum(q * q for q in p))
-        peak.append(38 * max(p))
-    steps = [math.log(0.5) / math.log(1 - 1 / value) for value in peak]
-    target = target_statistics(z, 0.1, 5)
-    assert target.negatives == 38
-    assert target.perplexity == pytest.approx(sum(perplexity) / 40)
-    assert target.effective == pytest.approx(sum(effective) / 40)
-    assert (target.peak, target.peak_max) == pytest.approx((sum(peak) / 40, max(peak)))
-    assert (target.steps, target.steps_max) == pytest.approx((sum(steps) / 40, max(steps)))
-    assert (target.visits, target.visits_max) == pytest.approx((sum(steps) / 40 / 4, max(steps) / 4))
-
-
-def test_a_flat_target_is_reached_at_once() -> None:
-    for samples in range(3, 40):  # by rounding N max p is less than 1 in some
-        target = target_statistics(torch.ones(samples, 2, 3), 0.07, 4)
-        negatives = 2 * samples - 2
-        assert (target.perplexity, target.effective, target.peak) == pytest.approx((negatives, negatives, 1))
-        assert target.steps == pytest.approx(0, abs=0.1)
-
-
-def test_staleness_by_hand() -> None:
-    unit = torch.eye(2)
-    anchors = torch.stack([unit[[0, 0]], unit[[0, 0]], unit[[0, 1]]])
-    carried = torch.stack([unit[[0, 0]], unit[[1, 1]], unit[[0, 1]]])
-    # Today's scores by pair of views, at β = 2: all 2; all 0; and 2 on the diagonal, 0 off it.
-    stored = torch.tensor([1.0, 0.5, 2.0])
-    stale = score_staleness(stored, anchors, carried, 0.5)
-    differences = sorted([1.0] * 4 + [0.5] * 4 + [0, 0, 2, 2])
-    assert stale.chains == 3
-    assert stale.median == pytest.approx((differences[5] + differences[6]) / 2)
-    assert stale.p90 == pytest.approx(0.1 * differences[9] + 0.9 * differences[10])
-    assert stale.views_median == 0
-    x, y = [1] * 4 + [0.5] * 4 + [2] * 4, [2] * 4 + [0] * 4 + [2, 0, 0, 2]
-    mean_x, mean_y = sum(x) / 12, sum(y) / 12
-    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    spread = math.sqrt(sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y))
-    assert stale.correlation == pytest.approx(covariance / spread)
-    aligned = unit[[0, 1, 0]][:, None].expand(3, 2, 2)
-    same = score_staleness(torch.tensor([2.0, 2.0, 0.0]), aligned, unit[[0, 1, 1]][:, None].expand(3, 2, 2), 0.5)
-    assert (same.median, same.p90, same.views_median) == (0, 0, 0)
-    assert same.correlation == pytest.approx(1)
-
-
-def test_the_part_of_staleness_that_is_the_views_is_that_of_disjoint_ones() -> None:
-    generator = torch.Generator().manual_seed(0)
-    anchors, carried = torch.randn(2, 7, 2, 5, dtype=torch.float64, generator=generator)
-    stale = score_staleness(torch.zeros(7), anchors, carried, 0.5)
-    today = [
-        [[2 * float(torch.cosine_similarity(a, c, 0)) for c in of_carried] for a in of_anchor]
-        for of_anchor, of_carried in zip(anchors, carried, strict=True)
-    ]
-    disjoint = [abs(s[0][0] - s[1][1]) for s in today] + [abs(s[0][1] - s[1][0]) for s in today]
-    assert stale.views_median == pytest.approx(statistics.median(disjoint))
-    assert stale.median == pytest.approx(statistics.median(abs(x) for s in today for row in s for x in row))
-
-
-def test_clusters_samples_and_views_are_as_far_apart_as_they_say() -> None:
-    """In so many dimensions random offsets are orthogonal, and cosines those of right triangles."""
-    z = clustered_embeddings(6, 40_000, clusters=3, spread=0.8, view_spread=0.4, seed=1)
-    assert z.shape == (6, 2, 40_000)
-    torch.testing.assert_close(z.norm(dim=2), torch.ones(6, 2))
-    cosines = torch.einsum("ivd,jwd->ijvw", z, z)
-    of_views = 1 / (1 + 0.4**2)
-    for i in range(6):
-        for j in range(6):
-            within = of_views / (1 + 0.8**2) if i % 3 == j % 3 else 0.0
-            expected = torch.full((2, 2), of_views if i == j else within)
-            if i == j:
-                expected.fill_diagonal_(1.0)
-            torch.testing.assert_close(cosines[i, j], expected, rtol=0, atol=0.03)
-    assert torch.equal(z, clustered_embeddings(6, 40_000, clusters=3, spread=0.8, view_spread=0.4, seed=1))
 
 
 @pytest.mark.parametrize("wrong", [{"runs": 1}, {"epochs": 0}, {"batch_size": 41}, {"batch_size": 1}])

@@ -15,9 +15,9 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from outcomes import Stop, outcome
-from torch_emc2.callbacks import MetricsFile, StopOnSIGTERM, WholeCheckpoints
 from torch_emc2.config import Config
 from torch_emc2.training import train
+from torch_emc2.training.callbacks import MetricsFile, StopOnSIGTERM, WholeCheckpoints
 
 
 def metrics_file(path: Path) -> MetricsFile:

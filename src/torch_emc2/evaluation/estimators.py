@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +18,9 @@ from torch_emc2.diagnostics import (
     parameter_gradient,
     target_statistics,
 )
-from torch_emc2.kernels import Metropolis
-from torch_emc2.losses import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
+from torch_emc2.losses.registry import EMC2Config, Given, variants
 
-__all__ = ["Diagnosis", "diagnose", "embed_views", "error_table", "estimators", "to_markdown"]
+__all__ = ["Diagnosis", "diagnose", "embed_views", "error_table", "to_markdown"]
 
 MIXING_EPOCHS, RUNS = 20, 3
 
@@ -54,30 +52,6 @@ class Diagnosis:
     target: Target
     errors: dict[str, GradientError]
     staleness: Staleness | None
-
-
-def estimators(
-    num_samples: int, temperature: float, burn_in: float = 0.5
-) -> dict[str, Callable[[int], ContrastiveLoss]]:
-    """Return what makes each estimator from a seed, for two fixed views a sample with an id each."""
-    ids = 2 * num_samples
-
-    def emc2(**settings: Any) -> Callable[[int], ContrastiveLoss]:
-        return lambda seed: EMC2Loss(ids, temperature, seed=seed, **{"carry": "encode", **settings})
-
-    return {
-        "InfoNCE": lambda _: InfoNCELoss(temperature),
-        "DCL": lambda _: DCLLoss(temperature),
-        "SogCLR, γ = 0.9": lambda _: SogCLRLoss(ids, temperature, 0.9),
-        "SogCLR, γ = 0.1": lambda _: SogCLRLoss(ids, temperature, 0.1),
-        "EMC², encode": emc2(kernel=Metropolis(burn_in)),
-        "EMC², encode, 4 chains": emc2(kernel=Metropolis(burn_in), num_chains=4),
-        "EMC², encode_if_used": emc2(kernel=Metropolis(burn_in), carry="encode_if_used"),
-        "EMC², cache": emc2(kernel=Metropolis(burn_in), carry="cache"),
-        "EMC², drop": emc2(kernel=Metropolis(burn_in), carry="drop"),
-        "EMC², isir": emc2(kernel="isir"),
-        "EMC², isir, 4 chains": emc2(kernel="isir", num_chains=4),
-    }
 
 
 @torch.no_grad()
@@ -117,12 +91,14 @@ def diagnose(
         lambda ids: _embed(encoder, views[ids]), list(encoder.parameters()), len(views), chunk_size=_CHUNK
     )
     errors = {}
-    bar = tqdm(estimators(len(z), temperature, burn_in).items(), "Diagnosing", leave=False, disable=None)
+    makers = variants(Given(2 * len(z), temperature, z.shape[2], 2), {"emc2": EMC2Config(burn_in=burn_in)})
+    bar = tqdm(makers.items(), "Diagnosing", leave=False, disable=None)
     for name, make_loss in bar:
         bar.set_postfix_str(name)
         errors[name] = gradient_error(
             make_loss,
             z,
+            temperature,
             batch_size,
             epochs=epochs,
             mixing_epochs=MIXING_EPOCHS,

@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from torch_emc2.config import Config, DataConfig, read_config
-from torch_emc2.data import BadImageError, DataError, FileImages, ImageDataset, check_files, open_dataset, shown
-from torch_emc2.data.datasets import Split
-from torch_emc2.data.decode import FULL_16_BIT
+from torch_emc2.config import Config, DataConfig
+from torch_emc2.data import BadImageError, DataError, Decoding, ImageDataset, Split, check_files, open_splits, shown
 from torch_emc2.files import one_line, whole_file
+from torch_emc2.training.run_folder import read_facts
 
-__all__ = ["evaluation_parts", "first_images", "given_range", "same_images"]
+__all__ = ["evaluation_parts", "first_images", "same_images"]
 
 _LOG = logging.getLogger(__name__)
 
 
-def first_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
-    """Return the images that a new run trains on, and its config with the range of their values.
+def first_images(config: Config, run: Path) -> ImageDataset:
+    """Return the images that a new run trains on, deep values among them in the range that was given or is found.
 
     All images of its data set are looked at. ``unreadable.json`` in the run's folder names those that cannot be read;
     they are left out, or stop it.
@@ -33,13 +32,13 @@ def first_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
         DataError: the images are not there, or too few of them can be read, or the range of their values is not known.
     """
     data = config.data
-    images = _open(data, "train", config.seed)
-    files = [path for i in range(len(images)) if (path := images.path(i)) is not None]
+    splits: list[Split] = ["train", "test"] if data.name.startswith("folder:") else ["train"]
+    images, *others = _open(config, splits)  # evaluation will want a folder's test part
+    files = images.files()
     if not files:
-        return config, images
-    if data.name.startswith("folder:"):  # evaluation will want its test part
-        test = _open(data, "test", config.seed)
-        files = sorted({*files, *(str(test.path(i)) for i in range(len(test)))})
+        return images
+    if others:
+        files = sorted({*files, *others[0].files()})
     check = check_files(files, data.decoding, num_workers=data.num_workers, kept=run / "checked.json")
     if str(check):
         _LOG.info("%s", check)
@@ -53,18 +52,13 @@ def first_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
             )
         )
     _say_left_out(unreadable, len(files), f" (all in {run / 'unreadable.json'})")
-    assert isinstance(images.source, FileImages)  # no other has files
-    images.source.decoding = decoding
-    return replace(config, data=replace(data, value_range=decoding.value_range)), _readable(images, unreadable, 2)
+    return _readable(images.decoded(decoding), unreadable, 2)
 
 
-def same_images(config: Config, run: Path) -> tuple[Config, ImageDataset]:
+def same_images(config: Config, run: Path) -> ImageDataset:
     """Return what `first_images` returned when the run began."""
-    data = config.data
-    if data.value_range is None and (run / "config.yaml").is_file():
-        data = replace(data, value_range=read_config(str(run / "config.yaml")).data.value_range)
-        config = replace(config, data=data)
-    return config, _open(data, "train", config.seed).without(_left_out(data, run))
+    (images,) = _open(config, ["train"])
+    return images.decoded(_run_decoding(config.data, run)).without(_left_out(config.data, run))
 
 
 def evaluation_parts(config: Config, run: Path, *, own: bool = True) -> tuple[ImageDataset, ImageDataset]:
@@ -76,38 +70,36 @@ def evaluation_parts(config: Config, run: Path, *, own: bool = True) -> tuple[Im
     Args:
         config: the run's; its data set may be another.
         run: the run's folder.
-        own: it is the run's data set: what the run left out at its start stays so.
+        own: it is the run's data set: what the run left out at its start stays so, and so does a range it found.
 
     Raises:
         BadImageError: some cannot be read, and are not to be skipped.
         DataError: the images are not there, or none of a part can be read.
     """
     data = config.data
-    train, test = (
-        open_dataset(data.name, split, Path(data.root), channels=data.channels, decoding=data.decoding)
-        for split in ("probe", "test")
-    )
-    files = {path for part in (train, test) for i in range(len(part)) if (path := part.path(i)) is not None}
+    decoding = _run_decoding(data, run) if own else data.decoding
+    train, test = open_splits(data.name, ("probe", "test"), Path(data.root), channels=data.channels)
+    files = {*train.files(), *test.files()}
     if not files:
         return train, test
     left_out = {file: why for file, why in _left_out(data, run).items() if file in files} if own else {}
     skip, look = data.on_bad_image == "skip", sorted(files - left_out.keys())
-    check = check_files(look, data.decoding, whole=skip, num_workers=data.num_workers, kept=run / "checked.json")
-    decoding, unreadable = check.resolve(data.decoding)
+    check = check_files(look, decoding, whole=skip, num_workers=data.num_workers, kept=run / "checked.json")
+    decoding, unreadable = check.resolve(decoding)
     if unreadable and not skip:
         setting = f"data.on_bad_image: skip in {run / 'config.yaml'}"
         raise BadImageError(check.refusal(f"mend or remove them, or leave them out by {setting}", "--value-range"))
     unreadable = left_out | unreadable
     _say_left_out(unreadable, len(files))
-    for part in (train, test):
-        assert isinstance(part.source, FileImages)
-        part.source.decoding = decoding
-    return _readable(train, unreadable, 1), _readable(test, unreadable, 1)
+    train, test = (_readable(part.decoded(decoding), unreadable, 1) for part in (train, test))
+    return train, test
 
 
-def given_range(data: DataConfig) -> str | None:
-    """Return the range of a run's deep values that holds for other images than its own: not one that was found."""
-    return None if data.value_range == FULL_16_BIT else data.value_range
+def _run_decoding(data: DataConfig, run: Path) -> Decoding:
+    """Return how the run's own images are decoded: where no range is given, in the one found when it began."""
+    if data.value_range is not None:
+        return data.decoding
+    return replace(data.decoding, value_range=read_facts(run).get("value_range"))
 
 
 def _readable(images: ImageDataset, unreadable: Mapping[str, str], least: int) -> ImageDataset:
@@ -121,16 +113,9 @@ def _readable(images: ImageDataset, unreadable: Mapping[str, str], least: int) -
     return left
 
 
-def _open(data: DataConfig, split: Split, seed: int) -> ImageDataset:
-    return open_dataset(
-        data.name,
-        split,
-        Path(data.root),
-        channels=data.channels,
-        limit=data.limit,
-        seed=seed,
-        decoding=data.decoding,
-    )
+def _open(config: Config, splits: Sequence[Split]) -> list[ImageDataset]:
+    data = config.data
+    return open_splits(data.name, splits, Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed)
 
 
 def _left_out(data: DataConfig, run: Path) -> dict[str, str]:

@@ -12,10 +12,10 @@ from PIL import Image
 
 from outcomes import assert_same, break_inside, outcome
 from torch_emc2.cli import main
-from torch_emc2.config import Config, to_yaml
+from torch_emc2.config import Config, read_config, to_yaml
 from torch_emc2.data import BadImageError, DataError, ImageDataset, identity
-from torch_emc2.run_images import evaluation_parts, first_images, same_images
 from torch_emc2.training import train
+from torch_emc2.training.run_images import evaluation_parts, first_images, same_images
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_start_that_came_to_nothing_is_in_no_ones_way(
 
 def test_a_run_goes_on_with_the_images_it_began_with(config: Config, photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    _, first = first_images(config, run)
+    first = first_images(config, run)
     expected = [f"train/{name}/{i}.png" for name in "ab" for i in range(10) if (name, i) != ("a", 3)]
     assert _names(first, photos) == expected
     assert first.labels is not None
@@ -92,11 +92,11 @@ def test_a_run_goes_on_with_the_images_it_began_with(config: Config, photos: Pat
         lambda file: break_inside(photos / "train" / "b" / "5.png"),  # another broke
     ):
         change(photos / "train" / "a" / "3.png")
-        _, images = same_images(_raising(config), run)
+        images = same_images(_raising(config), run)
         assert _names(images, photos) == expected
         assert identity(images) == identity(first)
     (photos / "train" / "b" / "5.png").unlink()
-    assert identity(same_images(config, run)[1]) != identity(first)
+    assert identity(same_images(config, run)) != identity(first)
 
 
 @pytest.mark.parametrize("name", ["folder:.", "folder:./", "folder:../photos/", "folder:../photos/train/.."])
@@ -105,14 +105,14 @@ def test_what_is_left_out_is_found_again_however_the_folder_is_called(
 ) -> None:
     monkeypatch.chdir(photos)
     config = replace(config, data=replace(config.data, name=name))
-    assert len(first_images(config, tmp_path / "run")[1]) == len(same_images(config, tmp_path / "run")[1]) == 19
+    assert len(first_images(config, tmp_path / "run")) == len(same_images(config, tmp_path / "run")) == 19
 
 
 def test_a_new_start_forgets_what_was_left_out(config: Config, photos: Path, tmp_path: Path) -> None:
     first_images(config, tmp_path / "run")
     for name in ("train/a/3.png", "valid/b/2.png"):
         (photos / name).unlink()
-    assert len(first_images(config, tmp_path / "run")[1]) == 19
+    assert len(first_images(config, tmp_path / "run")) == 19
     assert not (tmp_path / "run" / "unreadable.json").exists()
 
 
@@ -134,7 +134,7 @@ def test_where_too_few_can_be_read_that_is_said(config: Config, photos: Path, tm
     first, run = str(photos / "valid/a/0.png"), tmp_path / "run"
     with pytest.raises(DataError, match=rf"^0 of 8 images can be read, at least 1 are needed: '{first}' \(empty\); "):
         evaluation_parts(config, run)
-    assert len(first_images(config, run)[1]) == 19  # training needs no test part
+    assert len(first_images(config, run)) == 19  # training needs no test part
     for file in sorted(photos.glob("train/*/*.png"))[1:]:
         file.write_bytes(b"")
     with pytest.raises(DataError, match=r"^1 of 20 images can be read, at least 2 are needed: '.*/train/a/1\.png' "):
@@ -147,17 +147,21 @@ def test_the_range_found_at_the_start_is_the_run_s(config: Config, tmp_path: Pat
     for i, most in enumerate((65535, 900, 300)):
         Image.fromarray(np.array([[0, most]], np.uint16)).save(folder / f"{i}.png")
     config = replace(config, data=replace(config.data, name=f"folder:{folder}"))
-    resolved, images = first_images(config, tmp_path / "run")
-    assert resolved.data.value_range == "0,65535"
+    images = first_images(config, tmp_path / "start")
     assert [int(images.image(i)[0, 0, 1]) for i in range(3)] == [255, 4, 1]
-    (tmp_path / "run" / "config.yaml").write_text(to_yaml(resolved))
-    again, images = same_images(config, tmp_path / "run")
-    assert again == resolved
-    assert int(images.image(1)[0, 0, 1]) == 4
+    run = train(replace(config, batch_size=3, epochs=1))
+    assert json.loads((run / "versions.json").read_text())["value_range"] == "0,65535"
+    assert read_config(str(run / "config.yaml")).data.value_range is None  # none was given
 
     (folder / "0.png").unlink()
-    with pytest.raises(DataError, match="2 images with 16-bit values, from 0 to 900, of no known range"):
-        first_images(_raising(config), tmp_path / "run")
+    assert int(same_images(config, run).image(0)[0, 0, 1]) == 4
+    assert len(evaluation_parts(_raising(config), run)[0]) == 1
+    for start in (
+        lambda: first_images(_raising(config), tmp_path / "start"),
+        lambda: evaluation_parts(_raising(config), run, own=False),
+    ):
+        with pytest.raises(DataError, match="2 images with 16-bit values, from 0 to 900, of no known range"):
+            start()
 
 
 def _deep(folder: Path, *largest: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from torch_emc2.diagnostics import GradientError
-from torch_emc2.report import _OTHER, _QUERY, _SAME, plot_curves, plot_errors, plot_neighbours, thumbnail
+from torch_emc2.runs.pictures import _OTHER, _QUERY, _SAME, plot_curves, plot_errors, plot_neighbours, thumbnail
 
 
 def shape(path):

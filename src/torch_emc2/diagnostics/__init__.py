@@ -1,0 +1,31 @@
+"""How wrong an estimator's gradient is, at fixed embeddings, and why: the target that a chain has to draw from, and how
+stale what it carries is."""
+
+from torch_emc2.diagnostics.embeddings import clustered_embeddings, clustered_pairs
+from torch_emc2.diagnostics.gradient import (
+    GradientError,
+    IdsOf,
+    MakeLoss,
+    TwoTowerError,
+    gradient_error,
+    parameter_gradient,
+    two_tower_error,
+)
+from torch_emc2.diagnostics.staleness import Staleness, score_staleness
+from torch_emc2.diagnostics.target import Target, target_statistics
+
+__all__ = [
+    "GradientError",
+    "IdsOf",
+    "MakeLoss",
+    "Staleness",
+    "Target",
+    "TwoTowerError",
+    "clustered_embeddings",
+    "clustered_pairs",
+    "gradient_error",
+    "parameter_gradient",
+    "score_staleness",
+    "target_statistics",
+    "two_tower_error",
+]

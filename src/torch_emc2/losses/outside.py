@@ -1,0 +1,48 @@
+"""A loss of the user's own, by the name of its class: ``package.module:Class``."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+from torch_emc2.files import one_line
+from torch_emc2.losses.base import ContrastiveLoss
+
+__all__ = ["is_outside", "load_outside", "make_outside"]
+
+
+def is_outside(name: str) -> bool:
+    """Tell whether a loss's name is that of a class; nothing is imported."""
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name) is not None
+
+
+def load_outside(name: str) -> type[ContrastiveLoss]:
+    """Import a class.
+
+    Raises:
+        ValueError: there is no such module or class, or it is not derived from `ContrastiveLoss`.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        loss = getattr(importlib.import_module(module), attribute, None)
+    except (Exception, SystemExit) as error:  # whatever a module does that is run
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        where = f"; PYTHONPATH=FOLDER says where {module} is" if missing else ""
+        raise ValueError(f"loss {name} cannot be imported ({one_line(error)}){where}") from error
+    if not (isinstance(loss, type) and issubclass(loss, ContrastiveLoss)):
+        raise ValueError(f"loss {name}: {module} has no class {attribute} derived from torch_emc2.ContrastiveLoss")
+    return loss
+
+
+def make_outside(loss: type[Any], num_samples: int | None, temperature: float) -> ContrastiveLoss:
+    """Build one.
+
+    Raises:
+        ValueError: its constructor takes other arguments.
+    """
+    try:
+        made: ContrastiveLoss = loss(num_samples=num_samples, temperature=temperature)
+    except TypeError as error:
+        raise ValueError(f"loss {loss.__name__} must take (num_samples=…, temperature=…): {error}") from error
+    return made

@@ -1,0 +1,270 @@
+"""The estimators, a row each: the command, its settings, diagnoses, figures, benchmarks and tests read them here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+from torch_emc2.kernels import Metropolis
+from torch_emc2.losses.base import ContrastiveLoss
+from torch_emc2.losses.emc2 import Carry, EMC2Loss
+from torch_emc2.losses.in_batch import DCLLoss, InfoNCELoss
+from torch_emc2.losses.negative_cache import NegativeCacheLoss
+from torch_emc2.losses.outside import is_outside, load_outside, make_outside
+from torch_emc2.losses.sogclr import SogCLRLoss
+
+__all__ = [
+    "ESTIMATORS",
+    "EMC2Config",
+    "Estimator",
+    "Given",
+    "Method",
+    "NegativeCacheConfig",
+    "SogCLRConfig",
+    "find",
+    "require_name",
+    "variants",
+]
+
+
+class Given(NamedTuple):
+    """What a loss is built for, whichever it is.
+
+    Attributes:
+        num_samples: ids are below it; None leaves it open, to those that can.
+        temperature: 1 / β.
+        dim: of the embeddings.
+        views_per_sample: ids a sample.
+        seed: of what it draws.
+    """
+
+    num_samples: int | None
+    temperature: float
+    dim: int
+    views_per_sample: int = 1
+    seed: int = 0
+
+
+class Method(NamedTuple):
+    """A line of the experiments' figures and tables.
+
+    Attributes:
+        title: what it is called there.
+        colour: of the line.
+        marker: on the line.
+        fields: the settings that make it, where an estimator has several.
+    """
+
+    title: str
+    colour: str
+    marker: str
+    fields: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A row.
+
+    Attributes:
+        name: as ``--loss`` takes it.
+        loss: its class.
+        build: makes it from its settings and from what is given.
+        settings: the dataclass of what a user can set, the config's group `group`; None where there is nothing.
+        methods: its lines in the experiments; the first one's title is its own.
+        variants: what its gradient is measured for, and what the tests try: labels after the title, and the settings
+            that differ.
+    """
+
+    name: str
+    loss: type[ContrastiveLoss]
+    build: Callable[[Any, Given], ContrastiveLoss]
+    settings: type[Any] | None = None
+    methods: tuple[Method, ...] = ()
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+
+    @property
+    def group(self) -> str:
+        """Its name in a config."""
+        return self.name.replace("-", "_")
+
+    def maker(self, fields: Mapping[str, Any], given: Given, settings: Any = None) -> Callable[[int], ContrastiveLoss]:
+        """Return what makes it from a seed, with ``settings``, or the defaults, but for some fields."""
+        own = None if self.settings is None else replace(settings or self.settings(), **fields)
+        return lambda seed: self.build(own, given._replace(seed=seed))
+
+
+def variants(given: Given, settings: Mapping[str, Any] = {}) -> dict[str, Callable[[int], ContrastiveLoss]]:
+    """Return what makes each variant of each estimator from a seed, by its title.
+
+    Args:
+        given: what they are built for.
+        settings: by group, of those that are not to start from their defaults.
+    """
+    return {
+        f"{row.methods[0].title}, {label}".removesuffix(", "): row.maker(fields, given, settings.get(row.group))
+        for row in ESTIMATORS.values()
+        for label, fields in row.variants.items()
+    }
+
+
+@dataclass
+class EMC2Config:
+    """EMC²'s own settings, as `torch_emc2.EMC2Loss` takes them.
+
+    Attributes:
+        burn_in: share of a walk's steps that are not counted; null for the kernel's own, one half for metropolis.
+        num_chains: chains a sample.
+        carry: who supplies the carried negative's embedding.
+        kernel: how a chain moves.
+    """
+
+    burn_in: float | None = None
+    num_chains: int = 1
+    carry: Carry = "encode"
+    kernel: Literal["metropolis", "isir"] = "metropolis"
+
+    def __post_init__(self) -> None:
+        if self.burn_in is not None and not 0 <= self.burn_in < 1:
+            raise ValueError(f"burn_in must be at least 0 and below 1, got {self.burn_in}")
+        if self.burn_in is not None and self.kernel == "isir":
+            raise ValueError(f"burn_in must be null for the kernel isir, which has none, got {self.burn_in}")
+        if self.num_chains < 1:
+            raise ValueError(f"num_chains must be at least 1, got {self.num_chains}")
+
+
+def _emc2(own: EMC2Config, given: Given) -> EMC2Loss:
+    return EMC2Loss(
+        given.num_samples,
+        given.temperature,
+        kernel=own.kernel if own.burn_in is None else Metropolis(own.burn_in),
+        num_chains=own.num_chains,
+        carry=own.carry,
+        seed=given.seed,
+    )
+
+
+_METROPOLIS: dict[str, Any] = {"kernel": "metropolis", "carry": "encode", "num_chains": 1}
+_ISIR: dict[str, Any] = {**_METROPOLIS, "kernel": "isir", "burn_in": None}
+
+
+@dataclass
+class SogCLRConfig:
+    """SogCLR's own settings.
+
+    Attributes:
+        gamma: weight of the present batch in the moving average.
+    """
+
+    gamma: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be above 0 and at most 1, got {self.gamma}")
+
+
+def _sogclr(own: SogCLRConfig, given: Given) -> SogCLRLoss:
+    return SogCLRLoss(given.num_samples, given.temperature, own.gamma)
+
+
+@dataclass
+class NegativeCacheConfig:
+    """Negative Cache's own settings.
+
+    Attributes:
+        refresh_fraction: share of the cache that is encoded anew each step.
+    """
+
+    refresh_fraction: float = 0.01024
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.refresh_fraction <= 1:
+            raise ValueError(f"refresh_fraction must be from 0 to 1, got {self.refresh_fraction}")
+
+
+def _negative_cache(own: NegativeCacheConfig, given: Given) -> NegativeCacheLoss:
+    return NegativeCacheLoss(
+        given.num_samples,  # type: ignore[arg-type]  # which refuses None
+        given.dim,
+        given.temperature,
+        refresh_fraction=own.refresh_fraction,
+        views_per_sample=given.views_per_sample,
+        seed=given.seed,
+    )
+
+
+ESTIMATORS = {
+    row.name: row
+    for row in (
+        Estimator(
+            "infonce",
+            InfoNCELoss,
+            lambda _, given: InfoNCELoss(given.temperature),
+            methods=(Method("InfoNCE", "#8a8a8a", "o"),),
+        ),
+        Estimator(
+            "dcl",
+            DCLLoss,
+            lambda _, given: DCLLoss(given.temperature),
+            methods=(Method("DCL", "#b07aa1", "s"),),
+        ),
+        Estimator(
+            "sogclr",
+            SogCLRLoss,
+            _sogclr,
+            SogCLRConfig,
+            methods=(Method("SogCLR", "#e39c37", "D"),),
+            variants={"γ = 0.9": {"gamma": 0.9}, "γ = 0.1": {"gamma": 0.1}},
+        ),
+        Estimator(
+            "negative-cache",
+            NegativeCacheLoss,
+            _negative_cache,
+            NegativeCacheConfig,
+            methods=(Method("Negative Cache", "#5aa469", "^"),),
+        ),
+        Estimator(
+            "emc2",
+            EMC2Loss,
+            _emc2,
+            EMC2Config,
+            methods=(
+                Method("EMC²", "#3b6ea8", "v", {"kernel": "metropolis"}),
+                Method("EMC², isir", "#d1453b", "P", {"burn_in": None, "kernel": "isir"}),
+            ),
+            variants={
+                "encode": _METROPOLIS,
+                "encode, 4 chains": {**_METROPOLIS, "num_chains": 4},
+                "encode_if_used": {**_METROPOLIS, "carry": "encode_if_used"},
+                "cache": {**_METROPOLIS, "carry": "cache"},
+                "drop": {**_METROPOLIS, "carry": "drop"},
+                "isir": _ISIR,
+                "isir, 4 chains": {**_ISIR, "num_chains": 4},
+                "isir, cache": {**_ISIR, "carry": "cache"},
+            },
+        ),
+    )
+}
+
+
+def require_name(name: str) -> None:
+    """Raise ValueError for what can be no loss's name; nothing is imported."""
+    if name not in ESTIMATORS and not is_outside(name):
+        raise ValueError(
+            f"loss must be one of {', '.join(ESTIMATORS)}, or a class of your own as package.module:Class, got {name!r}"
+        )
+
+
+def find(name: str) -> Estimator:
+    """Return the row of a name; for ``package.module:Class``, which this imports, one of that class.
+
+    It is called ``Class(num_samples=…, temperature=…)``, and has no settings.
+
+    Raises:
+        ValueError: there is no such estimator, or no such class.
+    """
+    require_name(name)
+    if not is_outside(name):
+        return ESTIMATORS[name]
+    loss = load_outside(name)
+    return Estimator(name, loss, lambda _, given: make_outside(loss, given.num_samples, given.temperature))

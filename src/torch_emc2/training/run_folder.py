@@ -1,0 +1,138 @@
+"""A run's folder: what a run writes down of itself, and what can be told from that."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import platform
+import shlex
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch_emc2.config import Config, recorded_config, to_yaml
+from torch_emc2.files import load_checkpoint, one_line, whole_file
+from torch_emc2.losses.outside import is_outside
+
+__all__ = [
+    "finished_epochs",
+    "has_results",
+    "is_finished",
+    "keep_finished",
+    "prepare_folder",
+    "read_facts",
+    "resume_command",
+]
+
+_PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-learn", "numpy", "numba")
+
+
+def prepare_folder(config: Config, run: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
+    """Write down what is run, and what else its results depend on; what another start has logged goes.
+
+    Where a run goes on to other epochs, the learning rate is from its checkpoint on that of a run of so many; the line
+    that says so is kept in versions.json.
+    """
+    if checkpoint is None:
+        _clear_logs(run)
+    elif (run / "config.yaml").exists():
+        facts = facts | _history(config, run, checkpoint)
+    _write_facts(run, {"python": platform.python_version(), "platform": platform.platform(), **facts, **_versions()})
+    with whole_file(run / "config.yaml") as file:
+        file.write_text(to_yaml(config))
+
+
+def _clear_logs(run: Path) -> None:
+    (run / "metrics.csv").unlink(missing_ok=True)
+    shutil.rmtree(run / "tensorboard", ignore_errors=True)
+
+
+def _history(config: Config, run: Path, checkpoint: Path) -> dict[str, Any]:
+    """Return what stays true of a run that goes on: at which steps its rates changed, and which encoder is finished."""
+    before, saved = recorded_config(run), read_facts(run)
+    schedule = saved.get("schedule", [])
+    if config.epochs != before.epochs:
+        step = load_checkpoint(checkpoint)["global_step"]
+        schedule = [*schedule, f"rates of {before.epochs} epochs up to step {step}, then those of {config.epochs}"]
+        print(f"emc2: {run} goes on, with the {schedule[-1]}", file=sys.stderr)
+    history = {"schedule": schedule, "finished": finished_epochs(run)}
+    return {name: value for name, value in history.items() if value}
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def keep_finished(run: Path, epochs: int) -> None:
+    """Make way for the encoder of so many epochs: one that was finished after fewer is kept under their number."""
+    saved = read_facts(run)
+    if (finished := saved.get("finished", epochs)) != epochs:
+        for part in ("encoder", "head"):
+            if (trained := run / f"{part}.safetensors").exists():
+                trained.rename(run / f"{part}-{finished}-epochs.safetensors")
+    _write_facts(run, saved | {"finished": epochs})
+
+
+def is_finished(run: Path) -> bool:
+    """Tell whether a run has written its encoder and head, of which the head comes last."""
+    return (run / "head.safetensors").is_file()
+
+
+def finished_epochs(run: Path) -> int:
+    """Return the epochs of the encoder that a run has finished; 0 before it has."""
+    epochs = read_facts(run).get("finished", 0)
+    if not epochs and is_finished(run):  # by an earlier version, which did not write them down
+        epochs = recorded_config(run).epochs
+    return int(epochs)
+
+
+def has_results(run: Path) -> bool:
+    """Tell whether a run has what another start would write over: a checkpoint, an encoder, or rows from after one."""
+    checkpoints = any(run.glob("checkpoints/[!.]*"))
+    return checkpoints or (run / "encoder.safetensors").exists() or _passed_a_checkpoint(run)
+
+
+def _passed_a_checkpoint(run: Path) -> bool:
+    """Tell whether metrics.csv has a step after the first that a checkpoint was written at."""
+    metrics, config = run / "metrics.csv", run / "config.yaml"
+    if not metrics.exists():
+        return False
+    every = recorded_config(run).checkpoint_every_steps if config.exists() else None
+    with metrics.open(newline="") as file:
+        rows = [(row.get("step") or "", row.get("epoch") or "") for row in csv.DictReader(file)]
+    return any(
+        (epoch.isdecimal() and int(epoch) > 0) or (every is not None and step.isdecimal() and int(step) >= every)
+        for step, epoch in rows
+    )
+
+
+def resume_command(run: Path) -> str:
+    """Return the command that goes on with a run, for a shell."""
+    file = run / "config.yaml"
+    loss = recorded_config(run).loss if file.exists() else ""
+    return f"emc2 train {shlex.quote(str(file))} --resume" + (f" --loss {loss}" if is_outside(loss) else "")
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """Read a run's versions.json: versions, processes, which images they are and in which range; {} before it is there.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    file = run / "versions.json"
+    try:
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({one_line(error)}): remove it") from error
+
+
+def _write_facts(run: Path, facts: dict[str, Any]) -> None:
+    with whole_file(run / "versions.json") as file:
+        file.write_text(json.dumps(facts, indent=2) + "\n")

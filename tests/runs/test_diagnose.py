@@ -1,0 +1,81 @@
+"""A run's diagnosis, against the same done by hand."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from torch_emc2 import DCLLoss
+from torch_emc2.config import Config, read_config
+from torch_emc2.data import (
+    ContrastiveDataset,
+    open_dataset,
+)
+from torch_emc2.diagnostics import gradient_error, target_statistics
+from torch_emc2.models import load_encoder
+from torch_emc2.runs import diagnose_run
+from torch_emc2.training import train
+
+
+def test_a_diagnosis_is_that_of_the_run_s_views_and_weights(finished: Path) -> None:
+    diagnosis = diagnose_run(finished, samples=24, batch_size=8, epochs=2, seed=1)
+    written = json.loads((finished / "diagnosis.json").read_text())
+    assert written == json.loads(json.dumps(asdict(diagnosis)))
+    assert (written["samples"], written["batch_size"], written["temperature"]) == (24, 8, 0.1)
+    text = (finished / "diagnosis.md").read_text()
+    assert all(text.count(f"| {name} |") >= 2 for name in diagnosis.errors)
+    width, height = Image.open(finished / "diagnosis.png").size
+    assert (width, height) == (1500, 570)
+
+    config = read_config(str(finished / "config.yaml"))
+    images = open_dataset("digits", "train", Path("data"), limit=66, seed=config.seed)
+    views = ContrastiveDataset(images, config.data.augmentation.transform(), seed=1)
+    picks = torch.randperm(66, generator=torch.Generator().manual_seed(1))[:24].tolist()
+    encoder = load_encoder(finished).eval()
+
+    def embed(i: int) -> Tensor:
+        return F.normalize(encoder(torch.stack([views.view(0, i, view) for view in range(2)])), dim=1).detach()
+
+    z = torch.stack([embed(i) for i in picks])
+    by_hand = gradient_error(lambda _: DCLLoss(0.1), z, 8, epochs=2, runs=3)
+    assert diagnosis.errors["DCL"].squared_error == pytest.approx(by_hand.squared_error, rel=1e-3)
+    assert diagnosis.target.peak == pytest.approx(target_statistics(z, 0.1, 8).peak, rel=1e-4)
+    inner = diagnosis.errors["DCL"].at_parameters
+    assert inner is not None
+    assert inner.one_epoch > 0
+
+    state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["loss._extra_state"]
+    differences = []
+    for place, i in enumerate(picks):
+        carried, stored = state["chains"]["ids"][i].item(), state["chains"]["similarities"][i].item() / 0.1
+        if carried >= 0:
+            differences += (z[place] @ embed(carried).T / 0.1 - stored).abs().flatten().tolist()
+    assert diagnosis.staleness is not None
+    assert 4 * diagnosis.staleness.chains == len(differences)
+    assert diagnosis.staleness.median == pytest.approx(float(torch.tensor(differences).quantile(0.5)), rel=1e-3)
+
+
+def test_a_damaged_checkpoint_is_not_diagnosed(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    torch.save({"a": 1}, run / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged"):
+        diagnose_run(run, samples=16, epochs=1)
+
+
+def test_samples_must_fill_a_batch(finished: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size must be from 2 to the 10 samples, got 16"):
+        diagnose_run(finished, samples=10)
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        diagnose_run(finished, samples=20, epochs=0)
+
+
+def test_finite_views_are_diagnosed_without_staleness(tiny: Config, tmp_path: Path) -> None:
+    data = replace(tiny.data, finite_views=2, root=str(tmp_path))
+    run = train(replace(tiny, epochs=1, data=data))
+    assert diagnose_run(run, samples=20, batch_size=5, epochs=1).staleness is None

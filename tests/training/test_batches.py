@@ -1,0 +1,27 @@
+"""Batches are those of where a run stands."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from torch_emc2.config import Config
+from torch_emc2.data import open_dataset
+from torch_emc2.training import ContrastiveData
+
+
+def test_data_is_placed_after_the_steps_taken(tiny: Config) -> None:
+    images = open_dataset("digits", "train", Path("data"), limit=66)
+    data = ContrastiveData(replace(tiny, accumulate=2), images, None)
+
+    def batches_after(steps: int) -> list[list[int]]:
+        strategy = type("Strategy", (), {"root_device": torch.device("cpu")})()
+        names = {"global_step": steps, "global_rank": 0, "world_size": 1, "strategy": strategy}
+        data.trainer = type("Trainer", (), names)()  # type: ignore[assignment]
+        return [batch.index.tolist() for batch in data.train_dataloader()]
+
+    first, second = batches_after(0), batches_after(2)  # two steps of two batches are an epoch
+    assert len(first) == len(second) == 4
+    assert first != second
+    assert batches_after(1) == first[2:]
+    assert batches_after(3) == second[2:]
