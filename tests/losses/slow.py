@@ -195,7 +195,7 @@ class Slow:
         self.own_ids = self.towers == 1 and batch.index is not None and batch.index.ndim == 2
         for number, rows in geometry(batch, self.towers, self.directions):
             self.size, self.row_views = len(batch.x), len(rows) // len(batch.x)
-            self.table = None if tables is None else F.normalize(tables[1 - number], dim=1)
+            self.table = None if tables is None else F.normalize(tables[1 - number], dim=1).unbind()
             self.start(number, rows)
             values, weights_of_all, carried_by_all = [], [], []
             for row in rows:
@@ -204,7 +204,7 @@ class Slow:
                     weights[p] = weights.get(p, 0.0) - 1 / len(row.positives)
                 values.append(value)
                 weights_of_all.append([weights.get(j, 0.0) for j in range(len(row.columns))])
-                carried_by_all += [(weight, vector, row.vector) for weight, vector in carried]
+                carried_by_all += [(weight, vector, row.vector) for weight, vector in carried if weight]
             self.end(number, rows)
             w, columns = torch.tensor(weights_of_all, dtype=beta.dtype), torch.stack([row.columns for row in rows])
             total = torch.einsum("rj,rjd,rd->", w, columns, torch.stack([row.vector for row in rows]))
@@ -441,7 +441,11 @@ class EMC2(Slow):
         self.coins = throws.tolist()
         shape = (sets, self.num_chains, width) if self.kernel == "metropolis" else (2, self.num_chains)
         uniform = torch.empty(self.row_views, size, *shape, dtype=torch.float64)
-        self.uniform = uniform.uniform_(generator=self.generator(number, 0))
+        uniform.uniform_(generator=self.generator(number, 0))
+        if self.kernel == "metropolis":
+            self.draws = (-torch.log(1 - uniform)).tolist()
+        else:  # each chain draws from a part of (0, 1] of its own
+            self.draws = ((uniform[:, :, 1].argsort(-1) + 1 - uniform[:, :, 0]) / self.num_chains).tolist()
         self.after: dict[Key, tuple[int, float] | None] = {}
         self.accepted, self.steps_taken = 0, 0
         self.stayed: list[float] = []
@@ -494,7 +498,7 @@ class EMC2(Slow):
             embedding = self.table[carried]
         elif carried is not None and self.carry == "cache":
             embedding = self.cached[number, carried]
-        fresh = stored if embedding is None else float((row.vector @ embedding).detach())
+        fresh = stored if embedding is None else float(row.vector.detach() @ embedding.detach())
         entry = Step(CARRIED, beta * (fresh if self.carry in ("encode", "cache") else stored))
         if carried is None:
             entry = Step(POSITIVE, self.positive_score(number, row, beta))
@@ -524,11 +528,10 @@ class EMC2(Slow):
         return shares, embedding
 
     def move(self, entry: Step, steps: list[Step], row: Row, s: int, chain: int) -> Visit:
-        uniform = self.uniform[row.view, row.sample]
+        draws = self.draws[row.view][row.sample]
         if self.kernel == "metropolis":
-            return metropolis(entry, steps, (-torch.log(1 - uniform[s, chain])).tolist(), self.burn_in)
-        part = int(uniform[1].argsort()[chain])  # of (0, 1]: each chain draws from another
-        return isir(entry, steps, (part + 1 - float(uniform[0, chain])) / self.num_chains)
+            return metropolis(entry, steps, draws[s][chain], self.burn_in)
+        return isir(entry, steps, draws[chain])
 
     def end(self, number: int, rows: list[Row]) -> None:
         for key, at in self.after.items():

@@ -14,7 +14,7 @@ from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLR
 from torch_emc2.kernels import Isir, Metropolis
 from torch_emc2.losses import ContrastiveLoss
 
-M, B, D, STEPS = 10, 5, 5, 5
+M, B, D, STEPS = 10, 5, 5, 4
 KINDS = (
     "samples",
     "views",

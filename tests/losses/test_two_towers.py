@@ -14,7 +14,7 @@ from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLR
 from torch_emc2.kernels import Isir, Metropolis
 from torch_emc2.losses import ContrastiveLoss
 
-B, D, STEPS = 6, 5, 5
+B, D, STEPS = 6, 5, 4
 X, Y = 13, 12  # items of the sides
 # An item of x with three of y, an item of y with three of x, and couples; y's ids are not those of x.
 PAIRS = [(0, 11), (0, 10), (0, 9), (1, 8), (2, 8), (3, 8), *((4 + i, 7 - i) for i in range(8))]
