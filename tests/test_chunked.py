@@ -224,3 +224,35 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
                     torch.testing.assert_close(results[name, chunk_size, step], want, rtol=1e-10, atol=1e-10)
         for results in ranks:
             torch.testing.assert_close(results[name, 1], loss_fn.state_dict(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+@pytest.mark.parametrize("name", ["infonce", "sogclr", "negative-cache", "encode", "encode_if_used", "cache"])
+def test_two_towers_equal_the_plain_step(name: str, chunk_size: int) -> None:
+    makers: dict[str, Callable[[], Any]] = {
+        "infonce": lambda: InfoNCELoss(0.1, towers=2),
+        "sogclr": lambda: SogCLRLoss(M, 0.1, towers=2),
+        "negative-cache": lambda: NegativeCacheLoss(M, D, 0.1, refresh_fraction=0.2, towers=2),
+    }
+    outcomes = []
+    for in_chunks in (False, True):
+        loss_fn = makers.get(name, lambda: EMC2Loss(M, 0.1, kernel=Metropolis(0.0), carry=name, towers=2))()  # type: ignore[arg-type]
+        nets, logit_scale = (encoder(), encoder()), nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+        nn.init.normal_(nets[1][0].weight)
+        encode = tuple((lambda ids, net=net: net(IMAGES[ids])) for net in nets)
+        losses = []
+        for step in range(STEPS):
+            (x, y), index = batch(step)
+            if in_chunks:
+                losses.append(
+                    cached_backward(
+                        loss_fn, nets, (x, y), index, chunk_size, encode=encode, logit_scale=logit_scale.exp()
+                    )
+                )
+            else:
+                loss = loss_fn(nets[0](x), nets[1](y), index, encode=encode, logit_scale=logit_scale.exp())
+                loss.backward()
+                losses.append(loss.detach())
+        gradients = [parameter.grad for net in nets for parameter in net.parameters()]
+        outcomes.append([losses, gradients, logit_scale.grad, loss_fn.state_dict()])
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-9, atol=1e-9)

@@ -8,9 +8,9 @@ then each chunk is embedded again, with graph, and its gradient goes on to the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,18 @@ __all__ = ["cached_backward"]
 _RandomState = tuple[Tensor, Tensor | None]  # of the CPU, and of the current CUDA device
 
 
+_Encoder = Callable[[Tensor], Tensor]
+
+
 def cached_backward(
     loss_fn: Callable[..., Tensor],
-    encoder: Callable[[Tensor], Tensor],
+    encoder: _Encoder | tuple[_Encoder, _Encoder],
     views: tuple[Tensor, Tensor],
     index: Tensor | None,
     chunk_size: int,
     *,
-    encode: Callable[[Tensor], Tensor] | None = None,
+    encode: _Encoder | tuple[_Encoder | None, _Encoder | None] | None = None,
+    **further: Any,
 ) -> Tensor:
     """Do ``loss_fn(encoder(views[0]), encoder(views[1]), index, encode=encode).backward()`` chunk by chunk.
 
@@ -41,11 +45,12 @@ def cached_backward(
         loss_fn: any loss of this package, or a callable like it. With a `GradScaler` give ``lambda *args, **kwargs:
             scaler.scale(loss_fn(*args, **kwargs))``; the loss returned is then scaled too.
         encoder: inputs (n, …) -> embeddings (n, d), each row by itself. If it is wrapped in
-            `DistributedDataParallel`, gradients are averaged with the last chunk only.
-        views: the batch's first and second views (b, …), without graph.
+            `DistributedDataParallel`, gradients are averaged with the last chunk only. Of two towers a pair.
+        views: the batch's first and second views, or both sides, (b, …), without graph.
         index: (b,) or (b, 2) ids as the loss takes them, or None for a loss that needs none.
         chunk_size: inputs embedded at a time, of a view or of what ``encode`` is asked for.
-        encode: ids (k,) -> embeddings (k, d), as the loss takes it; embedded in chunks too.
+        encode: ids (k,) -> embeddings (k, d), as the loss takes it, of two towers a pair; embedded in chunks too.
+        further: the loss's other arguments, such as ``y_index`` or ``logit_scale``.
 
     Returns:
         The loss, a scalar without graph.
@@ -62,7 +67,9 @@ def cached_backward(
         raise ValueError("views must have no graph, which chunks could not share: detach() them")
     if any(view.ndim == 0 for view in views):
         raise ValueError("views must be (b, …), got a single number")
-    _refuse_batch_norm(encoder)
+    encoders = encoder if isinstance(encoder, tuple) else (encoder, encoder)
+    for each in encoders:
+        _refuse_batch_norm(each)
     embedded: list[_Embedded] = []
 
     def embed(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -76,16 +83,25 @@ def cached_backward(
             embedded.append(_Embedded(function, chunks, states, [len(part) for part in parts], whole.requires_grad_()))
         return whole
 
-    first, second = (embed(encoder, view) for view in views)
-    loss = loss_fn(first, second, index, encode=None if encode is None else partial(embed, encode))
+    def embedding(function: _Encoder | None) -> _Encoder | None:
+        return None if function is None else partial(embed, function)
+
+    first, second = (embed(each, view) for each, view in zip(encoders, views, strict=True))
+    in_chunks = tuple(map(embedding, encode)) if isinstance(encode, tuple) else embedding(encode)
+    loss = loss_fn(first, second, index, encode=in_chunks, **further)
     loss.backward()  # type: ignore[no-untyped-call]
 
     torch.clear_autocast_cache()  # weights that were cast without graph
-    again = [step for whole in reversed(embedded) for step in whole.steps()]  # the last is the encoder's
-    for step, (function, chunk, state, gradient) in enumerate(again, 1):
-        with _drawing_from(state), nullcontext() if step == len(again) else _no_sync(encoder):
+    again = [step for whole in reversed(embedded) for step in whole.steps()]  # the last are the encoders'
+    last = {id(function): number for number, (function, *_) in enumerate(again)}
+    for number, (function, chunk, state, gradient) in enumerate(again):
+        waiting = [_no_sync(each) for each in set(encoders) if number != last.get(id(each))]
+        with ExitStack() as contexts:
+            contexts.enter_context(_drawing_from(state))
+            for context in waiting:
+                contexts.enter_context(context)
             part = function(chunk)
-            if part.requires_grad or function is encoder:  # what `encode` gives may be constant
+            if part.requires_grad or function in encoders:  # what `encode` gives may be constant
                 part.backward(gradient)  # type: ignore[no-untyped-call]
     return loss.detach()
 
