@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
+from torch_emc2.exact import two_tower_loss
 from torch_emc2.losses import ContrastiveLoss
 
 BETA, D = 5.0, 4
@@ -89,6 +90,16 @@ def test_repeated_items_of_two_towers(name: str, directions: Any, further: list[
     for _ in range(3):
         loss = loss_fn(x[index], y[y_index], index, y_index=y_index, same=same if further else None)
         check(loss, expected, [x, y], value)
+
+
+@each_direction
+@pytest.mark.parametrize("kappa", [0.0, 0.5])
+def test_the_exact_loss_is_the_objective(kappa: float, directions: Any) -> None:
+    x, y = normal(5, D, seed=1), normal(6, D, seed=2)
+    index, y_index = torch.tensor(PAIRS).T
+    settings = {"directions": directions, "positive_mass": kappa, "index": index, "y_index": y_index}
+    loss = two_tower_loss(x[index], y[y_index], 1 / BETA, **settings)
+    check(loss, both_ways(x, y, {*PAIRS}, kappa, directions), [x, y])
 
 
 @each_exact
