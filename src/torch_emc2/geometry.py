@@ -158,6 +158,14 @@ class Contrast:
             return shared, self.own_ids
         return shared, self.own_ids.masked_fill(self.no_negatives[:, len(self.columns) :], NO_ID)
 
+    def own_place(self, sets: Tensor) -> Tensor:
+        """(rows,) where a row's own sample is among the columns of each of ``sets`` (sets, n)."""
+        sample = torch.where(sets[0] < self.column_views * self.ranks.size, sets[0] % self.ranks.size, -1)
+        place = torch.empty(self.ranks.size, dtype=torch.int64, device=sets.device)
+        is_sample = sample >= 0
+        place[sample[is_sample]] = is_sample.nonzero()[:, 0]
+        return self.ranks.mine(place).repeat(self.row_views)
+
     def known_own(self, ids: Tensor) -> Tensor:
         """(rows, j) which of candidates' ``ids`` (rows, j) are known to be the row's own, no negatives."""
         own = self.column_ids[self.own_columns]

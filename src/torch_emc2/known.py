@@ -41,8 +41,9 @@ class Known(NamedTuple):
 
     @property
     def further(self) -> Tensor | None:
-        """(size, size) j's candidate is a further positive of i, by its label."""
-        return self.alike if self.alike is None or self.own is None else self.alike & ~self.own
+        """(size, size) j's candidate is a further positive of i, by its label: each item once."""
+        further = self.alike if self.alike is None or self.own is None else self.alike & ~self.own
+        return further if further is None or self.later is None else further & ~self.later
 
 
 def own_pairs(

@@ -226,8 +226,8 @@ class Slow:
     def seed_of(self, number: int) -> int:
         return mix_seed(self.seed, number) if number else self.seed  # type: ignore[attr-defined]
 
-    def generator(self, number: int, place: int) -> torch.Generator:
-        return torch.Generator().manual_seed(mix_seed(self.seed_of(number), self.calls, place))
+    def generator(self, number: int, place: int, *again: int) -> torch.Generator:
+        return torch.Generator().manual_seed(mix_seed(self.seed_of(number), self.calls, place, *again))
 
     def num_entries(self, number: int) -> int:
         """How many ids candidates have."""
@@ -446,12 +446,14 @@ class EMC2(Slow):
             self.draws = (-torch.log(1 - uniform)).tolist()
         else:  # each chain draws from a part of (0, 1] of its own
             self.draws = ((uniform[:, :, 1].argsort(-1) + 1 - uniform[:, :, 0]) / self.num_chains).tolist()
+        coins = torch.empty(self.row_views, size, sets, width, dtype=torch.float64)
+        self.positive_coins = coins.uniform_(generator=self.generator(number, 0, 1)).tolist()
         self.after: dict[Key, tuple[int, float] | None] = {}
         self.accepted, self.steps_taken = 0, 0
         self.stayed: list[float] = []
 
     def weigh(self, number: int, row: Row, beta: float) -> Weighed:
-        sets = [self.steps(number, row, beta, columns) for columns in self.sets]
+        sets = [self.steps(number, row, beta, s) for s in range(len(self.sets))]
         weights: dict[int, float] = {}
         carried = []
         for chain in range(self.num_chains):
@@ -467,15 +469,26 @@ class EMC2(Slow):
         weights |= {p: at_positive * mass / sum(masses.values()) for p, mass in masses.items()}
         return self.estimate(number, row, beta), weights, carried
 
-    def steps(self, number: int, row: Row, beta: float, columns: list[int]) -> list[Step]:
-        """The proposals of a set to a row: its negatives, and its positive where the row itself lies."""
+    def steps(self, number: int, row: Row, beta: float, s: int) -> list[Step]:
+        """The proposals of a set to a row: its negatives, and its positive.
+
+        isir has the positive once, where the row itself lies. A step of Metropolis, one of n, proposes it in place of a
+        negative with probability 1 / (n + 1).
+        """
         steps = []
-        for place, j in enumerate(columns):
-            if j in row.own and self.kappa(number, row) > 0:
-                steps.append(Step(POSITIVE, self.positive_score(number, row, beta), place))
+        count = sum(j in row.negatives for j in self.sets[s])
+        for place, j in enumerate(self.sets[s]):
+            positive = Step(POSITIVE, self.positive_score(number, row, beta), place)
+            once = self.kernel == "isir" or count == 0
+            if j in row.own and once and self.kappa(number, row) > 0:
+                steps.append(positive)
             elif j in row.negatives:
                 repeats = len(row.own) if j >= len(row.own) * self.size else 1  # a hard negative is in every set
-                steps.append(Step(j, beta * row.similarities[j] - math.log(repeats), place))
+                coin = self.positive_coins[row.view][row.sample][s][place]
+                if not once and self.kappa(number, row) > 0 and coin < 1 / (count + 1):
+                    steps.append(positive)
+                else:
+                    steps.append(Step(j, beta * row.similarities[j] - math.log(repeats), place))
         return steps
 
     def positive_score(self, number: int, row: Row, beta: float) -> float:

@@ -32,6 +32,8 @@ class Visit:
         carried_ids: (rows, chains) int64 ids of the states carried, or `EMPTY`.
         shared_ids: (sets, s) int64 ids of proposals that all rows share.
         own_ids: (rows, k) int64 ids of proposals that are the row's alone, in each of its sets; or None.
+        positive_place: (rows,) int64, the proposal of each set that is the row's positive, where that is a state; or
+            None. It is in every set, and weighed for that.
     """
 
     log_scores: Tensor
@@ -40,6 +42,7 @@ class Visit:
     carried_ids: Tensor
     shared_ids: Tensor
     own_ids: Tensor | None = None
+    positive_place: Tensor | None = None
 
     @cached_property
     def inside(self) -> Tensor:

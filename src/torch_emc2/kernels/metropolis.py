@@ -46,24 +46,47 @@ class Metropolis(Kernel):
         """Walk over all sets; see `Kernel.move`."""
         rows, num_sets, num_proposals = visit.log_scores.shape
         num_chains = visit.carried_score.shape[1]
-        log_scores = visit.log_scores.flatten(0, 1)
-        num_steps = (log_scores > -torch.inf).sum(1)
-        burnt = (self.burn_in * num_steps.double()).long()
-        done = walk(
-            log_scores,
-            visit.carried_score.repeat_interleave(num_sets, 0),
-            draws.exponential(num_sets, num_chains, num_proposals).flatten(0, 1),
-            burnt,
-        )
-        counted = (num_steps - burnt).view(rows, num_sets).sum(1, keepdim=True).to(log_scores.dtype)
         by_set = rows, num_sets, num_chains
+        noise = draws.exponential(num_sets, num_chains, num_proposals)
+        scores, at_positive = visit.log_scores, None
+        if visit.positive_place is not None:
+            scores, at_positive = _scatter_positive(visit, visit.positive_place, draws)
+        scores = scores.flatten(0, 1)
+        num_steps = (scores > -torch.inf).sum(1)
+        burnt = (self.burn_in * num_steps.double()).long()
+        done = walk(scores, visit.carried_score.repeat_interleave(num_sets, 0), noise.flatten(0, 1), burnt)
+        counted = (num_steps - burnt).view(rows, num_sets).sum(1, keepdim=True).to(scores.dtype)
+        weights = done.steps.view_as(visit.log_scores) / (num_chains * counted)[:, :, None]
+        state = done.state.view(by_set).gather(1, visit.keep_in[:, None])[:, 0]
+        if at_positive is not None and visit.positive_place is not None:
+            place = visit.positive_place[:, None].expand(-1, num_sets)[:, :, None]
+            weights = (weights * ~at_positive).scatter_add_(2, place, (weights * at_positive).sum(2, keepdim=True))
+            row = torch.arange(rows, device=state.device)[:, None]
+            moved = (state >= 0) & at_positive[row, visit.keep_in, state]
+            state = torch.where(moved, visit.positive_place[:, None], state)
         return Move(
-            weights=done.steps.view_as(visit.log_scores) / (num_chains * counted)[:, :, None],
+            weights=weights,
             carried_weights=done.carried_steps.view(by_set).sum(1) / counted,
-            state=done.state.view(by_set).gather(1, visit.keep_in[:, None])[:, 0],
+            state=state,
             kept_in=visit.keep_in,
             acceptance=done.accepted / (num_steps.sum() * num_chains),
         )
+
+
+def _scatter_positive(visit: Visit, place: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Let each of a set's n steps propose the positive with probability 1 / (n + 1), in place of once at its own.
+
+    A step that proposes it can only be left by others, so that the target is invariant where each step may be either,
+    and not where it comes once a walk. Returns the steps' log scores (rows, sets, n), and which propose it.
+    """
+    own = place[:, None, None].expand(-1, visit.log_scores.shape[1], 1)
+    score = visit.log_scores.gather(2, own)
+    scores = visit.log_scores.scatter(2, own, -torch.inf)
+    is_step = scores > -torch.inf
+    num_steps = is_step.sum(2, keepdim=True)
+    at_positive = is_step & (draws.exponential(*scores.shape[1:]) < (1 / num_steps).log1p())
+    at_positive.scatter_(2, own, num_steps == 0)  # where there is no other, its own place is the step
+    return torch.where(at_positive, score, scores), at_positive
 
 
 class MHResult(NamedTuple):

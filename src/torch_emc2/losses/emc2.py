@@ -146,7 +146,8 @@ class EMC2Loss(StatefulLoss):
         sets, coins = draws.proposal_sets(), draws.coins(self.num_chains)
         proposals = self._proposals(contrast, scores, at_positive)
         keep_in = coins[: contrast.row_views].flatten(0, 1)
-        visit = Visit(proposals[:, sets], score, keep_in, carried, *contrast.proposal_ids(sets))
+        own_place = contrast.own_place(sets) if self.positive_weight else None
+        visit = Visit(proposals[:, sets], score, keep_in, carried, *contrast.proposal_ids(sets), own_place)
         move = self.kernel.move(visit, draws)
         end = torch.where(move.state < 0, -1, sets[move.kept_in, move.state])  # the column, or -1 for the carried one
         score = torch.where(end < 0, score, scores.logits.gather(1, end.clamp(min=0)))
