@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import math
 import re
 import subprocess
 import sys
@@ -32,19 +33,32 @@ assert (with_scan.chains.ids.data >= 0).all()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_readme_code_runs() -> None:
+def run_page(page: str) -> dict[str, object]:
     names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
         exec(block, names)
+    return names
+
+
+def test_readme_code_runs() -> None:
+    names = run_page("README.md")
+    slope = next(iter(names["two_tower_loss"].parameters()))  # type: ignore[attr-defined]
+    assert slope.item() != pytest.approx(-math.log(0.07), abs=1e-3)  # it was learnt
     loss_fn = names["loss_fn"]
     assert isinstance(loss_fn, torch_emc2.EMC2Loss)
     assert int((loss_fn.chains.ids.data >= 0).sum()) == 1000  # every sample was visited
 
 
-@pytest.mark.parametrize("module", ["metropolis", "losses.infonce", "losses.emc2"])
+def test_the_code_of_the_page_on_two_towers_runs() -> None:
+    names = run_page("docs/two-towers.md")
+    assert names["loss_fn"].sides[0].chains.ids.data[:8].ge(0).all()  # type: ignore[attr-defined]
+    assert names["slope"].isfinite()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("module", ["kernels.metropolis", "losses.in_batch", "losses.emc2", "temperature"])
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(
-        importlib.import_module(f"torch_emc2.{module}"), extraglobs={"torch": importlib.import_module("torch")}
+        importlib.import_module(f"torch_emc2.{module}"), extraglobs={"torch": torch, "torch_emc2": torch_emc2}
     )
     assert result.attempted > 0
     assert result.failed == 0

@@ -26,7 +26,7 @@ class Temperature(nn.Module):
 
     Example::
 
-        >>> loss_fn = InfoNCELoss(Temperature(0.07))
+        >>> loss_fn = torch_emc2.InfoNCELoss(Temperature(0.07))
         >>> [name for name, _ in loss_fn.named_parameters()]
         ['temperature.logit_scale']
     """

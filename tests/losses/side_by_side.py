@@ -11,8 +11,8 @@ from slow import EMC2, Batch, Key, NegativeCache, Slow, SogCLR
 from torch import Tensor
 
 from torch_emc2 import EMC2Loss, NegativeCacheLoss, SogCLRLoss
-from torch_emc2.chains import ChainTable
 from torch_emc2.losses import ContrastiveLoss
+from torch_emc2.memory.chains import ChainTable
 
 
 def follow(

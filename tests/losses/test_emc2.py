@@ -211,7 +211,7 @@ def test_a_forgotten_sample_leaves_nothing(num_samples: int | None) -> None:
 
 
 def test_chains_are_emptied_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch_emc2.chains._CHUNK", 3)
+    monkeypatch.setattr("torch_emc2.memory.chains._CHUNK", 3)
     loss_fn = EMC2Loss(M, carry="drop")
     loss_fn.chains.write(torch.arange(M), torch.arange(M)[:, None] // 2, torch.zeros(M, 1))
     loss_fn.forget(torch.tensor([5, 9, 9]))

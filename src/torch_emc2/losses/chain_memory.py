@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_emc2.chains import EMPTY, ChainTable
 from torch_emc2.losses.met import Met
 from torch_emc2.losses.stateful import Memory
-from torch_emc2.slots import Slots
-from torch_emc2.tables import SampleTable
+from torch_emc2.memory.chains import EMPTY, ChainTable
+from torch_emc2.memory.slots import Slots
+from torch_emc2.memory.tables import SampleTable
 
 __all__ = ["ChainMemory"]
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from torch_emc2.batch import Directions
-from torch_emc2.chains import EMPTY, ChainTable
 from torch_emc2.geometry import Contrast
 from torch_emc2.kernels import KERNELS, Kernel, Visit
 from torch_emc2.losses.calling import CheckedEncode
@@ -20,6 +19,7 @@ from torch_emc2.losses.met import encode_met
 from torch_emc2.losses.settings import NumSamples, PositiveWeight, require_int
 from torch_emc2.losses.stateful import StatefulLoss
 from torch_emc2.losses.weighting import Scores, Weights
+from torch_emc2.memory.chains import EMPTY, ChainTable
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 

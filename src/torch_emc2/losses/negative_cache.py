@@ -15,7 +15,7 @@ from torch_emc2.losses.draws import BatchDraws
 from torch_emc2.losses.settings import PositiveWeight, require_int
 from torch_emc2.losses.stateful import Memory, StatefulLoss
 from torch_emc2.losses.weighting import Carried, Scores, Weights, log_sum_exp
-from torch_emc2.tables import SampleTable
+from torch_emc2.memory.tables import SampleTable
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 

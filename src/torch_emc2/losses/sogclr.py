@@ -15,8 +15,8 @@ from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.settings import NumSamples, PositiveWeight, require_int
 from torch_emc2.losses.stateful import Memory, StatefulLoss
 from torch_emc2.losses.weighting import Scores, Weights
-from torch_emc2.slots import Slots
-from torch_emc2.tables import SampleTable
+from torch_emc2.memory.slots import Slots
+from torch_emc2.memory.tables import SampleTable
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 

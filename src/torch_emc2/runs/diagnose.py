@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torch_emc2.chains import EMPTY
 from torch_emc2.data import ContrastiveDataset
 from torch_emc2.diagnostics import Staleness, score_staleness
 from torch_emc2.evaluation.estimators import Diagnosis, diagnose, embed_views, to_markdown
 from torch_emc2.files import load_checkpoint, whole_file
+from torch_emc2.memory.chains import EMPTY
 from torch_emc2.models import Encoder
 from torch_emc2.runs.finished import leave_out_advised, load_run
 from torch_emc2.runs.pictures import plot_errors

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_emc2.chains import ChainTable
-from torch_emc2.tables import SampleTable
+from torch_emc2.memory.chains import ChainTable
+from torch_emc2.memory.tables import SampleTable
 
 
 @settings(max_examples=60, deadline=None)

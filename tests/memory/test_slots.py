@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_emc2.slots import UNKNOWN, Slots
-from torch_emc2.tables import SampleTable
+from torch_emc2.memory.slots import UNKNOWN, Slots
+from torch_emc2.memory.tables import SampleTable
 
 KEYS = [-(2**63), -7, 0, 1, 5, 10**15, 2**63 - 1]
 some_keys = st.sets(st.sampled_from(KEYS), max_size=4)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_emc2.kernels import EMPTY
-from torch_emc2.tables import SampleTable
+from torch_emc2.memory.tables import SampleTable
 
 __all__ = ["EMPTY", "ChainTable"]
 
