@@ -87,9 +87,9 @@ def key_cost(count: int) -> None:
     ids = torch.randint(-(2**63), 2**63 - 1, (count,))
     with measured(f"{count:.0e} random keys, placed"):
         for part in ids.split(BATCH):
-            slots = loss_fn._slots.place(part)
+            slots = loss_fn.sides[0].slots.place(part)
             loss_fn.chains.make_room(slots)
-            loss_fn._slots.keep(part, slots)
+            loss_fn.sides[0].slots.keep(part, slots)
     with measured("and saved"), tempfile.NamedTemporaryFile() as file:
         torch.save(loss_fn.state_dict(), file.name)
         print(f"file: {Path(file.name).stat().st_size / 1e6:.1f} MB")
