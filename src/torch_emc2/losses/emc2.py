@@ -54,7 +54,7 @@ class EMC2Loss(StatefulLoss):
             ``"encode_if_used"``: ``encode(ids)`` does, for chains whose carried negative has a weight; the entry score
             is of the similarity stored at the last visit, renewed where the chain stays to the end.
             ``"cache"``: the loss keeps every sample's last embedding, 4·d bytes each; it gets no gradient itself.
-            ``"drop"``: nobody; its term is left out and the estimate is biased.
+            ``"drop"``: nobody; its term is left out and the estimate is biased, that of β's gradient beyond use.
         seed: of the chains' noise, which is a function of (seed, number of the call).
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. The positive is a state then, at which an empty
             chain sits.
