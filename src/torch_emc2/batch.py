@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_emc2.geometry import Contrast, first_of, flat
+from torch_emc2.geometry import NO_ID, Contrast, first_of, flat
 from torch_emc2.known import Known, copies, later, own_pairs, with_further
 from torch_emc2.ranks import (
     Ranks,
@@ -94,13 +94,15 @@ def gather_batch(
     else:
         inputs = validate()
         ranks, num_hard = Ranks((inputs.size,), 0, device), ()
-    if ranks.size < 2 and inputs.hard is None:
+    of_both = len(inputs.vectors) == 2 and directions != "x->y"
+    if ranks.size < 2 and (inputs.hard is None or of_both):
         raise ValueError(f"a batch of {ranks.size} has no negatives: give 2 samples or more (drop_last=True helps)")
     sides = [
         _gather_side(vectors, ids, ranks, name, most)
         for vectors, ids, name, most in zip(inputs.vectors, inputs.ids, ("index", "y_index"), num_samples, strict=False)
     ]
     hard = _gather_hard(inputs, ranks, num_hard, sides[-1].whole)
+    _validate_hard_ids(hard, ranks, num_samples[len(sides) - 1])
     x, y = sides[0], sides[-1]
     same = _gather_same(inputs, ranks)
     own = None
@@ -115,7 +117,7 @@ def gather_batch(
         )
     elif inputs.hard is not None:
         raise ValueError('hard negatives are for the rows of "x->y": with directions="y->x" there is no place for them')
-    if len(sides) == 2 and directions != "x->y":
+    if of_both:
         back = None if own is None else own.T
         none = _Hard(y.whole[:0], hard.shared_ids[:0], None, None)
         contrasts.append(_contrast(ranks, (1, 0), y, x, Known(back, later(x.repeated_ids), same_label), none))
@@ -179,6 +181,14 @@ def _gather_hard(inputs: Inputs, ranks: Ranks, sizes: tuple[int, ...], like: Ten
     if ranks.world_size > 1:
         hard, ids = gather_with_gradient(hard, sizes, ranks.rank), gather(ids, sizes)
     return _Hard(hard, ids, None, None)
+
+
+def _validate_hard_ids(hard: _Hard, ranks: Ranks, num_samples: int | None) -> None:
+    """Raise IndexError, on all ranks, where an id of a hard negative cannot be one; `NO_ID` is none."""
+    ids = hard.shared_ids if hard.own_ids is None else ranks.gather(hard.own_ids).flatten()
+    ordered = ids[ids != NO_ID].sort().values
+    if len(ordered) and num_samples is not None:
+        validate_range("hard_index", ordered, num_samples)
 
 
 def _gather_same(inputs: Inputs, ranks: Ranks) -> Tensor | None:

@@ -265,3 +265,16 @@ def test_hard_negatives_with_all_in_one_batch_are_exact_for_isir() -> None:
     terms = [term(x[i], [y[i]], [*(y[j] for j in range(4) if j != i), *hard[i]]) for i in range(4)]
     for _ in range(4):
         check(loss_fn(x, y, index, hard=hard), torch.stack(terms).mean(), [x, y, hard], value=False)
+
+
+def test_hard_negatives_that_cannot_be_are_named() -> None:
+    z, index = normal(4, D, seed=1), torch.arange(4)
+    loss_fn = EMC2Loss(10, 1 / BETA, towers=2)
+    with pytest.raises(IndexError, match="hard_index must be at least 0 and below num_samples=10, got 10"):
+        loss_fn(z, z, index, hard=normal(2, D), hard_index=torch.tensor([3, 10]))
+    with pytest.raises(ValueError, match="a batch of 1 has no negatives"):  # the rows of y have none
+        loss_fn(z[:1], z[:1], index[:1], hard=normal(2, D))
+    alone = InfoNCELoss(1 / BETA, towers=2, directions="x->y")(z[:1], z[:1], hard=normal(2, D, seed=3))
+    x, hard = (torch.nn.functional.normalize(each, dim=1) for each in (z[:1], normal(2, D, seed=3)))
+    logits = BETA * torch.cat([torch.ones(1, 1, dtype=torch.float64), x @ hard.T], 1)
+    torch.testing.assert_close(alone, logits.logsumexp(1)[0] - logits[0, 0])
