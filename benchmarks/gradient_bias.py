@@ -30,6 +30,7 @@ from torch_emc2.diagnostics import (
     gradient_error,
     two_tower_error,
 )
+from torch_emc2.exact import objective_mass
 from torch_emc2.losses.registry import ESTIMATORS, Given, variants
 
 TEMPERATURE = 0.07
@@ -112,7 +113,7 @@ def positive() -> Part:
             for name, make in makers.items():
 
                 def measure(b, lengths, make=make, towers=tower_count, kappa=kappa):  # type: ignore[no-untyped-def]
-                    mass = 1.0 if kappa == "global" else kappa * (SAMPLES - 1) / (b - 1)
+                    mass = objective_mass(kappa, SAMPLES, b)
                     if towers == 2:
                         return two_towers(make, mass, b, lengths)
                     return one_tower(make, z, "view", mass, b, lengths)

@@ -33,6 +33,17 @@ def test_overrides_reach_every_depth() -> None:
     assert config.data.augmentation.crop_scale == (0.5, 1.0)  # the preset's
 
 
+@pytest.mark.parametrize("kappa", [None, 0.0, 0.25, "global"])
+def test_a_weight_of_the_positive_is_read_as_it_was_written(kappa: float | str | None, tmp_path: Path) -> None:
+    config = replace(Config(), positive_weight=kappa)
+    (tmp_path / "my.yaml").write_text(to_yaml(config))
+    assert read_config(str(tmp_path / "my.yaml")) == config
+    assert (
+        read_config("quickstart", ["--positive_weight", "null" if kappa is None else str(kappa)]).positive_weight
+        == kappa
+    )
+
+
 def test_the_papers_settings() -> None:
     stl10, imagenet = read_config("stl10-b32"), read_config("imagenet100")
     assert replace(stl10, batch_size=256, out="runs/stl10-b256") == read_config("stl10-b256")
@@ -66,6 +77,10 @@ def test_the_papers_settings() -> None:
         ("seed: many", "seed"),
         ("batch_size: 1", "batch_size must be at least 2, got 1"),
         ("epochs: 0", "epochs must be positive, got 0"),
+        ("positive_weight: -0.5", "positive_weight must be at least 0 and finite, got -0.5"),
+        ("positive_weight: .nan", "positive_weight must be finite, got nan"),
+        ("positive_weight: local", "positive_weight"),
+        ("positive_weight: true", "positive_weight"),
         ("data: {augmentation: {size: 28, flip: 2}}", "flip"),
         ("data: !!python/object/apply:os.system ['touch hacked']", "python"),
         ("data: [1, 2", "while parsing"),

@@ -17,6 +17,7 @@ from torch_emc2.config_tree import load_tree, refuse_extremes, refuse_groups, va
 from torch_emc2.data import Augmentation, Decoding
 from torch_emc2.losses.outside import is_outside
 from torch_emc2.losses.registry import ESTIMATORS, require_name
+from torch_emc2.losses.settings import require_positive_weight
 from torch_emc2.models import ModelConfig
 
 __all__ = ["Config", "DataConfig", "config_parser", "presets", "read_config", "recorded_config", "to_yaml"]
@@ -106,7 +107,9 @@ class OptimizerConfig:
 _Groups: Any = make_dataclass(
     "_Groups",
     [
-        *((name, Any, None) for name in ("data", "model", "loss", "temperature")),  # which `Config` declares
+        *(
+            (name, Any, None) for name in ("data", "model", "loss", "temperature", "positive_weight")
+        ),  # which `Config` declares
         *(
             (row.group, row.settings, field(default_factory=row.settings))
             for row in ESTIMATORS.values()
@@ -123,6 +126,8 @@ class Config(_Groups):  # type: ignore[misc]
     Attributes:
         loss: the estimator; each takes the same call, so this one word swaps it.
         temperature: 1 / β.
+        positive_weight: κ, the positive's mass in the denominator beside the batch's negatives: 0 for none, 1 for
+            InfoNCE's, global for its share among all of the data's; by default the estimator's own.
         batch_size: samples a step on each device.
         epochs: passes over the images.
         seed: of weights, order, views and chains.
@@ -143,6 +148,7 @@ class Config(_Groups):  # type: ignore[misc]
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: str = "emc2"
     temperature: float = 0.07
+    positive_weight: float | Literal["global"] | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 32
     epochs: int = 10
@@ -161,6 +167,8 @@ class Config(_Groups):  # type: ignore[misc]
         self.out = os.path.expanduser(self.out)
         refuse_extremes(asdict(self))
         require_name(self.loss)
+        if self.positive_weight is not None:
+            self.positive_weight = require_positive_weight(self.positive_weight, sizes=())
         positive = ("batch_size", "epochs", "temperature", "accumulate", "log_every_steps")
         for name in (*positive, "checkpoint_every_epochs", "checkpoint_every_steps"):
             value = getattr(self, name)

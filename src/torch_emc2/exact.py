@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch_emc2.batch import Directions
 from torch_emc2.temperature import require_temperature
 from torch_emc2.unit import unit_vectors
 
-__all__ = ["global_backward", "global_contrastive_loss", "two_tower_loss"]
+__all__ = ["global_backward", "global_contrastive_loss", "objective_mass", "two_tower_loss"]
 
 
 def global_contrastive_loss(
@@ -145,6 +145,19 @@ def global_backward(
     for ids in chunks:
         torch.autograd.backward(embed(ids), z.grad[ids])
     return loss.detach()
+
+
+def objective_mass(positive_weight: float | Literal["global"] | None, num_samples: int, batch_size: int) -> float:
+    """Return the ``positive_mass`` of the objective that losses with this κ estimate: κ N / n, 1 for ``"global"``.
+
+    Args:
+        positive_weight: κ, beside the n negatives that a row has in a batch; None for 0, the paper's objective.
+        num_samples: of the data, where a row has N negatives.
+        batch_size: samples a batch.
+    """
+    if positive_weight == "global":
+        return 1.0
+    return (positive_weight or 0.0) * (num_samples - 1) / (batch_size - 1)
 
 
 def _require_settings(positive_mass: float, chunk_size: int | None) -> None:

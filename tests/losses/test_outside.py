@@ -23,6 +23,9 @@ class Mine(SogCLRLoss):
     """DCL, with a memory that has to be resumed."""
     def __init__(self, num_samples, temperature):
         super().__init__(num_samples, temperature, gamma=0.5)
+class Weighted(SogCLRLoss):
+    def __init__(self, num_samples, temperature, positive_weight=0.75):
+        super().__init__(num_samples, temperature, positive_weight=positive_weight)
 class Other:
     pass
 class Hollow(ContrastiveLoss):
@@ -59,6 +62,16 @@ def test_a_class_is_called_with_what_is_given(own: Path) -> None:
     data = replace(Config().data, finite_views=2)
     loss_fn = build_loss(Config(loss="own_package.mine:Mine", temperature=0.2, data=data), 10)
     assert (loss_fn.num_samples, loss_fn.temperature) == (20, 0.2)
+
+
+def test_a_class_is_given_a_weight_of_the_positive_where_the_run_has_one(own: Path) -> None:
+    config = Config(loss="own_package.mine:Weighted")
+    assert build_loss(config, 10).positive_weight == 0.75
+    assert build_loss(replace(config, positive_weight=0.5), 10).positive_weight == 0.5
+    with pytest.raises(
+        ValueError, match=r"Mine must take \(num_samples=…, temperature=…, positive_weight=…\): .*positive_weight"
+    ):
+        build_loss(Config(loss="own_package.mine:Mine", positive_weight=0.5), 10)
 
 
 @pytest.mark.parametrize(

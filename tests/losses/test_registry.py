@@ -122,6 +122,20 @@ def test_finite_views_have_an_entry_each() -> None:
         assert (getattr(loss_fn, "views_per_sample", 3), loss_fn.temperature) == (3, 0.2)
 
 
+OWN_WEIGHTS = {"infonce": 1.0, "negative-cache": "global"}  # and 0 the others
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_run_s_weight_of_the_positive_is_its_loss_s(name: str) -> None:
+    assert build_loss(Config(loss=name), 9).positive_weight == OWN_WEIGHTS.get(name, 0.0)
+    for kappa in (0.0, 0.25, "global"):
+        loss_fn = build_loss(Config(loss=name, positive_weight=kappa), 9)
+        assert loss_fn.positive_weight == kappa
+        assert loss_fn.num_samples == (9 if kappa == "global" or isinstance(loss_fn, StatefulLoss) else None)
+    weights = {make(0).positive_weight for make in variants(Given(9, 0.3, 4, positive_weight=0.25)).values()}
+    assert weights == {0.25}
+
+
 # As a run of version 0.1.0 has written it.
 WRITTEN = """\
 loss: sogclr
@@ -151,6 +165,7 @@ def test_files_of_before_are_read_as_before(tmp_path: Path) -> None:
         seed=3,
     )
     assert config == expected
+    assert config.positive_weight is None
     assert list(yaml.safe_load(to_yaml(config)))[:4] == ["data", "model", "loss", "temperature"]
 
 

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from torch_emc2 import DCLLoss
-from torch_emc2.config import Config, read_config
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss
+from torch_emc2.config import Config, read_config, recorded_config, to_yaml
 from torch_emc2.data import (
     ContrastiveDataset,
     open_dataset,
 )
 from torch_emc2.diagnostics import gradient_error, target_statistics
+from torch_emc2.evaluation.estimators import embed_views
 from torch_emc2.models import load_encoder
 from torch_emc2.runs import diagnose_run
 from torch_emc2.training import train
@@ -59,6 +60,29 @@ def test_a_diagnosis_is_that_of_the_run_s_views_and_weights(finished: Path) -> N
     assert diagnosis.staleness is not None
     assert 4 * diagnosis.staleness.chains == len(differences)
     assert diagnosis.staleness.median == pytest.approx(float(torch.tensor(differences).quantile(0.5)), rel=1e-3)
+
+
+def test_a_run_with_a_weight_of_the_positive_is_held_to_its_objective(finished: Path, tmp_path: Path) -> None:
+    kappa, mass = 0.5, 0.5 * 15 / 3
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "config.yaml").write_text(to_yaml(replace(recorded_config(finished), positive_weight=kappa)))
+    diagnosis = diagnose_run(run, samples=16, batch_size=4, epochs=2)
+    assert (diagnosis.positive_weight, diagnosis.positive_mass) == (kappa, mass)
+    assert f"positive_weight κ = {kappa}. " in (run / "diagnosis.md").read_text()
+    assert f"the positive counts κ N / n = {mass:g}, " in (run / "diagnosis.md").read_text()
+
+    config = recorded_config(finished)
+    images = open_dataset("digits", "train", Path("data"), limit=66, seed=config.seed)
+    views = ContrastiveDataset(images, config.data.augmentation.transform(), seed=0)
+    picks = torch.randperm(66, generator=torch.Generator().manual_seed(0))[:16].tolist()
+    encoder = load_encoder(finished).eval()
+    z = embed_views(encoder, torch.stack([torch.stack([views.view(0, i, view) for view in range(2)]) for i in picks]))
+    for name, make in (
+        ("InfoNCE", lambda _: InfoNCELoss(0.1, positive_weight=kappa, num_samples=32)),
+        ("EMC², isir", lambda seed: EMC2Loss(32, 0.1, kernel="isir", carry="encode", seed=seed, positive_weight=kappa)),
+    ):
+        by_hand = gradient_error(make, z, 0.1, 4, positive_mass=mass, epochs=2, runs=3)
+        assert diagnosis.errors[name].squared_error == pytest.approx(by_hand.squared_error, rel=1e-3)
 
 
 def test_a_damaged_checkpoint_is_not_diagnosed(finished: Path, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from torch_emc2.diagnostics import (
     parameter_gradient,
     target_statistics,
 )
+from torch_emc2.exact import objective_mass
 from torch_emc2.losses.registry import EMC2Config, Given, variants
+from torch_emc2.losses.settings import PositiveWeight
 
 __all__ = ["Diagnosis", "diagnose", "embed_views", "error_table", "to_markdown"]
 
@@ -35,6 +37,8 @@ class Diagnosis:
         samples: number of images, with two fixed views each.
         batch_size: samples a batch.
         temperature: 1 / β.
+        positive_weight: κ of every estimator; None where each has its own.
+        positive_mass: what the positive counts for in the exact objective, where each negative counts 1.
         burn_in: EMC²'s.
         runs: independent ones that each error is a mean over, after ``mixing_epochs``.
         mixing_epochs: epochs before the first that counts.
@@ -46,6 +50,8 @@ class Diagnosis:
     samples: int
     batch_size: int
     temperature: float
+    positive_weight: PositiveWeight | None
+    positive_mass: float
     burn_in: float
     runs: int
     mixing_epochs: int
@@ -66,6 +72,7 @@ def diagnose(
     temperature: float,
     batch_size: int,
     *,
+    positive_weight: PositiveWeight | None = None,
     burn_in: float = 0.5,
     epochs: int = 64,
     staleness: Staleness | None = None,
@@ -77,6 +84,8 @@ def diagnose(
         views: images (m, 2, c, s, s), two fixed views a sample.
         temperature: 1 / β.
         batch_size: samples a batch, from 2 to m.
+        positive_weight: κ of every estimator, and so of the exact objective; by default each has its own, and the
+            objective is the paper's, without the positive.
         burn_in: EMC²'s.
         epochs: the largest number of epochs averaged.
         staleness: goes into the result as it is.
@@ -91,7 +100,9 @@ def diagnose(
         lambda ids: _embed(encoder, views[ids]), list(encoder.parameters()), len(views), chunk_size=_CHUNK
     )
     errors = {}
-    makers = variants(Given(2 * len(z), temperature, z.shape[2], 2), {"emc2": EMC2Config(burn_in=burn_in)})
+    given = Given(2 * len(z), temperature, z.shape[2], 2, positive_weight=positive_weight)
+    mass = objective_mass(positive_weight, len(z), batch_size)
+    makers = variants(given, {"emc2": EMC2Config(burn_in=burn_in)})
     bar = tqdm(makers.items(), "Diagnosing", leave=False, disable=None)
     for name, make_loss in bar:
         bar.set_postfix_str(name)
@@ -100,13 +111,26 @@ def diagnose(
             z,
             temperature,
             batch_size,
+            positive_mass=mass,
             epochs=epochs,
             mixing_epochs=MIXING_EPOCHS,
             runs=RUNS,
             to_parameters=to_parameters,
         )
     target = target_statistics(z, temperature, batch_size)
-    return Diagnosis(len(z), batch_size, temperature, burn_in, RUNS, MIXING_EPOCHS, target, errors, staleness)
+    return Diagnosis(
+        samples=len(z),
+        batch_size=batch_size,
+        temperature=temperature,
+        positive_weight=positive_weight,
+        positive_mass=mass,
+        burn_in=burn_in,
+        runs=RUNS,
+        mixing_epochs=MIXING_EPOCHS,
+        target=target,
+        errors=errors,
+        staleness=staleness,
+    )
 
 
 def error_table(errors: dict[str, GradientError]) -> str:
@@ -138,6 +162,7 @@ def to_markdown(diagnosis: Diagnosis) -> str:
         f"β = {1 / diagnosis.temperature:.4g}, burn-in {diagnosis.burn_in:g}; "
         f"{diagnosis.runs} runs after {diagnosis.mixing_epochs} epochs of mixing. "
         "Errors are squared, and relative to the squared norm of the exact gradient.",
+        _objective(diagnosis),
         "Gradient at the embeddings:",
         error_table(diagnosis.errors).rstrip(),
         "Gradient at the parameters:",
@@ -165,6 +190,18 @@ def to_markdown(diagnosis: Diagnosis) -> str:
             ]),
         ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def _objective(diagnosis: Diagnosis) -> str:
+    if diagnosis.positive_weight is None:
+        return (
+            "The exact objective has no positive in the denominator; each estimator keeps its own weight of it, "
+            "InfoNCE's 1 and Negative Cache's n / N."
+        )
+    return (
+        f"Every estimator has positive_weight κ = {diagnosis.positive_weight}. In the denominator of the exact "
+        f"objective the positive counts κ N / n = {diagnosis.positive_mass:.4g}, each of the N negatives 1."
+    )
 
 
 def _embed(encoder: nn.Module, views: Tensor) -> Tensor:

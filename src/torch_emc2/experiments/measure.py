@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_emc2.config import Config
 from torch_emc2.data import FiniteViews, ImageDataset, evaluation_transform
 from torch_emc2.evaluation import accuracies, classifiable, extract_features
-from torch_emc2.exact import global_backward
+from torch_emc2.exact import global_backward, objective_mass
 from torch_emc2.files import whole_file
 from torch_emc2.held_out import held_out_fifth
 from torch_emc2.training.run_images import evaluation_parts
@@ -154,7 +154,9 @@ class GradientCurve(Curve):
             embeddings: Tensor = module.encoder(views.take(ids.flatten()).to(module.device))
             return embeddings.view(*ids.shape, -1)
 
-        loss = global_backward(embed, views.num_samples, module.config.temperature)
+        config = module.config
+        mass = objective_mass(config.positive_weight, views.num_samples, trainer.world_size * config.batch_size)
+        loss = global_backward(embed, views.num_samples, config.temperature, positive_mass=mass)
         exact = [parameter.grad for parameter in parameters]
         squares = [(own - other).square().sum() for own, other in zip(step, exact, strict=True)]
         for parameter, own in zip(parameters, step, strict=True):
@@ -163,7 +165,7 @@ class GradientCurve(Curve):
             "loss": float(loss),
             "gradient": float(sum(gradient.square().sum() for gradient in exact)),
             "error": float(sum(squares)),
-            "collapsed": math.log(views.num_views * (views.num_samples - 1)),
+            "collapsed": math.log(views.num_views * (views.num_samples - 1) + mass),
         }
 
 

@@ -35,14 +35,15 @@ def load_outside(name: str) -> type[ContrastiveLoss]:
     return loss
 
 
-def make_outside(loss: type[Any], num_samples: int | None, temperature: float) -> ContrastiveLoss:
+def make_outside(loss: type[Any], **given: Any) -> ContrastiveLoss:
     """Build one.
 
     Raises:
         ValueError: its constructor takes other arguments.
     """
     try:
-        made: ContrastiveLoss = loss(num_samples=num_samples, temperature=temperature)
+        made: ContrastiveLoss = loss(**given)
     except TypeError as error:
-        raise ValueError(f"loss {loss.__name__} must take (num_samples=…, temperature=…): {error}") from error
+        keywords = ", ".join(f"{name}=…" for name in given)
+        raise ValueError(f"loss {loss.__name__} must take ({keywords}): {error}") from error
     return made

@@ -12,6 +12,7 @@ from torch_emc2.losses.emc2 import Carry, EMC2Loss
 from torch_emc2.losses.in_batch import DCLLoss, InfoNCELoss
 from torch_emc2.losses.negative_cache import NegativeCacheLoss
 from torch_emc2.losses.outside import is_outside, load_outside, make_outside
+from torch_emc2.losses.settings import PositiveWeight
 from torch_emc2.losses.sogclr import SogCLRLoss
 
 __all__ = [
@@ -37,6 +38,7 @@ class Given(NamedTuple):
         dim: of the embeddings.
         views_per_sample: ids a sample.
         seed: of what it draws.
+        positive_weight: κ; None for the estimator's own.
     """
 
     num_samples: int | None
@@ -44,6 +46,12 @@ class Given(NamedTuple):
     dim: int
     views_per_sample: int = 1
     seed: int = 0
+    positive_weight: PositiveWeight | None = None
+
+    @property
+    def weight(self) -> dict[str, Any]:
+        """``positive_weight`` as a keyword, where it is given."""
+        return {} if self.positive_weight is None else {"positive_weight": self.positive_weight}
 
 
 class Method(NamedTuple):
@@ -94,6 +102,12 @@ class Estimator:
         return lambda seed: self.build(own, given._replace(seed=seed))
 
 
+def _in_batch(given: Given) -> dict[str, Any]:
+    """The size of the data tells those without a memory n / N, and would hold their ids to a range."""
+    size = {"num_samples": given.num_samples} if given.positive_weight == "global" else {}
+    return {**given.weight, **size}
+
+
 def variants(given: Given, settings: Mapping[str, Any] = {}) -> dict[str, Callable[[int], ContrastiveLoss]]:
     """Return what makes each variant of each estimator from a seed, by its title.
 
@@ -141,6 +155,7 @@ def _emc2(own: EMC2Config, given: Given) -> EMC2Loss:
         num_chains=own.num_chains,
         carry=own.carry,
         seed=given.seed,
+        **given.weight,
     )
 
 
@@ -164,7 +179,7 @@ class SogCLRConfig:
 
 
 def _sogclr(own: SogCLRConfig, given: Given) -> SogCLRLoss:
-    return SogCLRLoss(given.num_samples, given.temperature, own.gamma)
+    return SogCLRLoss(given.num_samples, given.temperature, own.gamma, **given.weight)
 
 
 @dataclass
@@ -190,6 +205,7 @@ def _negative_cache(own: NegativeCacheConfig, given: Given) -> NegativeCacheLoss
         refresh_fraction=own.refresh_fraction,
         views_per_sample=given.views_per_sample,
         seed=given.seed,
+        **given.weight,
     )
 
 
@@ -199,13 +215,13 @@ ESTIMATORS = {
         Estimator(
             "infonce",
             InfoNCELoss,
-            lambda _, given: InfoNCELoss(given.temperature),
+            lambda _, given: InfoNCELoss(given.temperature, **_in_batch(given)),
             methods=(Method("InfoNCE", "#8a8a8a", "o"),),
         ),
         Estimator(
             "dcl",
             DCLLoss,
-            lambda _, given: DCLLoss(given.temperature),
+            lambda _, given: DCLLoss(given.temperature, **_in_batch(given)),
             methods=(Method("DCL", "#b07aa1", "s"),),
         ),
         Estimator(
@@ -258,7 +274,7 @@ def require_name(name: str) -> None:
 def find(name: str) -> Estimator:
     """Return the row of a name; for ``package.module:Class``, which this imports, one of that class.
 
-    It is called ``Class(num_samples=…, temperature=…)``, and has no settings.
+    It is called ``Class(num_samples=…, temperature=…)``, with ``positive_weight=…`` where it is given, and has no settings.
 
     Raises:
         ValueError: there is no such estimator, or no such class.
@@ -267,4 +283,10 @@ def find(name: str) -> Estimator:
     if not is_outside(name):
         return ESTIMATORS[name]
     loss = load_outside(name)
-    return Estimator(name, loss, lambda _, given: make_outside(loss, given.num_samples, given.temperature))
+    return Estimator(
+        name,
+        loss,
+        lambda _, given: make_outside(
+            loss, num_samples=given.num_samples, temperature=given.temperature, **given.weight
+        ),
+    )

@@ -54,6 +54,7 @@ def diagnose_run(
         pairs,
         config.temperature,
         config.batch_size if batch_size is None else batch_size,
+        positive_weight=config.positive_weight,
         burn_in=0.5 if config.emc2.burn_in is None else config.emc2.burn_in,
         epochs=epochs,
         # Finite views have chains of their own, which met other views than these two.

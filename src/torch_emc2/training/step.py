@@ -26,7 +26,9 @@ def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
     """Build the loss that a config names, for a data set of ``num_samples``; finite views have an entry each."""
     views = config.data.finite_views or 1
     row = find(config.loss)
-    given = Given(views * num_samples, config.temperature, config.model.out_dim, views, config.seed)
+    given = Given(
+        views * num_samples, config.temperature, config.model.out_dim, views, config.seed, config.positive_weight
+    )
     return row.build(getattr(config, row.group, None), given)
 
 
