@@ -1,0 +1,172 @@
+"""What every kernel keeps to: those of `KERNELS`, and the one that docs/kernels.md gives to copy.
+
+Invariance is of one move of many rows. Their sets are the same ids, behind which each row has the states in an order of
+its own, so that its sets are uniform draws without replacement.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torch_emc2.kernels import EMPTY, KERNELS, Kernel, Visit
+
+PAGE = Path(__file__).parents[2] / "docs/kernels.md"
+
+
+def run_page() -> dict[str, Any]:
+    """Run the page's code, block after block; return the names it leaves."""
+    names: dict[str, Any] = {"__name__": __name__}
+    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        exec(compile(block, PAGE, "exec"), names)
+    return names
+
+
+EVERY: dict[str, Kernel] = {**{name: kind() for name, kind in KERNELS.items()}, "of the page": run_page()["Sampled"]()}
+
+
+class Exponentials:
+    """Draws for ``rows`` from a seed."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.generator = rows, torch.Generator().manual_seed(seed)
+
+    def exponential(self, *shape: int) -> Tensor:
+        return torch.empty(self.rows, *shape, dtype=torch.float64).exponential_(generator=self.generator)
+
+
+@st.composite
+def visits(draw: st.DrawFn) -> Visit:
+    """Chains that carry what is in a set, what is the row's alone, what is in none, or nothing."""
+    rows, chains, sets = 5, draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    shared, own = draw(st.integers(1, 6)), draw(st.integers(0, 2))
+    scale, with_positive = draw(st.sampled_from([0.0, 1.0, 14.3, 300.0])), draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scores = scale * torch.randn(rows, sets, shared + own, dtype=torch.float64, generator=generator)
+    no_proposal = torch.rand(rows, sets, shared, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    no_proposal[:, :, 0] = False
+    scores[:, :, :shared][no_proposal] = -torch.inf
+    shared_ids = torch.arange(sets * shared).view(sets, shared)
+    own_ids = 100 + torch.arange(rows * own).view(rows, own)
+
+    carried_ids = torch.full((rows, chains), EMPTY)
+    carried_score = torch.full((rows, chains), -torch.inf, dtype=torch.float64)
+    if with_positive:
+        scores[:, :, 0] = scores[:, :1, 0]
+        carried_score[:] = scores[:, 0, :1]
+    kinds = torch.randint(4, (rows, chains), generator=generator)
+    for row in range(rows):
+        for chain in range(chains):
+            s, k = (int(torch.randint(size, (), generator=generator)) for size in (sets, shared + own))
+            if kinds[row, chain] == 0:
+                carried_ids[row, chain] = 900 + chain
+                carried_score[row, chain] = scale * torch.randn((), generator=generator)
+            elif kinds[row, chain] < 3 and k >= with_positive and scores[row, s, k] > -torch.inf:
+                carried_ids[row, chain] = shared_ids[s, k] if k < shared else own_ids[row, k - shared]
+                carried_score[row, chain] = scores[row, s, k]
+    keep_in = torch.randint(sets, (rows, chains), generator=generator)
+    return Visit(scores, carried_score, keep_in, carried_ids, shared_ids, own_ids if own else None)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@settings(max_examples=50, deadline=None)
+@given(visit=visits(), seed=st.integers(0, 2**31))
+def test_a_move_keeps_to_the_contract(name: str, visit: Visit, seed: int) -> None:
+    kernel, (rows, num_sets, n) = EVERY[name], visit.log_scores.shape
+    before = {field: value.clone() for field, value in vars(visit).items() if value is not None}
+    move = kernel.move(visit, Exponentials(rows, seed))
+    for field, value in before.items():
+        assert torch.equal(getattr(visit, field), value), field
+
+    assert move.weights.shape == visit.log_scores.shape
+    assert move.carried_weights.shape == move.state.shape == move.kept_in.shape == visit.carried_score.shape
+    assert move.acceptance.shape == ()
+    assert 0 <= move.acceptance <= 1
+    for row in range(rows):
+        weights, carried_weights = move.weights[row].flatten().tolist(), move.carried_weights[row].tolist()
+        assert min(weights + carried_weights) >= 0
+        assert sum(weights) + sum(carried_weights) / len(carried_weights) == pytest.approx(1, abs=1e-12)
+        for weight, score in zip(weights, visit.log_scores[row].flatten().tolist(), strict=True):
+            assert weight == 0 or score > -torch.inf
+        for chain, weight in enumerate(carried_weights):
+            state, kept_in = int(move.state[row, chain]), int(move.kept_in[row, chain])
+            assert -1 <= state < n
+            assert 0 <= kept_in < num_sets
+            if state >= 0:
+                assert visit.log_scores[row, kept_in, state] > -torch.inf
+            if visit.carried_score[row, chain] == -torch.inf:
+                assert state >= 0
+                assert weight == 0
+
+    again = kernel.move(visit, Exponentials(rows, seed))
+    assert all(torch.equal(first, second) for first, second in zip(move, again, strict=True))
+
+
+STATES, SETS, SET_SIZE = 8, 2, 3
+SCORE = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -0.5, 1.5, 0.2], dtype=torch.float64)
+TARGET = SCORE.softmax(0)
+
+
+def walked() -> tuple[Tensor, Tensor]:
+    """The law in which Metropolis–Hastings ends that starts at the target, and that of the steps that count.
+
+    Its proposals, without replacement, are not independent of where it is: one step after the other, over all orders.
+    """
+    ends, counted = torch.zeros(2, STATES, dtype=torch.float64).unbind()
+    orders = list(permutations(range(STATES), SET_SIZE))
+    score = SCORE.tolist()
+    for order in orders:
+        law = TARGET.tolist()
+        for step, proposal in enumerate(order):
+            for state in range(STATES):
+                if state != proposal:
+                    moved = law[state] * min(1.0, math.exp(score[proposal] - score[state]))
+                    law[state] -= moved
+                    law[proposal] += moved
+            if step >= 1:  # one of three steps is burnt
+                counted += torch.tensor(law, dtype=torch.float64) / 2
+        ends += torch.tensor(law, dtype=torch.float64)
+    return ends / len(orders), counted / len(orders)
+
+
+BIASED: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], float, float]] = {"metropolis": (walked, 0.0225, 0.0160)}
+"""Kernels with a bias: the exact laws of ends and of weights, and their distances (total variation) from the target."""
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_softmax_is_invariant(name: str) -> None:
+    rows, chains = 20_000, 2
+    generator = torch.Generator().manual_seed(5)
+    state_of = torch.rand(rows, STATES, generator=generator).argsort(1)  # of each id
+    start = torch.multinomial(TARGET.expand(rows, -1), chains, replacement=True, generator=generator)
+    carried_ids = state_of.argsort(1).gather(1, start)
+    shared_ids = torch.arange(SETS * SET_SIZE).view(SETS, SET_SIZE)
+    proposed = state_of[:, shared_ids]
+    keep_in = torch.randint(SETS, (rows, chains), generator=generator)
+    visit = Visit(SCORE[proposed], SCORE[start], keep_in, carried_ids, shared_ids)
+    move = EVERY[name].move(visit, Exponentials(rows, 6))
+
+    chosen = proposed.gather(1, move.kept_in[:, :, None].expand(-1, -1, SET_SIZE))
+    chosen = chosen.gather(2, move.state.clamp(min=0)[:, :, None])[:, :, 0]
+    end = torch.where(move.state < 0, start, chosen)
+    ends = torch.nn.functional.one_hot(end, STATES).double().mean(1)  # (rows, states)
+    weights = torch.zeros_like(ends).scatter_add_(1, proposed.flatten(1), move.weights.flatten(1))
+    weights.scatter_add_(1, start, move.carried_weights / chains)
+
+    laws = TARGET, TARGET
+    if name in BIASED:
+        exact, *distances = BIASED[name]
+        laws = exact()
+        assert [float((law - TARGET).abs().sum() / 2) for law in laws] == pytest.approx(distances, abs=5e-5)
+    for sampled, law in zip((ends, weights), laws, strict=True):
+        error = sampled.std(0) / rows**0.5
+        assert ((sampled.mean(0) - law).abs() < 4 * error).all()
+        assert error.max() < 0.004
