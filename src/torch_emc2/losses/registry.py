@@ -274,7 +274,7 @@ def require_name(name: str) -> None:
 def find(name: str) -> Estimator:
     """Return the row of a name; for ``package.module:Class``, which this imports, one of that class.
 
-    It is called ``Class(num_samples=…, temperature=…)``, with ``positive_weight=…`` where it is given, and has no settings.
+    It is called ``Class(num_samples=…, temperature=…)``, with a given ``positive_weight=…`` too, and has no settings.
 
     Raises:
         ValueError: there is no such estimator, or no such class.
