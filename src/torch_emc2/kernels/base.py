@@ -22,7 +22,7 @@ EMPTY = -1
 
 @dataclass(frozen=True)
 class Visit:
-    """One visit of every row's chains: sets of proposals, each a uniform draw without replacement from the states.
+    """One visit of every row's chains: sets of proposals, each with one view, by chance, of the same random samples.
 
     Attributes:
         log_scores: (rows, sets, n) log scores of the proposals, in the order of the steps; -inf where there is none for

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from torch_emc2.kernels import Metropolis
+from torch_emc2.kernels import KERNELS, Kernel, Metropolis
 from torch_emc2.losses.base import ContrastiveLoss
 from torch_emc2.losses.emc2 import Carry, EMC2Loss
 from torch_emc2.losses.in_batch import DCLLoss, InfoNCELoss
@@ -147,11 +147,17 @@ class EMC2Config:
             raise ValueError(f"num_chains must be at least 1, got {self.num_chains}")
 
 
+def _kernel(own: EMC2Config) -> Kernel:
+    if own.kernel == "isir" and own.burn_in is not None:
+        raise ValueError(f"the kernel isir has no burn_in, got {own.burn_in}")
+    return KERNELS[own.kernel]() if own.burn_in is None else Metropolis(own.burn_in)
+
+
 def _emc2(own: EMC2Config, given: Given) -> EMC2Loss:
     return EMC2Loss(
         given.num_samples,
         given.temperature,
-        kernel=own.kernel if own.burn_in is None else Metropolis(own.burn_in),
+        kernel=_kernel(own),
         num_chains=own.num_chains,
         carry=own.carry,
         seed=given.seed,
