@@ -201,3 +201,11 @@ def test_a_number_takes_the_place_of_what_was_learnt() -> None:
     torch.testing.assert_close(loss_fn(X, Y).detach(), DCLLoss(0.25)(X, Y))
     twin = copy.deepcopy(loss_fn)
     assert twin.temperature.logit_scale is not loss_fn.temperature.logit_scale
+
+
+def test_two_temperatures_are_refused() -> None:
+    x, y = torch.randn(2, 4, 3)
+    with pytest.raises(ValueError, match="the loss learns a temperature of its own"):
+        InfoNCELoss(Temperature(0.07))(x, y, logit_scale=torch.tensor(10.0))
+    with pytest.raises(ValueError, match=r"logit_scale must be one positive number.*logit_scale.exp\(\)"):
+        InfoNCELoss(0.07)(x, y, logit_scale=torch.tensor(-2.0))

@@ -95,7 +95,7 @@ def gather_batch(
         inputs = validate()
         ranks, num_hard = Ranks((inputs.size,), 0, device), ()
     of_both = len(inputs.vectors) == 2 and directions != "x->y"
-    if ranks.size < 2 and (inputs.hard is None or of_both):
+    if ranks.size < 2 and (inputs.hard is None or not inputs.hard.numel() or of_both):
         raise ValueError(f"a batch of {ranks.size} has no negatives: give 2 samples or more (drop_last=True helps)")
     sides = [
         _gather_side(vectors, ids, ranks, name, most)
@@ -145,6 +145,8 @@ def _agree(
             "y_index": inputs.ids[-1] is not None,
             "kind of hard negatives": None if hard is None else hard.ndim,
             "hard negatives a sample": None if hard is None or hard.ndim == 2 else hard.shape[1],
+            "gradient of embeddings": [vectors.requires_grad for vectors in inputs.vectors],
+            "gradient of hard negatives": hard is not None and hard.requires_grad,
             "labels": inputs.labels is not None,
             "same": inputs.same is not None,
         }
@@ -260,5 +262,5 @@ def _require_negatives(contrasts: Sequence[Contrast], ranks: Ranks) -> None:
             if ranks.anywhere(bool(lacking.any())):
                 raise ValueError(
                     "a row has no negatives: all other samples of the batch are known to be its own, by ids, labels or "
-                    "same; give larger batches, or a positive_weight above 0"
+                    "same; give larger batches (InfoNCE bears it)"
                 )

@@ -93,6 +93,7 @@ def cached_backward(
 
     torch.clear_autocast_cache()  # weights that were cast without graph
     again = [step for whole in reversed(embedded) for step in whole.steps()]  # the last are the encoders'
+    stepped = False
     last = {id(function): number for number, (function, *_) in enumerate(again)}
     for number, (function, chunk, state, gradient) in enumerate(again):
         waiting = [_no_sync(each) for each in set(encoders) if number != last.get(id(each))]
@@ -101,8 +102,11 @@ def cached_backward(
             for context in waiting:
                 contexts.enter_context(context)
             part = function(chunk)
-            if part.requires_grad or function in encoders:  # what `encode` gives may be constant
+            if part.requires_grad or (
+                number == len(again) - 1 and not stepped
+            ):  # a tower, or `encode`, may be constant
                 part.backward(gradient)  # type: ignore[no-untyped-call]
+                stepped = True
     return loss.detach()
 
 

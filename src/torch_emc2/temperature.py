@@ -19,6 +19,9 @@ class Temperature(nn.Module):
 
     Give it to a loss as its ``temperature``; the loss's parameters then have it, for the optimiser.
 
+    On several ranks each has the gradient of its own rows: let DDP wrap the loss with the encoder, or average the
+    parameter's gradient as the encoder's.
+
     Args:
         value: to start from.
         learnable: False keeps it.

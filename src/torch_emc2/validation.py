@@ -59,7 +59,8 @@ def validate_inputs(
         ValueError, TypeError: one cannot be used.
     """
     if index is None and needs_index:
-        raise ValueError("this loss needs index, the ids of the batch's samples: loss(x, y, index)")
+        call = "loss(x, y, index)" if x.ndim == 2 else "loss(x, index=index) for x of (b, views, d)"
+        raise ValueError(f"this loss needs index, the ids of the batch's samples: {call}")
     _validate_views(x, y, towers)
     if y is None:
         size, views, dim = x.shape
@@ -122,7 +123,8 @@ def _validate_views(x: Tensor, y: Tensor | None, towers: Towers) -> None:
         if x.ndim != 3 or x.shape[1] < 2:
             raise ValueError(f"x without y must be (b, views, d) with 2 views or more, got {tuple(x.shape)}")
     elif x.ndim != 2 or x.shape != y.shape:
-        raise ValueError(f"x and y must both be (b, d), got {tuple(x.shape)} and {tuple(y.shape)}")
+        views = "; with more than two views x alone is (b, views, d): loss(x, index=index)" if x.ndim == 3 else ""
+        raise ValueError(f"x and y must both be (b, d), of one shape, got {tuple(x.shape)} and {tuple(y.shape)}{views}")
     y = x if y is None else y
     if not x.is_floating_point() or x.dtype != y.dtype:
         raise TypeError(f"x and y must share a floating-point dtype, got {x.dtype} and {y.dtype}")
@@ -139,6 +141,8 @@ def _validate_index(name: str, index: Tensor, size: int, views: int) -> Tensor:
 def _validate_hard(hard: Tensor, index: Tensor | None, size: int, dim: int, x: Tensor) -> tuple[Tensor, Tensor]:
     if hard.ndim not in (2, 3) or hard.shape[-1] != dim or (hard.ndim == 3 and len(hard) != size):
         raise ValueError(f"hard must be (k, {dim}), for all rows, or ({size}, k, {dim}), got {tuple(hard.shape)}")
+    if hard.device != x.device:
+        raise ValueError(f"hard must be on the device of x, {x.device}, got {hard.device}")
     if hard.dtype != x.dtype:
         raise TypeError(f"hard must have the dtype of x, {x.dtype}, got {hard.dtype}")
     shape = hard.shape[:-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -278,3 +279,39 @@ def test_hard_negatives_that_cannot_be_are_named() -> None:
     x, hard = (torch.nn.functional.normalize(each, dim=1) for each in (z[:1], normal(2, D, seed=3)))
     logits = BETA * torch.cat([torch.ones(1, 1, dtype=torch.float64), x @ hard.T], 1)
     torch.testing.assert_close(alone, logits.logsumexp(1)[0] - logits[0, 0])
+
+
+@pytest.mark.parametrize("kappa", [0.0, 1.0, "global"])
+def test_rows_without_negatives_are_refused_but_by_infonce(kappa: float | str) -> None:
+    x, y, index, labels = normal(4, D, seed=1), normal(4, D, seed=2), torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    settings: dict[str, Any] = {"positive_weight": kappa, "towers": 2}
+    for loss_fn in (
+        SogCLRLoss(9, 0.1, **settings),
+        EMC2Loss(9, 0.1, **settings),
+        EMC2Loss(9, 0.1, kernel="isir", **settings),
+    ):
+        before = copy.deepcopy(loss_fn.state_dict())
+        with pytest.raises(ValueError, match="a row has no negatives"):
+            loss_fn(x, y, index, labels=labels)
+        torch.testing.assert_close(loss_fn.state_dict(), before, rtol=0, atol=0)
+    loss_fn = InfoNCELoss(1 / BETA, num_samples=9, **settings)
+    if kappa != 1.0:
+        with pytest.raises(ValueError, match="a row has no negatives"):
+            loss_fn(x, y, labels=labels)
+        return
+    positives = [similarity(x[i], list(y)) for i in range(4)] + [similarity(y[i], list(x)) for i in range(4)]
+    terms = [(BETA * s).logsumexp(0) - BETA * s.mean() for s in positives]
+    check(loss_fn(x, y, labels=labels), torch.stack(terms).mean(), [x, y])
+    assert float(loss_fn.last["global_loss"]) == 0
+
+
+@pytest.mark.parametrize("directions", ["both", "x->y", "y->x"])
+@pytest.mark.parametrize("size", [9, None])
+def test_a_saved_direction_is_loaded(size: int | None, directions: Any) -> None:
+    x, y, index = normal(4, D, seed=1).detach(), normal(4, D, seed=2).detach(), torch.arange(4)
+    saved, loaded = (EMC2Loss(size, 0.1, towers=2, directions=directions) for _ in range(2))
+    for _ in range(2):
+        saved(x, y, index)
+    loaded.load_state_dict(saved.state_dict())
+    torch.testing.assert_close(loaded(x, y, index), saved(x, y, index), rtol=0, atol=0)
+    torch.testing.assert_close(loaded.state_dict(), saved.state_dict(), rtol=0, atol=0)

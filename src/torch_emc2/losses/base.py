@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
@@ -36,7 +35,7 @@ from torch_emc2.losses.settings import (
 )
 from torch_emc2.losses.weighting import Scores, Weights, log_sum_exp, weighted_sum
 from torch_emc2.temperature import Temperature, require_temperature
-from torch_emc2.validation import Towers, validate_inputs
+from torch_emc2.validation import Inputs, Towers, validate_inputs
 
 __all__ = ["ContrastiveLoss"]
 
@@ -131,7 +130,8 @@ class ContrastiveLoss(nn.Module, ABC):
             labels: (b,) classes. Samples of one class are one another's positives, too: the positive term is their mean
                 (Khosla et al. 2020).
             encode: gives carried negatives' embeddings; see `Encode`. Of two towers a pair, for x's and y's ids.
-            logit_scale: β, where the caller learns it (as open_clip's models return it), in place of the temperature.
+            logit_scale: β, where the caller learns it, exponentiated (as open_clip's models return it), in place of the
+                temperature.
 
         Raises:
             ValueError, IndexError, TypeError: the input is not usable; no state has changed.
@@ -145,16 +145,22 @@ class ContrastiveLoss(nn.Module, ABC):
         runs between graphs.
         """
         refuse_tracing(self)
-        encoders = checked_encoders(encode, x, self.towers)
         given = x, y, index, y_index, hard, hard_index, same, labels
+        encoders: tuple[CheckedEncode | None, ...] = ()
+        beta: Tensor | None = None
+
+        def validate() -> Inputs:
+            nonlocal encoders, beta
+            encoders, beta = checked_encoders(encode, x, self.towers), self._beta(logit_scale)
+            return validate_inputs(*given, towers=self.towers, needs_index=self._needs_index)
+
         with torch.autocast(x.device.type, enabled=False):
-            beta = self._beta(logit_scale)
             contrasts = gather_batch(
-                partial(validate_inputs, *given, towers=self.towers, needs_index=self._needs_index),
+                validate,
                 x.device,
                 directions=self.directions,
                 num_samples=self.sizes,
-                needs_negatives=self.positive_weight == 0,
+                needs_negatives=self._needs_index or self.positive_weight in (0, "global"),
                 alike=lambda: {
                     **self._alike(),
                     "temperature": self.temperature if beta is None else float(beta.detach()),
@@ -182,7 +188,10 @@ class ContrastiveLoss(nn.Module, ABC):
             positive = contrast.positive(logits)
             log_mass = log_sum_exp(contrast.mask_(logits))
             log_positive = positive.log_mass + log_positive_weight(self.positive_weight, contrast, self.sizes)
-            estimate = value = (log_mass - positive.mean - contrast.log_num_negatives).sum() * share
+            per_row = log_mass - positive.mean - contrast.log_num_negatives
+            if contrast.no_negatives is not None:
+                per_row = per_row.nan_to_num(nan=0.0)  # a row without any
+            estimate = value = per_row.sum() * share
             if self.positive_weight:
                 log_total = torch.logaddexp(log_mass, log_positive)
                 value = (log_total - positive.mean - contrast.log_num_negatives).sum() * share
@@ -196,12 +205,20 @@ class ContrastiveLoss(nn.Module, ABC):
 
     def _beta(self, logit_scale: Tensor | float | None) -> Tensor | None:
         """Return β as a scalar tensor where it is learnt or given, else None."""
-        if logit_scale is None:
-            return self.temperature() if isinstance(self.temperature, Temperature) else None
-        beta = torch.as_tensor(logit_scale)
+        if logit_scale is not None and isinstance(self.temperature, Temperature):
+            raise ValueError("the loss learns a temperature of its own: give it a number, or no logit_scale")
+        if logit_scale is not None:
+            beta = torch.as_tensor(logit_scale)
+        elif isinstance(self.temperature, Temperature):
+            beta = self.temperature()
+        else:
+            return None
         if beta.numel() != 1 or not 0 < float(beta.detach()) < math.inf:
-            raise ValueError(f"logit_scale must be one positive number, β = 1 / temperature; got {logit_scale!r}")
-        return beta.reshape(())
+            raise ValueError(
+                f"logit_scale must be one positive number, β = 1 / temperature, got {beta.detach()}: "
+                "a model's logarithm of it goes in as logit_scale.exp()"
+            )
+        return beta.reshape(()).to(torch.promote_types(beta.dtype, torch.float32))
 
     def _alike(self) -> dict[str, object]:
         """Return what must be the same on all ranks, by name: settings, and what tells one memory from another."""

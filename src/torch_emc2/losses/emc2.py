@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -97,7 +97,7 @@ class EMC2Loss(StatefulLoss):
         super().__init__(
             temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
         )
-        if kernel not in KERNELS and not isinstance(kernel, Kernel):
+        if not isinstance(kernel, Kernel) and not (isinstance(kernel, str) and kernel in KERNELS):
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, or a Kernel; got {kernel!r}")
         if require_int("num_chains", num_chains) < 1:
             raise ValueError(f"num_chains must be at least 1, got {num_chains}")
@@ -203,6 +203,15 @@ class EMC2Loss(StatefulLoss):
                 write()
 
         return write_all
+
+    def _check_sides(self, saved: Sequence[dict[str, Any]]) -> None:
+        for anchors, candidates in zip(saved, reversed(saved), strict=True):
+            has_chains = bool((anchors["chains"]["ids"] != EMPTY).any())
+            if self.carry == "cache" and has_chains and candidates["embeddings"] is None:
+                raise ValueError(
+                    'the saved state has chains and no embeddings for carry="cache": '
+                    "build the loss with the carry it was saved with"
+                )
 
     def _position(self) -> dict[str, Any]:
         return {**super()._position(), "seed": self.seed}

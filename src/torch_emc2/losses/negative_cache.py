@@ -92,6 +92,9 @@ class NegativeCacheLoss(StatefulLoss):
                 f"the cache holds embeddings of dim={self.dim}, the batch has {rows.shape[1]}: no state has changed; "
                 "build the loss with the dim of the encoder's output"
             )
+        own_ids = contrast.row_views > 1 and not contrast.shared_chains
+        if own_ids and contrast.row_views > self.views_per_sample:
+            raise ValueError(f"{contrast.row_views} views of a sample: build the loss with as many views_per_sample")
         fresh, written = self._fresh(contrast, cache, encode)
         if bool((written < 0).all()):
             raise ValueError("the cache is empty: train before you evaluate, or load a state")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,11 @@ def cosine_gamma(num_steps: int, minimum: float = 0.2) -> Callable[[int], float]
 
     Wei et al. 2024 decay it an epoch at a time; here it is a step at a time.
     """
-    return lambda call: minimum + (1 - minimum) / 2 * (1 + math.cos(math.pi * min(call / num_steps, 1)))
+    return partial(_cosine, num_steps, minimum)
+
+
+def _cosine(num_steps: int, minimum: float, call: int) -> float:
+    return minimum + (1 - minimum) / 2 * (1 + math.cos(math.pi * min(call / num_steps, 1)))
 
 
 class SogCLRLoss(StatefulLoss):
@@ -86,7 +91,8 @@ class SogCLRLoss(StatefulLoss):
     def _accept_temperature(self, value: Any) -> float | Temperature:
         temperature = super()._accept_temperature(value)
         own = getattr(self, "temperature", temperature)  # at first there is none
-        if temperature != own and any(side.visited(side.log_u.data) for side in self.sides):
+        learnt = isinstance(temperature, Temperature)
+        if temperature != own and not learnt and any(side.visited(side.log_u.data) for side in self.sides):
             raise ValueError(
                 f"SogCLR's averages are of temperature {own} and cannot be converted to {temperature}: forget(ids) "
                 "of all samples first, or build a new loss"

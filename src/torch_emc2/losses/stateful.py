@@ -130,6 +130,8 @@ class StatefulLoss(ContrastiveLoss):
 
         def split(table: Tensor) -> Tensor:
             ranks = init_device_mesh(table.device.type, (dist.get_world_size(),))
+            if table.ndim == 0:  # a parameter
+                return table
             return distribute_tensor(table, ranks, [Shard(0)], src_data_rank=None)  # what the ranks have is the same
 
         sharded: dict[str, Any] = tree_map_only(Tensor, split, self.state_dict())
@@ -145,10 +147,14 @@ class StatefulLoss(ContrastiveLoss):
         saved = (state,) if self.towers == 1 else (state["x"], state["y"])
         for side, memory in zip(self.sides, saved, strict=True):
             side.check(memory)
+        self._check_sides(saved)
         self._take_position(state)
         for side, memory in zip(self.sides, saved, strict=True):
             side.load(memory)
         self._mark = _checksum(self.get_extra_state()) if several_ranks() else 0
+
+    def _check_sides(self, saved: Sequence[dict[str, Any]]) -> None:
+        """Raise ValueError where sides that fit each for itself do not go together."""
 
     def _take_position(self, state: dict[str, Any]) -> None:
         """Take over the numbers of `_position`, or raise ValueError."""
