@@ -124,7 +124,7 @@ def _validate_views(x: Tensor, y: Tensor | None, towers: Towers) -> None:
             raise ValueError(f"x without y must be (b, views, d) with 2 views or more, got {tuple(x.shape)}")
     elif x.ndim != 2 or x.shape != y.shape:
         views = "; with more than two views x alone is (b, views, d): loss(x, index=index)" if x.ndim == 3 else ""
-        raise ValueError(f"x and y must both be (b, d), of one shape, got {tuple(x.shape)} and {tuple(y.shape)}{views}")
+        raise ValueError(f"x and y must both be (b, d), got {tuple(x.shape)} and {tuple(y.shape)}{views}")
     y = x if y is None else y
     if not x.is_floating_point() or x.dtype != y.dtype:
         raise TypeError(f"x and y must share a floating-point dtype, got {x.dtype} and {y.dtype}")
