@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
@@ -146,15 +147,18 @@ class ContrastiveLoss(nn.Module, ABC):
         """
         refuse_tracing(self)
         given = x, y, index, y_index, hard, hard_index, same, labels
+        device = x.device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        callers = partial(torch.autocast, device, dtype=dtype, enabled=enabled)
         encoders: tuple[CheckedEncode | None, ...] = ()
         beta: Tensor | None = None
 
         def validate() -> Inputs:
             nonlocal encoders, beta
-            encoders, beta = checked_encoders(encode, x, self.towers), self._beta(logit_scale)
+            encoders, beta = checked_encoders(encode, x, self.towers, callers), self._beta(logit_scale)
             return validate_inputs(*given, towers=self.towers, needs_index=self._needs_index)
 
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             contrasts = gather_batch(
                 validate,
                 x.device,

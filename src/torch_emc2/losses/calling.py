@@ -32,27 +32,31 @@ class CheckedEncode(Protocol):
 
 
 def checked_encoders(
-    encode: Encode | tuple[Encode | None, Encode | None] | None, x: Tensor, towers: Towers
+    encode: Encode | tuple[Encode | None, Encode | None] | None,
+    x: Tensor,
+    towers: Towers,
+    autocast: Callable[[], torch.autocast],
 ) -> tuple[CheckedEncode | None, CheckedEncode | None]:
-    """Return what encodes ids of either side."""
+    """Return what encodes ids of either side, under the caller's ``autocast``."""
     if towers == 2 and encode is not None:
         if not isinstance(encode, tuple) or len(encode) != 2:
             raise TypeError(f"with towers=2 encode must be a pair (encode_x, encode_y), got {encode!r}")
         of_x, of_y = encode
-        return None if of_x is None else _checked(of_x, x), None if of_y is None else _checked(of_y, x)
+        return None if of_x is None else _checked(of_x, x, autocast), None if of_y is None else _checked(
+            of_y, x, autocast
+        )
     if isinstance(encode, tuple):
         raise TypeError("encode must be one function of ids; a pair is for towers=2")
-    return None if encode is None else _checked(encode, x), None
+    return None if encode is None else _checked(encode, x, autocast), None
 
 
-def _checked(encode: Encode, x: Tensor) -> CheckedEncode:
+def _checked(encode: Encode, x: Tensor, autocast: Callable[[], torch.autocast]) -> CheckedEncode:
     """Run a caller's ``encode`` under the caller's autocast and gradient modes; finite unit vectors (k, d)."""
-    device, grad = x.device.type, torch.is_grad_enabled()
-    autocast, autocast_dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    grad = torch.is_grad_enabled()
 
     def encode_unit(ids: Tensor, *, gradient: bool = True) -> Tensor:
         with torch.set_grad_enabled(grad and gradient):
-            with torch.autocast(device, dtype=autocast_dtype, enabled=autocast):
+            with autocast():
                 embeddings = encode(ids)
             expected = len(ids), x.shape[-1]
             if embeddings.shape != expected:
