@@ -59,7 +59,7 @@ def test_a_step_is_the_loss_of_both_views_and_the_carried(
     carried = dict(zip(batch.carried_ids.tolist(), z[2 * size :], strict=True))
     assert isinstance(module.loss, EMC2Loss)
     expected = module.loss(
-        z[:size], z[size : 2 * size], batch.index, lambda ids: torch.stack([carried[i] for i in ids.tolist()])
+        z[:size], z[size : 2 * size], batch.index, encode=lambda ids: torch.stack([carried[i] for i in ids.tolist()])
     )
     torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=0)
     expected.backward()
@@ -119,7 +119,7 @@ def test_carried_images_that_are_few_share_the_statistics_of_the_batch(
         views = module.encoder(torch.cat([batch.first, batch.second]))
         rows = dict(zip(ids.tolist(), module.encoder(torch.cat([company, images]))[len(company) :], strict=True))
         loss = module.loss(
-            *views.chunk(2), batch.index, lambda ids, rows=rows: torch.stack([rows[i] for i in ids.tolist()])
+            *views.chunk(2), batch.index, encode=lambda ids, rows=rows: torch.stack([rows[i] for i in ids.tolist()])
         )
         loss.backward()
         by_hand = {name: value.grad for name, value in module.encoder.named_parameters()}
