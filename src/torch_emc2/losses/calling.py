@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
@@ -71,8 +70,7 @@ def _checked(encode: Encode, x: Tensor, autocast: Callable[[], torch.autocast]) 
 def keep_out_of_graphs(loss: type[nn.Module]) -> None:
     """Let a compiled step call losses as they are. At the first of them: this imports the compiler, for seconds."""
     reason = "a loss and its memory are no part of a graph: compile without fullgraph=True, or the encoder alone"
-    told = {"reason": reason} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}  # torch 2.6
-    loss.forward = torch.compiler.disable(loss.forward, **told)  # type: ignore
+    loss.forward = torch.compiler.disable(loss.forward, reason=reason)  # type: ignore
 
 
 def refuse_tracing(loss: nn.Module) -> None:
