@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ Part = Literal["test", "validation"]
 Row = dict[str, float]
 
 
-class Curve(L.Callback):
+class Curve(L.Callback, ABC):
     """Rows measured along a run; seconds and memory are those of training alone.
 
     Attributes:
@@ -59,9 +60,9 @@ class Curve(L.Callback):
         self.rows.append({**passed, **self.measure(trainer, module)})
         self._since = time.perf_counter()
 
+    @abstractmethod
     def measure(self, trainer: L.Trainer, module: Any) -> Row:
         """Return the numbers of a row."""
-        raise NotImplementedError
 
     def write(self, file: Path) -> None:
         """Write the rows as CSV."""
