@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_emc2.geometry import NO_ID, Contrast, first_of, flat
-from torch_emc2.known import Known, copies, later, own_pairs, with_further
+from torch_emc2.geometry import Contrast, flat, layout_of
+from torch_emc2.known import NO_ID, Known, copies, first_of, later
 from torch_emc2.ranks import (
     Ranks,
     exchange,
@@ -21,6 +22,7 @@ from torch_emc2.ranks import (
     refuse_difference,
     several_ranks,
 )
+from torch_emc2.rows import parts
 from torch_emc2.validation import Inputs, validate_range
 
 __all__ = ["Directions", "gather_batch"]
@@ -57,7 +59,7 @@ class _Side(NamedTuple):
 class _Hard(NamedTuple):
     """Hard negatives: for all rows (of all ranks), (K, d) and (K,); those of a sample, (local, k, d) and (local, k)."""
 
-    shared: Tensor
+    shared: Tensor | None
     shared_ids: Tensor
     own: Tensor | None
     own_ids: Tensor | None
@@ -65,7 +67,7 @@ class _Hard(NamedTuple):
     @property
     def given(self) -> bool:
         """Whether there are any."""
-        return self.own is not None or len(self.shared) > 0
+        return self.own is not None or len(self.shared_ids) > 0
 
 
 def gather_batch(
@@ -105,22 +107,17 @@ def gather_batch(
     _validate_hard_ids(hard, ranks, num_samples[len(sides) - 1])
     x, y = sides[0], sides[-1]
     same = _gather_same(inputs, ranks)
-    own = None
-    if same is not None or x.repeated or y.repeated:
-        own = own_pairs(x.repeated_ids, y.repeated_ids, same, ranks.size, device, one_tower=x is y)
+    if same is not None and x is y:
+        same = same | same.T
     labels = None if inputs.labels is None else ranks.gather(inputs.labels)
-    same_label = None if labels is None else labels[:, None] == labels
     contrasts = []
     if directions != "y->x":
-        contrasts.append(
-            _contrast(ranks, (0, len(sides) - 1), x, y, Known(own, later(y.repeated_ids), same_label), hard)
-        )
+        contrasts.append(_contrast(ranks, (0, len(sides) - 1), x, y, same, labels, hard))
     elif inputs.hard is not None:
         raise ValueError('hard negatives are for the rows of "x->y": with directions="y->x" there is no place for them')
     if of_both:
-        back = None if own is None else own.T
-        none = _Hard(y.whole[:0], hard.shared_ids[:0], None, None)
-        contrasts.append(_contrast(ranks, (1, 0), y, x, Known(back, later(x.repeated_ids), same_label), none))
+        none = _Hard(None, _no_ids(device), None, None)
+        contrasts.append(_contrast(ranks, (1, 0), y, x, None if same is None else same.T, labels, none))
     if needs_negatives:
         _require_negatives(contrasts, ranks)
     return tuple(contrasts)
@@ -169,28 +166,34 @@ def _gather_side(vectors: Tensor, ids: Tensor | None, ranks: Ranks, name: str, n
     repeated = False
     if ids is not None:
         ids = ranks.gather(ids)
-        ordered = ids.flatten().sort().values
-        validate_range(name, ordered, num_samples)  # of all ranks, on all ranks: they fail together
-        repeated = bool((ordered[1:] == ordered[:-1]).any())
+        numbers = ids.flatten().tolist()
+        validate_range(name, numbers, num_samples)  # of all ranks, on all ranks: they fail together
+        repeated = len(set(numbers)) < len(numbers)
     return _Side(vectors, ranks.gather_rows_with_gradient(vectors), ids, repeated)
 
 
 def _gather_hard(inputs: Inputs, ranks: Ranks, sizes: tuple[int, ...], like: Tensor) -> _Hard:
     hard, ids = inputs.hard, inputs.hard_ids
     if hard is None or hard.ndim == 3:
-        return _Hard(like[:0], torch.empty(0, dtype=torch.int64, device=like.device), hard, ids)
+        return _Hard(None, _no_ids(like.device), hard, ids)
     assert ids is not None
     if ranks.world_size > 1:
         hard, ids = gather_with_gradient(hard, sizes, ranks.rank), gather(ids, sizes)
     return _Hard(hard, ids, None, None)
 
 
+@cache
+def _no_ids(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=torch.int64, device=device)
+
+
 def _validate_hard_ids(hard: _Hard, ranks: Ranks, num_samples: int | None) -> None:
     """Raise IndexError, on all ranks, where an id of a hard negative cannot be one; `NO_ID` is none."""
-    ids = hard.shared_ids if hard.own_ids is None else ranks.gather(hard.own_ids).flatten()
-    ordered = ids[ids != NO_ID].sort().values
-    if len(ordered) and num_samples is not None:
-        validate_range("hard_index", ordered, num_samples)
+    if hard.given and num_samples is not None:
+        ids = hard.shared_ids if hard.own_ids is None else ranks.gather(hard.own_ids)
+        numbers = [number for number in ids.flatten().tolist() if number != NO_ID]
+        validate_range("hard_index", numbers or [0], num_samples)
 
 
 def _gather_same(inputs: Inputs, ranks: Ranks) -> Tensor | None:
@@ -203,63 +206,50 @@ def _gather_same(inputs: Inputs, ranks: Ranks) -> Tensor | None:
 
 
 def _contrast(
-    ranks: Ranks, direction: tuple[int, int], anchor: _Side, candidate: _Side, known: Known, hard: _Hard
+    ranks: Ranks,
+    direction: tuple[int, int],
+    anchor: _Side,
+    candidate: _Side,
+    same: Tensor | None,
+    labels: Tensor | None,
+    hard: _Hard,
 ) -> Contrast:
     row_views, column_views = len(anchor.local) // ranks.local, len(candidate.whole) // ranks.size
-    device = anchor.whole.device
-    sample = torch.arange(ranks.local, device=device) + ranks.start
-    view = torch.arange(column_views, device=device)
-    # A row's own sample's columns, itself first where it is one.
-    own_columns = torch.cat([sample[:, None] + view.roll(-row) * ranks.size for row in range(row_views)])
-    one_tower = anchor is candidate
-    positives = own_columns[:, 1:] if one_tower else own_columns
-    weights = torch.full(positives.shape, 1 / positives.shape[1], dtype=anchor.whole.dtype, device=device)
-    columns = candidate.whole if not len(hard.shared) else torch.cat([candidate.whole, hard.shared])
-    own = None if hard.own is None else hard.own.repeat(row_views, 1, 1)
-    own_ids = None if hard.own_ids is None else hard.own_ids.repeat(row_views, 1)
-    excluded, related = known.excluded, known.related
-    no_negatives = copied = None
-    if excluded is not None or hard.given:
-        nothing = torch.zeros(ranks.size, ranks.size, dtype=torch.bool, device=device)
-        whole = ranks.mine(nothing if excluded is None else excluded).repeat(row_views, column_views)
+    known = None
+    if same is not None or labels is not None or anchor.repeated or candidate.repeated:
+        again = None if candidate.repeated_ids is None else later(candidate.repeated_ids)
+        known = Known(anchor.repeated_ids, candidate.repeated_ids, same, labels, again)
+    columns, shared_copies, own_copies = candidate.whole, None, None
+    if hard.given:
         shared_copies, own_copies = copies(candidate.ids, hard.shared_ids, hard.own_ids)
-        hard_copies = [shared_copies.expand(len(whole), -1), own_copies.repeat(row_views, 1)]
-        no_negatives = torch.cat([whole, *(part for part in hard_copies if part.numel())], 1)
-        in_batch = nothing[0] if known.later is None else known.later
-        copied = torch.cat([in_batch.repeat(column_views), shared_copies])
-    if related is not None:
-        views = 1 if candidate.ids is None or candidate.ids.ndim == 1 else column_views
-        related = ranks.mine(related).repeat(row_views, views)
-    if (further := known.further) is not None:
-        further = ranks.mine(further).repeat(row_views, column_views)
-        positives, weights = with_further(positives, further, own_columns)
+        columns = columns if hard.shared is None else torch.cat([columns, hard.shared])
+    one_tower = anchor is candidate
     return Contrast(
         ranks=ranks,
         anchors=direction[0],
         candidates=direction[1],
         rows=anchor.local,
-        columns=columns,
+        candidate_vectors=columns,
+        columns=columns.detach(),
         anchor_ids=anchor.ids,
         candidate_ids=candidate.ids,
         first_anchors=anchor.first,
         first_candidates=candidate.first,
-        own=own,
-        own_ids=own_ids,
+        own=None if hard.own is None else hard.own.repeat(row_views, 1, 1),
+        own_ids=None if hard.own_ids is None else hard.own_ids.repeat(row_views, 1),
         shared_ids=hard.shared_ids,
-        own_columns=own_columns,
-        positives=positives,
-        positive_weights=weights.to(anchor.whole.dtype),
-        copies=copied,
-        known=related,
-        no_negatives=no_negatives,
+        shared_copies=shared_copies,
+        own_copies=None if own_copies is None else own_copies.repeat(row_views, 1),
+        layout=layout_of(ranks, row_views, column_views, one_tower, anchor.whole.dtype, anchor.whole.device),
+        known=known,
     )
 
 
 def _require_negatives(contrasts: Sequence[Contrast], ranks: Ranks) -> None:
     for contrast in contrasts:
-        if contrast.no_negatives is not None:
-            lacking = torch.as_tensor(contrast.num_negatives == 0)
-            if ranks.anywhere(bool(lacking.any())):
+        if contrast.known is not None or contrast.num_hard:
+            lacking = any(bool((torch.as_tensor(part.num_negatives) == 0).any()) for part in parts(contrast))
+            if ranks.anywhere(lacking):
                 raise ValueError(
                     "a row has no negatives: all other samples of the batch are known to be its own, by ids, labels or "
                     "same; give larger batches (InfoNCE bears it)"

@@ -2,85 +2,104 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torch_emc2.geometry import NO_ID, first_of
+__all__ = ["NO_ID", "Known", "Relations", "copies", "first_of", "later", "with_further"]
 
-__all__ = ["Known", "copies", "later", "own_pairs", "with_further"]
+NO_ID = -1
+"""The id of hard negatives that have none."""
 
 
-class Known(NamedTuple):
-    """What is known of the samples' pairs, in one direction.
+class Relations(NamedTuple):
+    """How some anchors are related to all candidates, (n, size) each.
 
     Attributes:
-        own: (size, size) sample j's candidate is one of sample i's anchor's own; None: for i = j alone.
-        later: (size,) j's candidate is an item that a sample before it has too; None: for none.
-        alike: (size, size) i and j have one label; None: there are none.
+        related: the candidate belongs to the anchor, by its id, its label or the caller's word.
+        excluded: it is no negative: it belongs to the anchor, or stands for an item a second time.
+        further: it is a further positive, by its label: each item once; None where there are no labels.
     """
 
-    own: Tensor | None
+    related: Tensor
+    excluded: Tensor
+    further: Tensor | None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the samples' pairs, in one direction; looked up for a few anchors at a time.
+
+    Attributes:
+        anchor_ids: (size,) or (size, views) ids of the anchors, where any occurs twice; or None.
+        candidate_ids: the same of the candidates.
+        same: (size, size) further pairs of anchors and candidates, or None.
+        labels: (size,) or None.
+        later: (size,) which candidates are an item that a sample before them has too; None for none.
+    """
+
+    anchor_ids: Tensor | None
+    candidate_ids: Tensor | None
+    same: Tensor | None
+    labels: Tensor | None
     later: Tensor | None
-    alike: Tensor | None
+
+    def of(self, samples: Tensor) -> Relations:
+        """Look at the anchors of ``samples`` (n,)."""
+        own = self._own(samples) if self._has_own else None
+        alike = None if self.labels is None else self.labels[samples, None] == self.labels
+        assert own is not None or alike is not None
+        related = own if alike is None else alike if own is None else own | alike
+        assert related is not None
+        further = alike if alike is None or own is None else alike & ~own
+        if self.later is None:
+            return Relations(related, related, further)
+        return Relations(related, related | self.later, None if further is None else further & ~self.later)
 
     @property
-    def related(self) -> Tensor | None:
-        """(size, size) j's candidate belongs to i, by its id, its label or the caller's word."""
-        if self.own is None or self.alike is None:
-            return self.alike if self.own is None else self.own
-        return self.own | self.alike
+    def _has_own(self) -> bool:
+        return any(each is not None for each in (self.anchor_ids, self.candidate_ids, self.same))
 
-    @property
-    def excluded(self) -> Tensor | None:
-        """(size, size) j's candidate is no negative of i: it belongs to i, or stands for an item a second time."""
-        if self.later is None or self.related is None:
-            return self.related  # who has an item twice has own pairs
-        return self.related | self.later
-
-    @property
-    def further(self) -> Tensor | None:
-        """(size, size) j's candidate is a further positive of i, by its label: each item once."""
-        further = self.alike if self.alike is None or self.own is None else self.alike & ~self.own
-        return further if further is None or self.later is None else further & ~self.later
+    def _own(self, samples: Tensor) -> Tensor:
+        """(n, size) a sample's own candidates: its partner, one known to be, or the same item as such a one."""
+        size = next(len(each) for each in (self.anchor_ids, self.candidate_ids, self.same) if each is not None)
+        own = samples[:, None] == torch.arange(size, device=samples.device)
+        if self.anchor_ids is not None:
+            own = _with_same_item(own, self.anchor_ids)
+        if self.same is not None:
+            own = own | (own.float() @ self.same.float() > 0)
+        if self.candidate_ids is not None:
+            own = _with_same_item(own, self.candidate_ids)
+        return own
 
 
-def own_pairs(
-    x_ids: Tensor | None, y_ids: Tensor | None, same: Tensor | None, size: int, device: torch.device, *, one_tower: bool
-) -> Tensor:
-    """(size, size) whether y_j is one of x_i's own: its partner, one known to be, or the same item as such a one.
-
-    Args:
-        x_ids: (size,) or (size, views) ids of the anchors, where any occurs twice.
-        y_ids: the same of the candidates.
-        same: (size, size) further pairs.
-        size: samples.
-        device: where they are.
-        one_tower: x and y are the same samples.
-    """
-    pairs = torch.eye(size, device=device)
-    if same is not None:
-        pairs = pairs + (same | same.T if one_tower else same)
-    if x_ids is not None:
-        pairs = _one_item(x_ids).to(pairs) @ pairs
-    if y_ids is not None:
-        pairs = pairs @ _one_item(y_ids).to(pairs)
-    return pairs > 0
+def _with_same_item(members: Tensor, ids: Tensor) -> Tensor:
+    """Add to sets of samples, (n, size) bool, the samples that have an id in common with a member."""
+    items, item_of = ids.view(len(ids), -1).unique(return_inverse=True)
+    held = torch.zeros(len(members), len(items), device=ids.device)
+    for of_view in item_of.unbind(1):
+        held.index_add_(1, of_view, members.to(held.dtype))
+    return (held > 0)[:, item_of].any(2)
 
 
-def later(ids: Tensor | None) -> Tensor | None:
+def later(ids: Tensor) -> Tensor:
     """(size,) which samples have an item of ``ids``, (size,) or (size, views), that one before them has."""
-    return None if ids is None else _one_item(ids).triu(1).any(0)
+    items, item_of = ids.view(len(ids), -1).unique(return_inverse=True)
+    sample = torch.arange(len(ids), device=ids.device)[:, None].expand_as(item_of)
+    first = sample.new_full((len(items),), len(ids)).scatter_reduce_(0, item_of.flatten(), sample.flatten(), "amin")
+    return (first[item_of] < sample).any(1)
 
 
-def _one_item(ids: Tensor) -> Tensor:
-    """(size, size) which samples have an id in common."""
-    ids = ids.view(len(ids), -1)
-    return (ids[:, None, :, None] == ids[None, :, None, :]).any(3).any(2)
+def first_of(ids: Tensor) -> Tensor:
+    """(n,) bool, which of ``ids`` (n,) come for the first time."""
+    ordered, place = ids.sort(stable=True)
+    new = torch.cat([ordered[:1] == ordered[:1], ordered[1:] != ordered[:-1]])
+    return torch.empty_like(new).scatter_(0, place, new)
 
 
-def copies(ids: Tensor | None, shared_ids: Tensor, own_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def copies(ids: Tensor | None, shared_ids: Tensor, own_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(K,) and (local, k) hard negatives that are in the batch already, or given before.
 
     Args:
@@ -91,7 +110,7 @@ def copies(ids: Tensor | None, shared_ids: Tensor, own_ids: Tensor | None) -> tu
     items = shared_ids[:0] if ids is None else ids.flatten()
     shared = (torch.isin(shared_ids, items) | ~first_of(shared_ids)) & (shared_ids != NO_ID)
     if own_ids is None:
-        return shared, shared_ids.new_empty(1, 0, dtype=torch.bool)
+        return shared, None
     again = (own_ids[:, :, None] == own_ids[:, None]).tril(-1).any(2)
     return shared, (torch.isin(own_ids, torch.cat([items, shared_ids])) | again) & (own_ids != NO_ID)
 

@@ -99,17 +99,17 @@ def unique_ids(ids: Tensor, num_samples: int | None) -> Tensor:
     _validate_integers("index", ids)
     ids = torch.unique(ids.to(torch.int64))
     if len(ids):
-        validate_range("index", ids, num_samples)
+        validate_range("index", ids.tolist(), num_samples)
     return ids
 
 
-def validate_range(name: str, ordered: Tensor, num_samples: int | None) -> None:
-    """Raise IndexError where one of some ordered ids (n,), n >= 1, cannot be one of ``num_samples``, or of any."""
+def validate_range(name: str, ids: list[int], num_samples: int | None) -> None:
+    """Raise IndexError where one of some ids, at least one, cannot be one of ``num_samples``, or of any."""
     if num_samples is None:
-        if (ordered == -1).any():
+        if -1 in ids:
             raise IndexError(f"{name} -1 is reserved, it marks an empty chain: number that sample otherwise")
         return
-    low, high = int(ordered[0]), int(ordered[-1])
+    low, high = min(ids), max(ids)
     if low < 0 or high >= num_samples:
         raise IndexError(
             f"{name} must be at least 0 and below num_samples={num_samples}, got {low if low < 0 else high}"

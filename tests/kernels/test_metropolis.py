@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_emc2 import metropolis
-from torch_emc2.kernels.metropolis import _walk_by_scan, metropolis_hastings, walk
+from torch_emc2.kernels.metropolis import metropolis_hastings, walk
 
 
 def loop(log_scores: Tensor, entry_score: Tensor, noise: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,11 +60,10 @@ def test_scan_equals_loop_at_the_size_of_a_large_batch() -> None:
     assert torch.equal(metropolis_hastings(*problem).state, loop(*problem)[0])
 
 
-@pytest.mark.parametrize("by", ["walk", "scan"])
 @settings(max_examples=100, deadline=None)
 @given(problem=problems(), num_chains=st.integers(1, 6), seed=st.integers(0, 2**31))
 def test_walks_count_the_steps_of_the_loop(
-    by: str, problem: tuple[Tensor, Tensor, Tensor, Tensor], num_chains: int, seed: int
+    problem: tuple[Tensor, Tensor, Tensor, Tensor], num_chains: int, seed: int
 ) -> None:
     log_scores, entry, _, valid = problem
     log_scores = log_scores.masked_fill(~valid, -torch.inf)
@@ -75,7 +73,7 @@ def test_walks_count_the_steps_of_the_loop(
     noise = torch.empty(len(entry), num_chains, log_scores.shape[1], dtype=entry.dtype)
     noise.exponential_(generator=generator)
 
-    result = (walk if by == "walk" else _walk_by_scan)(log_scores, carried_score, noise, burnt)
+    result = walk(log_scores, carried_score, noise, burnt)
 
     steps, carried_steps, all_accepted = torch.zeros_like(log_scores), torch.zeros_like(carried_score), 0
     for row in range(len(entry)):
@@ -99,29 +97,12 @@ def test_walks_count_the_steps_of_the_loop(
     assert result.accepted == all_accepted
 
 
-def test_the_compiled_walk_is_the_one_under_test() -> None:
-    assert metropolis._compiled_walk() is not None, (
-        "numba is part of the dev extra: without it walk is not tested on the CPU"
-    )
-
-
 def test_walks_take_scores_with_a_gradient() -> None:
     x = torch.zeros(2, 3, requires_grad=True)
     carried_score, noise = torch.zeros(2, 1, requires_grad=True), torch.ones(2, 1, 3)
     result = walk(x, carried_score, noise, torch.zeros(2, dtype=torch.int64))
     assert not result.steps.requires_grad
     assert result.steps.tolist() == [[1, 1, 1], [1, 1, 1]]
-
-
-def test_compiles_where_no_folder_may_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    caching = pytest.importorskip("numba.core.caching")
-    from torch_emc2.kernels import _compiled_walk as _compiled
-
-    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])  # numba's way to look for a place
-    monkeypatch.setattr(_compiled, "_walk", _compiled._compile(_compiled._walk.py_func))
-    x, noise = torch.tensor([[0.0, 2.0, 1.0]]), torch.full((1, 1, 3), 0.1)
-    result = walk(x, torch.ones(1, 1), noise, torch.zeros(1, dtype=torch.int64))
-    assert result.state.tolist() == [[1]]
 
 
 def chain_over(log_p: Tensor, steps: int, chains: int, seed: int) -> Tensor:

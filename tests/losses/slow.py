@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_emc2.seeds import mix_seed
+from torch_emc2.losses.draws import BatchDraws
+from torch_emc2.ranks import Ranks
 
 DIRECTIONS = ("x->y", "y->x")
 Ids = list[list[int]] | None  # by view and sample
@@ -223,11 +225,17 @@ class Slow:
     def end(self, number: int, rows: list[Row]) -> None:
         """Write to memory."""
 
-    def seed_of(self, number: int) -> int:
-        return mix_seed(self.seed, number) if number else self.seed  # type: ignore[attr-defined]
-
-    def generator(self, number: int, place: int, *again: int) -> torch.Generator:
-        return torch.Generator().manual_seed(mix_seed(self.seed_of(number), self.calls, place, *again))
+    def draws_of(self, number: int, rows: list[Row], views: int, num_hard: int) -> BatchDraws:
+        """What chance decides is the library's, and tested for itself."""
+        batch = SimpleNamespace(
+            ranks=Ranks((self.size,), 0, torch.device("cpu")),
+            rows=torch.empty(len(rows), 1, dtype=torch.float64),
+            anchors=number,
+            row_views=self.row_views,
+            column_views=views,
+            num_hard=num_hard,
+        )
+        return BatchDraws(batch, self.seed, self.calls)  # type: ignore[arg-type, attr-defined]
 
     def num_entries(self, number: int) -> int:
         """How many ids candidates have."""
@@ -331,8 +339,8 @@ class NegativeCache(Slow):
                 self.cached[number, i] = self.table[i].detach()
                 self.written[number, i] = self.calls
         self.num_hard = len(row.columns) - len(row.own) * self.size
-        uniform = torch.empty(self.row_views, self.size, entries + self.num_hard, dtype=torch.float64)
-        self.gumbel = -torch.log(-torch.log(1 - uniform.uniform_(generator=self.generator(number, 0))))
+        noise = self.draws_of(number, rows, 1, 0).of(slice(0, len(rows))).exponential(entries + self.num_hard)
+        self.gumbel = -torch.log(noise).view(self.row_views, self.size, -1)
 
     def weigh(self, number: int, row: Row, beta: float) -> Weighed:
         """What is cached stands for all; a hard negative and the positive are to it what they are to the batch."""
@@ -426,28 +434,24 @@ class EMC2(Slow):
         self.cached: dict[Key, Tensor] = {}  # by direction and id of a candidate
 
     def start(self, number: int, rows: list[Row]) -> None:
-        sets, size, draw = len(rows[0].own), self.size, self.generator(number, -1)
-        width = len(rows[0].columns) - (sets - 1) * size
-        order = torch.randperm(width, generator=draw).tolist()
-        views = torch.randint(sets, (width,), generator=draw).tolist()
-        self.sets = [
-            [
-                p + (view + s) % sets * size if p < size else p + (sets - 1) * size
-                for p, view in zip(order, views, strict=True)
-            ]
-            for s in range(sets)
-        ]
-        throws = torch.randint(sets, (size, sets + 1, self.num_chains), generator=self.generator(number, -2))
-        self.coins = throws.tolist()
-        shape = (sets, self.num_chains, width) if self.kernel == "metropolis" else (2, self.num_chains)
-        uniform = torch.empty(self.row_views, size, *shape, dtype=torch.float64)
-        uniform.uniform_(generator=self.generator(number, 0))
+        sets = len(rows[0].own)
+        width = len(rows[0].columns) - (sets - 1) * self.size
+        draws = self.draws_of(number, rows, sets, width - self.size)
+        chances = draws.chances(self.num_chains)
+        self.sets, self.keep_view = chances.sets.tolist(), chances.keep_view.tolist()
+        self.keep_in = chances.keep_in.view(self.row_views, self.size, -1).tolist()
+        of_rows = draws.of(slice(0, len(rows)))
+
+        def drawn(*shape: int) -> Tensor:
+            return of_rows.exponential(*shape).view(self.row_views, self.size, *shape)
+
         if self.kernel == "metropolis":
-            self.draws = (-torch.log(1 - uniform)).tolist()
+            self.draws = drawn(sets, self.num_chains, width).tolist()
         else:  # each chain draws from a part of (0, 1] of its own
-            self.draws = ((uniform[:, :, 1].argsort(-1) + 1 - uniform[:, :, 0]) / self.num_chains).tolist()
-        coins = torch.empty(self.row_views, size, sets, width, dtype=torch.float64)
-        self.positive_coins = coins.uniform_(generator=self.generator(number, 0, 1)).tolist()
+            noise = drawn(2, self.num_chains)
+            rank = (noise[:, :, 1, :, None] > noise[:, :, 1, None]).sum(3)
+            self.draws = (((-noise[:, :, 0]).exp() + rank) / self.num_chains).tolist()
+        self.positive_coins = (1 - (-drawn(sets, width)).exp()).tolist()
         self.after: dict[Key, tuple[int, float] | None] = {}
         self.accepted, self.steps_taken = 0, 0
         self.stayed: list[float] = []
@@ -516,7 +520,7 @@ class EMC2(Slow):
         if carried is None:
             entry = Step(POSITIVE, self.positive_score(number, row, beta))
 
-        visited, coin = range(len(sets)), self.coins[row.sample][row.view][chain]
+        visited, coin = range(len(sets)), self.keep_in[row.view][row.sample][chain]
         if self.kernel == "isir":
             holding = [s for s in visited if carried in [row.ids[step.state] for step in sets[s] if step.state >= 0]]
             if carried is None or holding:
@@ -531,7 +535,7 @@ class EMC2(Slow):
                 shares[state] = shares.get(state, 0.0) + share / len(visited)
             self.accepted, self.steps_taken = self.accepted + visit.accepted, self.steps_taken + len(sets[s])
             shared_by_views = self.row_views > 1 and not self.own_ids
-            kept_view = self.coins[row.sample][len(sets)][chain] if shared_by_views else row.view
+            kept_view = self.keep_view[row.sample][chain] if shared_by_views else row.view
             if row.first and (row.view, s) == (kept_view, coin):
                 self.after[key] = None
                 if visit.state == CARRIED and carried is not None:

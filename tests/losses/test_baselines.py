@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,8 +163,8 @@ def test_negative_cache_refreshes_its_share_rounded_up(fraction: float, count: i
 
 def test_negative_cache_draws_the_nearest_where_all_noise_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draw of exactly zero is rare and comes; the row's own entry, the nearest of all, must not win by it."""
-    zeros = lambda _, *shape: torch.zeros(2 * B, *shape, dtype=torch.float64)  # noqa: E731
-    monkeypatch.setattr("torch_emc2.losses.draws.BatchDraws.exponential", zeros)
+    zeros = SimpleNamespace(exponential=lambda *shape: torch.zeros(2 * B, *shape, dtype=torch.float64))
+    monkeypatch.setattr("torch_emc2.losses.draws.BatchDraws.of", lambda *_: zeros)
     loss_fn = NegativeCacheLoss(M, D, refresh_fraction=0)
     z1, z2 = views(0)
     loss = loss_fn(z1, z2, torch.arange(B))

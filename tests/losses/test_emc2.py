@@ -20,7 +20,6 @@ from torch_emc2.geometry import Contrast
 from torch_emc2.kernels import Draws, Isir, Metropolis, Move, Visit
 from torch_emc2.losses.draws import BatchDraws
 from torch_emc2.losses.emc2 import Carry
-from torch_emc2.seeds import mix_seed
 from torch_emc2.validation import validate_inputs
 
 M, B, D = 24, 5, 6
@@ -72,7 +71,7 @@ def test_shares_of_a_row_sum_to_one(
 
     def spy(self: Metropolis | Isir, visit: Visit, draws: Draws) -> Move:
         moved = move(self, visit, draws)  # type: ignore[arg-type]
-        shares.append((visit.log_scores == -torch.inf, moved.weights, moved.carried_weights))
+        shares.append((visit.log_scores == -torch.inf, moved.weights.clone(), moved.carried_weights))
         return moved
 
     monkeypatch.setattr(type(loss_fn.kernel), "move", spy)
@@ -92,7 +91,7 @@ def test_a_stale_score_does_not_hold_its_chain() -> None:
     loss_fn.chains.write(index, torch.full((B, 1), M - 1), torch.full((B, 1), 1e6))  # which nothing can reach
     z = torch.randn(2, B, D)
     loss_fn(*z, index, encode=rows.__getitem__)
-    kept = torch.randint(2, (B, 3, 1), generator=torch.Generator().manual_seed(mix_seed(0, 0, -2)))[:, 2, 0]
+    kept = BatchDraws(contrast(*z), seed=0, call=0).chances(1).keep_view[:, 0]
     fresh = F.normalize(z[kept, index], dim=1) @ F.normalize(rows[-1], dim=0)
     assert (loss_fn.chains.ids.data[:B, 0] == M - 1).all()
     torch.testing.assert_close(loss_fn.chains.similarities.data[:B, 0], fresh)
@@ -284,21 +283,37 @@ def contrast(z1: Tensor, z2: Tensor) -> Contrast:
     return only
 
 
+@pytest.fixture
+def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws as they are on a GPU; those of compiled loops are tested in kernels/test_compiled.py."""
+    monkeypatch.setattr("torch_emc2.losses.draws.compiled_kernels", lambda: None)
+
+
+@pytest.mark.usefixtures("without_numba")
 def test_noise_is_exponential_and_finite() -> None:
-    noise = BatchDraws(contrast(*torch.randn(2, 500, D)), seed=7, call=0).exponential(500)
+    noise = BatchDraws(contrast(*torch.randn(2, 500, D)), seed=7, call=0).of(slice(0, 1000)).exponential(500)
     assert noise.isfinite().all()
     assert noise.min() >= 0
     assert noise.mean().item() == pytest.approx(1, abs=4 / noise.numel() ** 0.5)
     assert (noise > 2).float().mean().item() == pytest.approx(math.exp(-2), abs=4 * (0.135 / noise.numel()) ** 0.5)
 
 
+@pytest.mark.usefixtures("without_numba")
 def test_every_seed_call_time_and_view_has_noise_of_its_own() -> None:
-    pairs = contrast(*torch.randn(2, 300, D))  # more samples than share a block
-    each = [BatchDraws(pairs, seed, call) for seed in (0, 1) for call in (0, 1)]
+    pairs = contrast(*torch.randn(2, 150, D))  # more samples than share a block
+    each = [BatchDraws(pairs, seed, call).of(slice(0, 300)) for seed in (0, 1) for call in (0, 1)]
     draws = torch.cat([draws.exponential(50).view(2, -1) for draws in each for _ in range(2)])
-    blocks = torch.cat([draws[:, : 256 * 50 // 6], draws[:, -(256 * 50 // 6) :]])  # of the first and of the last block
+    blocks = torch.cat([draws[:, : 64 * 50 // 3], draws[:, -(64 * 50 // 3) :]])  # of the first and of the last block
     correlation = torch.corrcoef(blocks) - torch.eye(len(blocks))
     assert correlation.abs().max() < 5 / blocks.shape[1] ** 0.5
+
+
+@pytest.mark.usefixtures("without_numba")
+def test_parts_draw_what_the_whole_draws() -> None:
+    draws = BatchDraws(contrast(*torch.randn(2, 150, D)), seed=3, call=1)
+    whole = draws.of(slice(0, 300)).exponential(4)
+    for start, stop in ((0, 128), (100, 200), (149, 151), (170, 300)):
+        assert torch.equal(draws.of(slice(start, stop)).exponential(4), whole[start:stop])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

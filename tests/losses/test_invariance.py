@@ -6,6 +6,7 @@ the noise it matters only between which thresholds it lies, so that one draw sta
 
 from collections.abc import Iterator
 from itertools import combinations, pairwise, permutations, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_emc2 import EMC2Loss
-from torch_emc2.losses.draws import BatchDraws
+from torch_emc2.losses.draws import BatchDraws, Chances
+from torch_emc2.losses.weighted_sum import WeightedSum
 
 TEMPERATURE = 0.7
 Batch = tuple[int, ...]  # of samples; the anchor, sample 0, comes first
@@ -81,18 +83,26 @@ class Enumeration:
         else:
             drawn = torch.ones(2, self.size, 2, num_chains, self.size)
             drawn[int(second), 0, in_set] = noise
-        coins = torch.tensor([in_set, in_set, second])[:, None, None].expand(3, self.size, num_chains)
-        self.patch.setattr(BatchDraws, "exponential", lambda *args: drawn.flatten(0, 1))
-        self.patch.setattr(BatchDraws, "proposal_sets", lambda *args: sets)
-        self.patch.setattr(BatchDraws, "coins", lambda *args: coins)
-        given, weigh = [], loss_fn._weigh
-        self.patch.setattr(loss_fn, "_weigh", lambda *args: given.append(weigh(*args)) or given[0])
-        nothing = torch.zeros(())
-        self.patch.setattr("torch_emc2.losses.base.weighted_sum", lambda *args: (nothing, nothing))
+        chances = Chances(
+            sets,
+            torch.arange(self.size).index_copy(0, sets[0] % self.size, torch.arange(self.size)),
+            torch.full((2 * self.size, num_chains), in_set),
+            torch.full((self.size, num_chains), int(second)),
+        )
+        self.patch.setattr(
+            BatchDraws, "of", lambda *args: SimpleNamespace(exponential=lambda *args: drawn.flatten(0, 1))
+        )
+        self.patch.setattr(BatchDraws, "chances", lambda *args: chances)
+        summed, met = [], []
+        self.patch.setattr(WeightedSum, "add", lambda total, rows, positive, weights: summed.append(weights.negatives))
+        self.patch.setattr(WeightedSum, "add_carried", lambda total, carried: met.append(carried.weight))
+        self.patch.setattr(WeightedSum, "gradients", lambda *args: [])
+        self.patch.setattr("torch_emc2.losses.base.with_gradients", lambda value, gradients: value)
         ids = self.ids(batch)
         z1, z2 = self.table[ids].unbind(1) if self.own_chains else (self.table[ids], self.table[ids])
         loss_fn(z1, z2, ids, encode=self.table.__getitem__)
-        return self.state_of[loss_fn.chains.ids.data[0]], given[0].negatives[0], given[0].carried.weight[0]
+        in_order = torch.empty(2 * self.size).index_copy(0, sets.flatten(), summed[0][0])
+        return self.state_of[loss_fn.chains.ids.data[0]], in_order, met[0][0]
 
 
 def without_replacement(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_emc2.kernels.base import Draws, Kernel, Move, Visit
+from torch_emc2.kernels.counted import CountedDraws
 
 __all__ = ["Isir", "Resampling", "resample"]
 
@@ -30,6 +31,8 @@ class Isir(Kernel):
 
     def move(self, visit: Visit, draws: Draws) -> Move:
         """Choose once in each set; see `Kernel.move`."""
+        if isinstance(draws, CountedDraws):
+            return draws.kernels.isir(visit, draws.counters())  # type: ignore[no-any-return]
         num_chains = visit.carried_score.shape[1]
         inside = visit.inside
         candidates = inside | ~inside.any(1, keepdim=True)  # (rows, sets, chains): all sets, or the ones that hold it
@@ -38,7 +41,7 @@ class Isir(Kernel):
         kept_in = (candidates & (candidates.cumsum(1) == number + 1)).long().argmax(1)
         # A sample's chains draw from different parts of (0, 1], in random order: each uniform, together well spread.
         noise = draws.exponential(2, num_chains)
-        uniform = (noise[:, 0].neg().exp_() + noise[:, 1].argsort(-1)) / num_chains
+        uniform = (noise[:, 0].neg().exp_() + noise[:, 1].argsort(-1).argsort(-1)) / num_chains
         done = resample(
             visit.log_scores,
             torch.where(inside, -torch.inf, visit.carried_score[:, None]),

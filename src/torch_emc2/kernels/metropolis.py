@@ -14,14 +14,15 @@ distributed. Everything stays in the log domain, where no temperature overflows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_emc2.kernels.base import Draws, Kernel, Move, Visit
+from torch_emc2.kernels.counted import CountedDraws
 
 __all__ = ["MHResult", "Metropolis", "Walk", "metropolis_hastings", "walk"]
 
@@ -44,33 +45,42 @@ class Metropolis(Kernel):
 
     def move(self, visit: Visit, draws: Draws) -> Move:
         """Walk over all sets; see `Kernel.move`."""
-        rows, num_sets, num_proposals = visit.log_scores.shape
-        num_chains = visit.carried_score.shape[1]
-        by_set = rows, num_sets, num_chains
-        noise = draws.exponential(num_sets, num_chains, num_proposals)
-        scores, at_positive = visit.log_scores, None
-        if visit.positive_place is not None:
-            scores, at_positive = _scatter_positive(visit, visit.positive_place, draws)
-        scores = scores.flatten(0, 1)
-        num_steps = (scores > -torch.inf).sum(1)
-        burnt = (self.burn_in * num_steps.double()).long()
-        done = walk(scores, visit.carried_score.repeat_interleave(num_sets, 0), noise.flatten(0, 1), burnt)
-        counted = (num_steps - burnt).view(rows, num_sets).sum(1, keepdim=True).to(scores.dtype)
-        weights = done.steps.view_as(visit.log_scores) / (num_chains * counted)[:, :, None]
-        state = done.state.view(by_set).gather(1, visit.keep_in[:, None])[:, 0]
-        if at_positive is not None and visit.positive_place is not None:
-            place = visit.positive_place[:, None].expand(-1, num_sets)[:, :, None]
-            weights = (weights * ~at_positive).scatter_add_(2, place, (weights * at_positive).sum(2, keepdim=True))
-            row = torch.arange(rows, device=state.device)[:, None]
-            moved = (state >= 0) & at_positive[row, visit.keep_in, state]
-            state = torch.where(moved, visit.positive_place[:, None], state)
-        return Move(
-            weights=weights,
-            carried_weights=done.carried_steps.view(by_set).sum(1) / counted,
-            state=state,
-            kept_in=visit.keep_in,
-            acceptance=done.accepted / (num_steps.sum() * num_chains),
+        walk_over: Callable[[Visit], Move]
+        if isinstance(draws, CountedDraws):
+            walk_over = partial(draws.kernels.metropolis, counters=draws.counters(), burn_in=self.burn_in)
+        else:
+            _, num_sets, n = visit.log_scores.shape
+            noise = draws.exponential(num_sets, visit.carried_score.shape[1], n)
+            walk_over = partial(_walk_over_sets, noise=noise, burn_in=self.burn_in)
+        if visit.positive_place is None:
+            return walk_over(visit)
+        place = visit.positive_place
+        scores, at_positive = _scatter_positive(visit, place, draws)
+        move = walk_over(replace(visit, log_scores=scores))
+        weights = (move.weights * ~at_positive).scatter_add_(
+            2, place[:, None, None].expand(-1, scores.shape[1], 1), (move.weights * at_positive).sum(2, keepdim=True)
         )
+        row = torch.arange(len(place), device=place.device)[:, None]
+        moved = (move.state >= 0) & at_positive[row, move.kept_in, move.state]
+        return move._replace(weights=weights, state=torch.where(moved, place[:, None], move.state))
+
+
+def _walk_over_sets(visit: Visit, noise: Tensor, burn_in: float) -> Move:
+    """Move by scans, with ``noise`` (rows, sets, chains, n)."""
+    rows, num_sets, _ = visit.log_scores.shape
+    num_chains = visit.carried_score.shape[1]
+    scores = visit.log_scores.flatten(0, 1)
+    num_steps = (scores > -torch.inf).sum(1)
+    burnt = (burn_in * num_steps.double()).long()
+    done = walk(scores, visit.carried_score.repeat_interleave(num_sets, 0), noise.flatten(0, 1), burnt)
+    counted = (num_steps - burnt).view(rows, num_sets).sum(1, keepdim=True).to(scores.dtype)
+    return Move(
+        weights=done.steps.view_as(visit.log_scores) / (num_chains * counted)[:, :, None],
+        carried_weights=done.carried_steps.view(rows, num_sets, num_chains).sum(1) / counted,
+        state=done.state.view(rows, num_sets, num_chains).gather(1, visit.keep_in[:, None])[:, 0],
+        kept_in=visit.keep_in,
+        acceptance=done.accepted / (num_steps.sum() * num_chains),
+    )
 
 
 def _scatter_positive(visit: Visit, place: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -158,8 +168,7 @@ def metropolis_hastings(
 def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, burnt: Tensor) -> Walk:
     """Take several chains a row over its proposals, and count where they spend their steps.
 
-    The chains are those of `metropolis_hastings`. On the CPU, where numba is installed, one compiled pass over memory
-    takes the place of the scan's many; states and counts are the same.
+    The chains are those of `metropolis_hastings`.
 
     Args:
         log_scores: (rows, N) log scores of the proposals, -inf where there is none, and so no step.
@@ -168,22 +177,6 @@ def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, burnt: Tensor
         burnt: (rows,) int64, the steps that do not count: that many first ones.
     """
     log_scores, carried_score, noise = log_scores.detach(), carried_score.detach(), noise.detach()
-    if log_scores.device.type == "cpu" and (compiled := _compiled_walk()) is not None:
-        return Walk(*compiled(log_scores, carried_score, noise, burnt))
-    return _walk_by_scan(log_scores, carried_score, noise, burnt)
-
-
-@cache
-def _compiled_walk() -> Callable[..., tuple[Tensor, ...]] | None:
-    """Import the compiled walk when it is first needed; None without numba, which is optional."""
-    try:
-        from torch_emc2.kernels import _compiled_walk
-    except ImportError:
-        return None
-    return _compiled_walk.walk
-
-
-def _walk_by_scan(log_scores: Tensor, carried_score: Tensor, noise: Tensor, burnt: Tensor) -> Walk:
     rows, num_chains, num_proposals = noise.shape
     is_step = log_scores > -torch.inf
     counted = is_step & (is_step.cumsum(1) > burnt[:, None])

@@ -2,7 +2,7 @@
 
     ∇L = β · mean over rows of [ -(1 - w_pos) ∇s_pos + Σ_j w_j ∇s_j + the carried negatives' term ]
 
-An estimator is a way to choose the weights (`ContrastiveLoss._weigh`); all else stands here. With two directions the
+An estimator is a way to choose the weights (`Weighing.weigh`); all else stands here. With two directions the
 loss is their mean.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast, get_args
 
@@ -21,7 +22,6 @@ from torch_emc2.batch import Directions, gather_batch
 from torch_emc2.geometry import Contrast
 from torch_emc2.losses.calling import (
     CheckedEncode,
-    DifferentiableOnce,
     Encode,
     checked_encoders,
     keep_out_of_graphs,
@@ -34,7 +34,9 @@ from torch_emc2.losses.settings import (
     require_positive_weight,
     require_sizes,
 )
-from torch_emc2.losses.weighting import Scores, Weights, log_sum_exp, weighted_sum
+from torch_emc2.losses.weighted_sum import WeightedSum, with_gradients
+from torch_emc2.losses.weighting import Weighing, scores_of
+from torch_emc2.rows import parts, whole
 from torch_emc2.temperature import Temperature, require_temperature
 from torch_emc2.validation import Inputs, Towers, validate_inputs
 
@@ -88,7 +90,7 @@ class ContrastiveLoss(nn.Module, ABC):
         self.num_samples: NumSamples = self.sizes[0] if towers == 1 else (self.sizes[0], self.sizes[1])
         self.positive_weight = require_positive_weight(positive_weight, self.sizes)
         self.towers, self.directions = towers, directions
-        self.last: dict[str, Tensor] = {}
+        self._numbers: list[dict[str, _Number]] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Validate a temperature; not by a property, which a `Parameter` would not be asked for."""
@@ -158,7 +160,7 @@ class ContrastiveLoss(nn.Module, ABC):
             encoders, beta = checked_encoders(encode, x, self.towers, callers), self._beta(logit_scale)
             return validate_inputs(*given, towers=self.towers, needs_index=self._needs_index)
 
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False) if enabled else nullcontext():
             contrasts = gather_batch(
                 validate,
                 x.device,
@@ -174,38 +176,62 @@ class ContrastiveLoss(nn.Module, ABC):
                 },
             )
             temperature = cast(float, self.temperature) if beta is None else 1 / beta.detach()
-            parts = [self._compare(each, temperature, encoders[each.candidates]) for each in contrasts]
-            if self.training:
-                self._remember([part.weights.write for part in parts if part.weights.write is not None])
-            self.last = {name: _mean([part.last[name] for part in parts]) for name in parts[0].last}
-            loss = _mean([part.value + (part.surrogate - part.surrogate.detach()) for part in parts])
-            if beta is not None:
-                loss = loss + (beta - beta.detach()) * _mean([part.slope for part in parts])
-            return DifferentiableOnce.apply(loss)  # type: ignore[no-any-return]
+            with torch.no_grad():
+                mine = [self._compare(each, temperature, encoders[each.candidates], beta) for each in contrasts]
+                if self.training:
+                    self._remember([part.write for part in mine if part.write is not None])
+                self._numbers = [part.numbers for part in mine]
+                value = _mean([part.value for part in mine])
+            return with_gradients(value, [pair for part in mine for pair in part.gradients])
 
-    def _compare(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> _Part:
+    def _compare(
+        self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None, beta: Tensor | None
+    ) -> _Direction:
         """Weigh one direction's negatives, and sum."""
+        weighing = self._weighing(contrast, temperature, encode)
+        contrast = weighing.contrast
+        total, values, estimates, similarities, kept = WeightedSum(contrast), [], [], [], []
+        for rows in parts(contrast):
+            logits = rows.similarities(1 / temperature)
+            positive = rows.positive(logits)
+            log_positive = positive.log_mass
+            if self.positive_weight != 1:
+                log_positive = log_positive + log_positive_weight(self.positive_weight, rows, self.sizes)
+            scores = scores_of(rows, rows.mask_(logits), positive, log_positive, temperature)
+            estimate = value = scores.log_mass - positive.mean - rows.log_num_negatives
+            if rows.no_negatives is not None:
+                estimate = value = estimate.nan_to_num_(nan=0.0)  # a row without any
+            weights = weighing.weigh(rows, scores)
+            if weights.value is not None:
+                value = weights.value
+            elif self.positive_weight:
+                value = torch.logaddexp(scores.log_mass, log_positive) - positive.mean - rows.log_num_negatives
+            total.add(rows, positive, weights)
+            for so_far, new in ((values, value), (estimates, estimate), (similarities, positive.mean)):
+                so_far.append(new)
+            kept.append(weights.kept)
+        conclusion = weighing.conclude(tuple(map(whole, zip(*kept, strict=True))))
+        if conclusion.carried is not None:
+            total.add_carried(conclusion.carried)
         ranks = contrast.ranks
         share = ranks.world_size / (contrast.row_views * ranks.size)  # of a row in the mean, before that over ranks
-        with torch.no_grad():
-            logits = contrast.similarities().div_(temperature)
-            positive = contrast.positive(logits)
-            log_mass = log_sum_exp(contrast.mask_(logits))
-            log_positive = positive.log_mass + log_positive_weight(self.positive_weight, contrast, self.sizes)
-            per_row = log_mass - positive.mean - contrast.log_num_negatives
-            if contrast.no_negatives is not None:
-                per_row = per_row.nan_to_num(nan=0.0)  # a row without any
-            estimate = value = per_row.sum() * share
-            if self.positive_weight:
-                log_total = torch.logaddexp(log_mass, log_positive)
-                value = (log_total - positive.mean - contrast.log_num_negatives).sum() * share
-            weights = self._weigh(contrast, Scores(logits, log_mass, positive, log_positive, temperature), encode)
-            if weights.value is not None:
-                value = weights.value.sum() * share
-        similarity = positive.mean.sum() * (share * temperature)
-        last = {"global_loss": estimate, "positive_similarity": similarity, **(weights.last or {})}
-        total, slope = weighted_sum(contrast, positive, weights)
-        return _Part(value, total * (share / temperature), slope * share, weights, last)
+        of_mean = share * len(contrast.rows)
+        numbers: dict[str, _Number] = {
+            "global_loss": (estimates, of_mean),
+            "positive_similarity": (similarities, of_mean * temperature),
+            **{name: ([number], 1.0) for name, number in conclusion.numbers.items()},
+        }
+        of_both = share / 2 if self.towers == 2 and self.directions == "both" else share
+        gradients = [*total.gradients(of_both / temperature)]
+        if beta is not None:
+            gradients.append((beta, total.value() * of_both))
+        return _Direction(whole(values).sum() * share, gradients, conclusion.write, numbers)
+
+    @property
+    def last(self) -> dict[str, Tensor]:
+        """Detached numbers of the last call; made when they are asked for."""
+        each = [{name: whole(part).mean() * by for name, (part, by) in numbers.items()} for numbers in self._numbers]
+        return {name: _mean([numbers[name] for numbers in each]) for name in (each[0] if each else ())}
 
     def _beta(self, logit_scale: Tensor | float | None) -> Tensor | None:
         """Return β as a scalar tensor where it is learnt or given, else None."""
@@ -230,20 +256,19 @@ class ContrastiveLoss(nn.Module, ABC):
         return {"loss": type(self).__name__, **own}
 
     @abstractmethod
-    def _weigh(self, contrast: Contrast, scores: Scores, encode: CheckedEncode | None) -> Weights:
-        """Choose the weights of one direction; called without gradient.
+    def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
+        """Be ready to choose the weights of one direction; called without gradient, on all ranks alike.
 
         Args:
             contrast: what is contrasted with what.
-            scores: how it compares.
+            temperature: 1 / β.
             encode: the caller's, for ids of the columns' side; checked.
         """
 
     def _remember(self, writes: list[Callable[[], None]]) -> None:
         """Write what is to be remembered of all directions; not called in evaluation mode."""
-        with torch.no_grad():
-            for write in writes:
-                write()
+        for write in writes:
+            write()
 
     def extra_repr(self) -> str:
         """Show the settings."""
@@ -252,14 +277,17 @@ class ContrastiveLoss(nn.Module, ABC):
         return ", ".join([*shown, f"positive_weight={self.positive_weight}"])
 
 
-class _Part(NamedTuple):
-    """What one direction gives: the loss's value, a scalar that has its gradient, its slope in β."""
+_Number = tuple[Sequence[Tensor], float | Tensor]
+"""Parts of a tensor (…), and what its mean is to be multiplied by."""
+
+
+class _Direction(NamedTuple):
+    """What one direction gives: the loss's value, its gradient at each tensor that has one, of the mean of both."""
 
     value: Tensor
-    surrogate: Tensor
-    slope: Tensor
-    weights: Weights
-    last: dict[str, Tensor]
+    gradients: list[tuple[Tensor, Tensor]]
+    write: Callable[[], None] | None
+    numbers: dict[str, _Number]
 
 
 def _mean(numbers: list[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_emc2.unit import unit_vectors
 from torch_emc2.validation import Towers
 
-__all__ = ["CheckedEncode", "DifferentiableOnce", "Encode", "checked_encoders", "keep_out_of_graphs", "refuse_tracing"]
+__all__ = ["CheckedEncode", "Encode", "checked_encoders", "keep_out_of_graphs", "refuse_tracing"]
 
 Encode = Callable[[Tensor], Tensor]
 """``encode(ids)``: embeddings (k, d) of the samples (or views) ``ids`` (k,) with today's weights, with gradient.
@@ -85,19 +85,3 @@ def refuse_tracing(loss: nn.Module) -> None:
             "a loss cannot be part of what nn.DataParallel copies to each device: wrap the encoder alone, or use "
             "DistributedDataParallel; no state has changed"
         )
-
-
-class DifferentiableOnce(torch.autograd.Function):
-    """The weights are constants: a second derivative would be wrong, not missing."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor) -> Tensor:
-        """Pass the loss on."""
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """Pass its gradient on, once."""
-        if torch.is_grad_enabled():
-            raise RuntimeError("the loss can be differentiated once: take its gradient without create_graph=True")
-        return gradients[0]

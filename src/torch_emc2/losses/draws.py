@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from torch_emc2.geometry import Contrast
+from torch_emc2.kernels import Draws
+from torch_emc2.kernels.counted import CountedDraws, compiled_kernels
+from torch_emc2.ranks import Ranks
 from torch_emc2.seeds import mix_seed
 
-__all__ = ["BatchDraws"]
+__all__ = ["BatchDraws", "Chances"]
 
-_SETS, _COINS = -1, -2  # places of no block
-_BLOCK = 256  # samples that share a seed: a rank draws the noise of the blocks that hold its samples, and no more
+_ORDER = -1  # place of no block
+_BLOCK = 64  # rows that share a seed: a rank draws the noise of the blocks that hold its rows, and no more
+
+
+class Chances(NamedTuple):
+    """What chance decides for all rows of a batch.
+
+    Attributes:
+        sets: (sets, n) columns of sets of proposals, of one view of every sample each and of all hard negatives, in
+            random order. There are as many sets as views of a sample; which has which is drawn. The order is the same
+            in all.
+        place: (n,) where a sample, or hard negative, is among a set's proposals.
+        keep_in: (rows, chains) set whose end each chain is to keep.
+        keep_view: (local, chains) view whose end it is.
+    """
+
+    sets: Tensor
+    place: Tensor
+    keep_in: Tensor
+    keep_view: Tensor
 
 
 class BatchDraws:
     """What chance decides for one direction of a batch, on each kind of device.
+
+    On the CPU, where numba is installed, all draws are made by compiled loops; equal in law.
 
     Args:
         contrast: the direction; both of two towers draw differently.
@@ -25,51 +50,55 @@ class BatchDraws:
 
     def __init__(self, contrast: Contrast, seed: int, call: int) -> None:
         self._contrast = contrast
-        self._words = (mix_seed(seed, contrast.anchors) if contrast.anchors else seed, call)
-        self._times = 0  # that noise was drawn
+        self._key = mix_seed(mix_seed(seed, contrast.anchors) if contrast.anchors else seed, call)
+        self._device = contrast.rows.device
+        self._kernels = compiled_kernels() if self._device.type == "cpu" else None
+
+    def of(self, rows: slice) -> Draws:
+        """Return the draws of some of this rank's rows."""
+        contrast, dtype = self._contrast, self._contrast.rows.dtype
+        if self._kernels is not None:
+            return CountedDraws(self._kernels, self._key, rows.start, rows.stop - rows.start, contrast.ranks, dtype)
+        return _GeneratedDraws(self._key, rows, contrast.ranks, dtype, self._device)
+
+    def chances(self, num_chains: int) -> Chances:
+        """Draw what all rows share, and each chain's coins."""
+        contrast, ranks = self._contrast, self._contrast.ranks
+        views, coins = contrast.column_views, (contrast.row_views + 1) * ranks.size * num_chains
+        if self._kernels is not None:
+            sets, place, thrown = self._kernels.proposals(self._key, ranks.size, contrast.num_hard, views, coins)
+        else:
+            generator = torch.Generator(self._device).manual_seed(mix_seed(self._key, _ORDER))
+            count = ranks.size + contrast.num_hard
+            order = torch.randperm(count, generator=generator, device=self._device)
+            view = torch.randint(views, (count,), generator=generator, device=self._device)
+            thrown = torch.randint(views, (coins,), generator=generator, device=self._device)
+            view = torch.where(order < ranks.size, view + torch.arange(views, device=self._device)[:, None], views - 1)
+            sets, place = order + view % views * ranks.size, order.argsort()
+        coin_of = ranks.mine(thrown.view(ranks.size, -1, num_chains)).transpose(0, 1)  # (row views + 1, local, chains)
+        return Chances(sets, place, coin_of[:-1].flatten(0, 1), coin_of[-1])
+
+
+class _GeneratedDraws:
+    """Draws of some rows by torch's generator, a block of rows of the whole batch at a time."""
+
+    def __init__(self, key: int, rows: slice, ranks: Ranks, dtype: torch.dtype, device: torch.device) -> None:
+        self._key, self._rows, self._ranks, self._dtype, self._device = key, rows, ranks, dtype, device
+        self._times = 0
 
     def exponential(self, *shape: int) -> Tensor:
-        """Finite Exp(1) draws (rows, \\*shape) for the rows of this rank; each time others."""
-        ranks, rows = self._contrast.ranks, self._contrast.rows
-        first = ranks.start // _BLOCK * _BLOCK
-        last = min(ranks.size, -(-(ranks.start + ranks.local) // _BLOCK) * _BLOCK)
-        noise = torch.empty(self._contrast.row_views, last - first, *shape, dtype=rows.dtype, device=rows.device)
-        generator = torch.Generator(noise.device)
-        again = (self._times,) if self._times else ()
-        for place in range(first, last, _BLOCK):
-            block = noise[:, place - first : place - first + _BLOCK]
-            block.uniform_(generator=generator.manual_seed(mix_seed(*self._words, place, *again)))
+        """Draw finite Exp(1) numbers (rows, \\*shape)."""
+        ranks, rows, drawn = self._ranks, self._rows, []
+        generator = torch.Generator(self._device)
+        for view in range(rows.start // ranks.local, (rows.stop - 1) // ranks.local + 1):
+            before = view * ranks.local  # rows of other views
+            first = max(rows.start - before, 0) + ranks.start
+            last = min(rows.stop - before, ranks.local) + ranks.start
+            blocks = range(first // _BLOCK, -(-last // _BLOCK))
+            noise = torch.empty(len(blocks) * _BLOCK, *shape, dtype=self._dtype, device=self._device)
+            for block, part in zip(blocks, noise.split(_BLOCK), strict=True):
+                part.uniform_(generator=generator.manual_seed(mix_seed(self._key, view, block, self._times)))
+            drawn.append(noise[first - blocks.start * _BLOCK :][: last - first])
         self._times += 1
-        noise.neg_().add_(1).log_().neg_()  # uniform_ draws from [0, 1): 1 - u is never 0, whose logarithm is infinite
-        if ranks.local < last - first:
-            noise = noise[:, ranks.start - first :][:, : ranks.local].contiguous()
-        return noise.flatten(0, 1)
-
-    def proposal_sets(self) -> Tensor:
-        """Columns (sets, n) of sets that hold one view of every sample each and all hard negatives, in random order.
-
-        There are as many sets as views of a sample; which has which is drawn. The order is the same in all.
-        """
-        contrast, size = self._contrast, self._contrast.ranks.size
-        views, count = contrast.column_views, size + contrast.num_hard
-        generator = self._generator(_SETS)
-        place = torch.randperm(count, generator=generator, device=contrast.rows.device)
-        view = torch.randint(views, (count,), generator=generator, device=contrast.rows.device)
-        in_set = torch.arange(views, device=contrast.rows.device)[:, None]
-        sets = place + (view + in_set) % views * size
-        if contrast.num_hard:
-            sets = torch.where(place < size, sets, place + (views - 1) * size)
-        return sets
-
-    def coins(self, num_chains: int) -> Tensor:
-        """Throws from 0 to views - 1, int64 (views + 1, local, num_chains), for each chain of this rank's samples.
-
-        One for each of its views and one more.
-        """
-        contrast, views = self._contrast, self._contrast.column_views
-        shape = contrast.ranks.size, views + 1, num_chains
-        coins = torch.randint(views, shape, generator=self._generator(_COINS), device=contrast.rows.device)
-        return contrast.ranks.mine(coins).transpose(0, 1)
-
-    def _generator(self, place: int) -> torch.Generator:
-        return torch.Generator(self._contrast.rows.device).manual_seed(mix_seed(*self._words, place))
+        noise = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        return noise.neg_().add_(1).log_().neg_()  # uniform_ draws from [0, 1): 1 - u is never 0

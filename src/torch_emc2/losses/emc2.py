@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
-from torch_emc2.kernels import KERNELS, Kernel, Visit
+from torch_emc2.kernels import KERNELS, Kernel
 from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.chain_memory import ChainMemory
 from torch_emc2.losses.draws import BatchDraws
-from torch_emc2.losses.met import encode_met
 from torch_emc2.losses.settings import NumSamples, PositiveWeight, require_int
 from torch_emc2.losses.stateful import StatefulLoss
-from torch_emc2.losses.weighting import Scores, Weights
+from torch_emc2.losses.visiting import Visiting, Way
+from torch_emc2.losses.weighting import Weighing
 from torch_emc2.memory.chains import EMPTY, ChainTable
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
@@ -120,89 +118,14 @@ class EMC2Loss(StatefulLoss):
         own = {name: getattr(self, name) for name in ("kernel", "num_chains", "carry", "seed")}
         return {**super()._alike(), **own}
 
-    def _weigh(self, contrast: Contrast, scores: Scores, encode: CheckedEncode | None) -> Weights:
+    def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
         if encode is None and self.carry in ("encode", "encode_if_used"):
             given = "encode=fn" if self.towers == 1 else "encode=(encode_x, encode_y)"
             raise ValueError(f'carry="{self.carry}" needs encode: loss(x, y, index, {given}) with fn(ids) -> (k, d)')
-        side, draws = self.sides[contrast.anchors], BatchDraws(contrast, self.seed, self._calls)
-        slots = side.slots.find(contrast.chain_ids)
-        carried_by_all = side.chains.ids.read(slots).long()  # as every rank sees it
-        carried = contrast.to_rows(carried_by_all)  # (rows, chains)
-        carried = carried.masked_fill(contrast.known_own(carried), EMPTY)  # no negative any more
-        empty = carried == EMPTY
-        at_positive = scores.log_positive[:, None] - math.log(contrast.column_views)  # which is in each set
-        met = None
-        if self.carry == "encode":
-            met = encode_met(contrast, carried, ~empty, bool((carried_by_all != EMPTY).any()), encode)
-        elif self.carry == "cache":
-            met = self.sides[contrast.candidates].recall(carried, contrast.rows)
-        score = at_positive
-        if met is not None:
-            score = met.similarities(contrast.rows) / scores.temperature
-        elif side.chains.similarities is not None:
-            score = contrast.to_rows(side.chains.similarities.read(slots)).to(scores.logits.dtype) / scores.temperature
-        score = torch.where(empty, at_positive, score)
-
-        sets, coins = draws.proposal_sets(), draws.coins(self.num_chains)
-        proposals = self._proposals(contrast, scores, at_positive)
-        keep_in = coins[: contrast.row_views].flatten(0, 1)
-        own_place = contrast.own_place(sets) if self.positive_weight else None
-        visit = Visit(proposals[:, sets], score, keep_in, carried, *contrast.proposal_ids(sets), own_place)
-        move = self.kernel.move(visit, draws)
-        end = torch.where(move.state < 0, -1, sets[move.kept_in, move.state])  # the column, or -1 for the carried one
-        score = torch.where(end < 0, score, scores.logits.gather(1, end.clamp(min=0)))
-
-        weights = torch.zeros_like(proposals).index_add_(1, sets.flatten(), move.weights.flatten(1))
-        at_carried, w_pos = move.carried_weights, None
-        if self.positive_weight:
-            w_pos = weights.gather(1, contrast.own_columns).sum(1) + (at_carried * empty).mean(1)
-            weights.scatter_(1, contrast.own_columns, 0.0)
-            at_carried = at_carried.masked_fill(empty, 0.0)
-        if self.carry == "encode_if_used":
-            used = at_carried > 0
-            met = encode_met(contrast, carried, used, contrast.ranks.anywhere(bool(used.any())), encode)
-            if met is not None:  # a score that stayed as it was could hold its chain for ever
-                score = torch.where((end < 0) & used, met.similarities(contrast.rows) / scores.temperature, score)
-        write = None
-        if self.training:
-            ends = torch.where(end < 0, carried, contrast.ids_at(end.clamp(min=0)))
-            write = self._writing(contrast, ends, score * scores.temperature, coins[-1])
-        last = {"acceptance": move.acceptance, "carried_share": at_carried.sum() / carried.numel()}
-        term = None if met is None else met.weighed(at_carried / self.num_chains)
-        return Weights(weights, w_pos, carried=term, write=write, last=last)
-
-    def _proposals(self, contrast: Contrast, scores: Scores, at_positive: Tensor) -> Tensor:
-        """Log scores of the columns as proposals: hard negatives and, in its own sample's place, the positive are in
-        each set, of which the others are in one.
-        """
-        logits = scores.logits
-        if contrast.num_hard and contrast.column_views > 1:
-            logits = logits.clone()
-            logits[:, contrast.column_views * contrast.ranks.size :] -= math.log(contrast.column_views)
-        if self.positive_weight:
-            logits = logits.scatter(1, contrast.own_columns, at_positive.expand(-1, contrast.column_views))
-        return logits
-
-    def _writing(self, contrast: Contrast, ends: Tensor, similarities: Tensor, coins: Tensor) -> Callable[[], None]:
-        """Be ready to write where the chains ended, ids and similarities (rows, chains).
-
-        Of a shared chain the end in the view that ``coins`` (local, chains) say is kept.
-        """
-        if contrast.shared_chains:
-            ends, similarities = (
-                rows.view(contrast.row_views, *coins.shape).gather(0, coins[None])[0] for rows in (ends, similarities)
-            )
-        side, ranks = self.sides[contrast.anchors], contrast.ranks
-        kept = None if side.chains.similarities is None else ranks.gather_rows(similarities)
-        writes = [side.moving(contrast.chain_ids, ranks.gather_rows(ends), kept, contrast.first_anchors)]
-        if self.carry == "cache":
-            writes.append(self.sides[contrast.candidates].caching(*contrast.items()))
-
-        def write_all() -> None:
-            for write in writes:
-                write()
-
-        return write_all
+        way = Way(self.kernel, self.num_chains, self.carry, self.positive_weight != 0, self.training)
+        anchors, candidates = self.sides[contrast.anchors], self.sides[contrast.candidates]
+        draws = BatchDraws(contrast, self.seed, self._calls)
+        return Visiting(contrast, anchors, candidates, way, draws, temperature, encode)
 
     def _check_sides(self, saved: Sequence[dict[str, Any]]) -> None:
         for anchors, candidates in zip(saved, reversed(saved), strict=True):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
 from torch_emc2.losses.base import ContrastiveLoss
 from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.settings import NumSamples, PositiveWeight
-from torch_emc2.losses.weighting import Scores, Weights
+from torch_emc2.losses.weighting import Scores, Weighing, Weights
+from torch_emc2.rows import Rows
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 
@@ -47,10 +49,17 @@ class InfoNCELoss(ContrastiveLoss):
             temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
         )
 
-    def _weigh(self, contrast: Contrast, scores: Scores, encode: CheckedEncode | None) -> Weights:
+    def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
+        return _Softmax(contrast)
+
+
+class _Softmax(Weighing):
+    """Softmax over a row's negatives and its positive."""
+
+    def weigh(self, rows: Rows, scores: Scores) -> Weights:
         log_total = torch.logaddexp(scores.log_mass, scores.log_positive)
         return Weights(
-            negatives=scores.logits.sub_(log_total[:, None]).exp_(),
+            negatives=scores.relative_to(log_total),
             positive=(scores.log_positive - log_total).exp(),
             value=log_total - scores.positive.mean,
         )

@@ -14,8 +14,9 @@ from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.draws import BatchDraws
 from torch_emc2.losses.settings import PositiveWeight, require_int
 from torch_emc2.losses.stateful import Memory, StatefulLoss
-from torch_emc2.losses.weighting import Carried, Scores, Weights, log_sum_exp
+from torch_emc2.losses.weighting import Carried, Conclusion, Scores, Weighing, Weights
 from torch_emc2.memory.tables import SampleTable
+from torch_emc2.rows import Rows, parts
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 
@@ -85,35 +86,61 @@ class NegativeCacheLoss(StatefulLoss):
         own = {name: getattr(self, name) for name in ("dim", "refresh_fraction", "views_per_sample", "seed")}
         return {**super()._alike(), **own}
 
-    def _weigh(self, contrast: Contrast, scores: Scores, encode: CheckedEncode | None) -> Weights:
-        rows, cache = contrast.rows, self.sides[contrast.candidates]
-        if rows.shape[1] != self.dim:
+    def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
+        if contrast.rows.shape[1] != self.dim:
             raise ValueError(
-                f"the cache holds embeddings of dim={self.dim}, the batch has {rows.shape[1]}: no state has changed; "
-                "build the loss with the dim of the encoder's output"
+                f"the cache holds embeddings of dim={self.dim}, the batch has {contrast.rows.shape[1]}: no state has "
+                "changed; build the loss with the dim of the encoder's output"
             )
         own_ids = contrast.row_views > 1 and not contrast.shared_chains
         if own_ids and contrast.row_views > self.views_per_sample:
             raise ValueError(f"{contrast.row_views} views of a sample: build the loss with as many views_per_sample")
-        fresh, written = self._fresh(contrast, cache, encode)
-        if bool((written < 0).all()):
+        return _DrawnFromCache(self, contrast, encode)
+
+    def _position(self) -> dict[str, Any]:
+        return {**super()._position(), "seed": self.seed}
+
+    def _take_position(self, state: dict[str, Any]) -> None:
+        super()._take_position(state)
+        self.seed = state["seed"]
+
+
+class _DrawnFromCache(Weighing):
+    """All of a row's weight but the positive's is at one draw from the cache, as it will be after this batch.
+
+    Args:
+        loss: whose cache it is.
+        contrast: the direction.
+        encode: the caller's.
+    """
+
+    def __init__(self, loss: NegativeCacheLoss, contrast: Contrast, encode: CheckedEncode | None) -> None:
+        super().__init__(contrast)
+        self.loss, self.cache, self.encode = loss, loss.sides[contrast.candidates], encode
+        self.draws = BatchDraws(contrast, loss.seed, loss._calls)
+        self.fresh, self.written = self._fresh()
+        if bool((self.written < 0).all()):
             raise ValueError("the cache is empty: train before you evaluate, or load a state")
-        logits = rows @ cache.embeddings.data.to(rows).T  # (rows, num_samples)
-        for ids, embeddings in fresh:
-            logits.index_copy_(1, ids, rows @ embeddings.to(rows).T)
-        logits.div_(scores.temperature).masked_fill_((written < 0) | self._own_entries(contrast), -torch.inf)
-        num_cached = (logits > -torch.inf).sum(1)
-        if contrast.ranks.anywhere(bool((num_cached == 0).any())):
+        lacking = any(bool(self._no_entries(rows).all(1).any()) for rows in parts(contrast))
+        if contrast.ranks.anywhere(lacking):
             raise ValueError("the cache has no entry of another sample for some row: train on more samples first")
+
+    def weigh(self, rows: Rows, scores: Scores) -> Weights:
+        vectors, contrast = rows.vectors, self.contrast
+        logits = vectors @ self.cache.embeddings.data.to(vectors).T  # (rows, num_samples)
+        for ids, embeddings in self.fresh:
+            logits.index_copy_(1, ids, vectors @ embeddings.to(vectors).T)
+        logits.div_(scores.temperature).masked_fill_(self._no_entries(rows), -torch.inf)
+        num_cached = (logits > -torch.inf).sum(1)
         # A row's n negatives in the batch stand for all that is cached; hard ones and the positive count beside those.
-        log_scale = num_cached.to(logits.dtype).log() - contrast.log_num_negatives
+        log_scale = num_cached.to(logits.dtype).log() - rows.log_num_negatives
         num_columns = contrast.column_views * contrast.ranks.size
         everything = torch.cat([logits, scores.logits[:, num_columns:] + log_scale[:, None]], 1)
-        globally = self.positive_weight == "global"
+        globally = self.loss.positive_weight == "global"
         log_positive = scores.positive.log_mass if globally else scores.log_positive + log_scale
-        w_pos = (log_positive - torch.logaddexp(log_positive, log_sum_exp(everything))).exp()
+        w_pos = (log_positive - torch.logaddexp(log_positive, everything.logsumexp(1))).exp()
 
-        noise = BatchDraws(contrast, self.seed, self._calls).exponential(everything.shape[1])
+        noise = self.draws.of(rows.span).exponential(everything.shape[1])
         drawn = (everything - noise.clamp_(min=2**-25).log_()).argmax(1)  # Gumbel; 0 would draw masked
         cached = drawn < logits.shape[1]
         weight = (1 - w_pos)[:, None]
@@ -123,73 +150,69 @@ class NegativeCacheLoss(StatefulLoss):
             negatives.scatter_(1, column, weight.masked_fill(cached[:, None], 0.0))
             weight = weight.masked_fill(~cached[:, None], 0.0)
             drawn = torch.where(cached, drawn, logits.argmax(1))
-        if encode is not None:
+        return Weights(negatives, w_pos, kept=(drawn, weight))
+
+    def conclude(self, kept: tuple[Tensor, ...]) -> Conclusion:
+        drawn, weight = kept
+        if self.encode is not None:
             again, place = torch.unique(drawn, return_inverse=True)
-            with contrast.ranks.together():
-                encoded = encode(again)
-            carried = Carried(encoded[place][:, None], weight, encoded, place[:, None])
+            with self.contrast.ranks.together():
+                encoded = self.encode(again)
+            carried = Carried(encoded.detach()[place][:, None], weight, encoded, place[:, None])
         else:
-            carried = Carried(cache.read(drawn, fresh).to(rows.dtype)[:, None], weight)
+            carried = Carried(self.cache.read(drawn, self.fresh).to(weight)[:, None], weight)
 
         def write() -> None:
-            for ids, embeddings in fresh:
-                cache.write(ids, embeddings, self._calls)
+            for ids, embeddings in self.fresh:
+                self.cache.write(ids, embeddings, self.loss._calls)
 
-        last = {"cached_share": (written >= 0).float().mean()}
-        return Weights(negatives, w_pos, carried=carried, write=write, last=last)
+        write_if = write if self.loss.training else None
+        return Conclusion(carried, write_if, {"cached_share": (self.written >= 0).float()})
 
-    def _own_entries(self, contrast: Contrast) -> Tensor:
-        """(rows, num_samples) entries of the row's own sample, and of what is known to be its own."""
-        size = self.sizes[contrast.candidates]
-        assert size is not None
+    def _no_entries(self, rows: Rows) -> Tensor:
+        """(rows, num_samples) entries that are empty, of the row's own sample, or known to be its own."""
+        contrast = self.contrast
         assert contrast.candidate_ids is not None
-        entries = torch.arange(size, device=contrast.rows.device)
-        views = self.views_per_sample if contrast.candidate_ids.ndim == 2 else 1
-        own = entries // views == contrast.partner_ids[:, None] // views
-        if contrast.known is not None:
-            known = entries == contrast.item_ids[:, None]
-            own = own | (contrast.known.to(contrast.rows.dtype) @ known.to(contrast.rows.dtype) > 0)
-        return own
+        entries = torch.arange(len(self.written), device=contrast.rows.device)
+        views = self.loss.views_per_sample if contrast.candidate_ids.ndim == 2 else 1
+        none = (self.written < 0) | (entries // views == contrast.partner_ids[rows.span, None] // views)
+        if rows.relations is not None:
+            of_item = rows.relations.related.repeat(1, len(contrast.item_ids) // contrast.ranks.size)
+            own = torch.zeros(none.shape, device=none.device).index_add_(1, contrast.item_ids, of_item.float())
+            none = none | (own > 0)
+        return none
 
-    def _fresh(
-        self, contrast: Contrast, cache: _Cache, encode: CheckedEncode | None
-    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    def _fresh(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Choose what to write: the batch's embeddings, then the oldest entries' encoded anew, in this order.
 
         Returns ids and embeddings of each, and the call (num_samples,) at which each entry will have been written.
         """
-        written = cache.written.data.to(contrast.rows.device, copy=True)
-        if not self.training:
+        contrast, call = self.contrast, self.loss._calls
+        written = self.cache.written.data.to(contrast.rows.device, copy=True)
+        if not self.loss.training:
             return [], written
-        dtype, ranks = cache.embeddings.data.dtype, contrast.ranks
+        dtype, ranks = self.cache.embeddings.data.dtype, contrast.ranks
         ids = contrast.item_ids
-        embeddings = contrast.columns[: len(ids)].to(dtype)
+        embeddings = contrast.columns.detach()[: len(ids)].to(dtype)
         if (first := contrast.first_candidates) is not None:
             ids, embeddings = ids[first], embeddings[first]
         fresh = [(ids, embeddings)]
-        written[ids] = self._calls
-        count = math.ceil(self.refresh_fraction * len(written))
-        if encode is not None and count:
+        written[ids] = call
+        count = math.ceil(self.loss.refresh_fraction * len(written))
+        if self.encode is not None and count:
             by_age = written * len(written) + torch.arange(len(written), device=written.device)  # no ties: ranks agree
             by_age.masked_fill_(written == _FORGOTTEN, torch.iinfo(by_age.dtype).max)
             oldest = by_age.topk(count, largest=False).indices
             oldest = oldest[written[oldest] != _FORGOTTEN]
-            parts = oldest.tensor_split(ranks.world_size)  # each is encoded once: there may be dropout
-            mine = parts[ranks.rank]
+            shares = oldest.tensor_split(ranks.world_size)  # each is encoded once: there may be dropout
+            mine = shares[ranks.rank]
             embeddings = contrast.rows.new_empty(0, contrast.rows.shape[1])
             if len(oldest):
                 with ranks.together():
-                    embeddings = encode(contrast.some_ids(mine), gradient=False)[: len(mine)]
-            fresh.append((oldest, ranks.gather(embeddings.to(dtype), tuple(len(part) for part in parts))))
-            written[oldest] = self._calls
+                    embeddings = self.encode(contrast.some_ids(mine), gradient=False)[: len(mine)]
+            fresh.append((oldest, ranks.gather(embeddings.to(dtype), tuple(len(share) for share in shares))))
+            written[oldest] = call
         return fresh, written
-
-    def _position(self) -> dict[str, Any]:
-        return {**super()._position(), "seed": self.seed}
-
-    def _take_position(self, state: dict[str, Any]) -> None:
-        super()._take_position(state)
-        self.seed = state["seed"]
 
 
 class _Cache(Memory):

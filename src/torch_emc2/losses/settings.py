@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from torch_emc2.geometry import Contrast
+from torch_emc2.rows import Rows
 from torch_emc2.validation import Towers
 
 __all__ = [
@@ -60,10 +60,10 @@ def require_positive_weight(value: Any, sizes: Sequence[int | None]) -> Positive
     return float(value)
 
 
-def log_positive_weight(value: PositiveWeight, contrast: Contrast, sizes: Sequence[int | None]) -> float | Tensor:
+def log_positive_weight(value: PositiveWeight, rows: Rows, sizes: Sequence[int | None]) -> float | Tensor:
     """Return log κ: a number, or (rows,) where rows differ in how many negatives they have."""
     if value != "global":
         return math.log(value) if value > 0 else -math.inf
-    size = sizes[contrast.candidates]
+    size = sizes[rows.contrast.candidates]
     assert size is not None
-    return contrast.log_num_negatives - math.log(contrast.negatives_in_data(size))
+    return rows.log_num_negatives - math.log(rows.contrast.negatives_in_data(size))

@@ -15,9 +15,10 @@ from torch_emc2.geometry import Contrast
 from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.settings import NumSamples, PositiveWeight, require_int
 from torch_emc2.losses.stateful import Memory, StatefulLoss
-from torch_emc2.losses.weighting import Scores, Weights
+from torch_emc2.losses.weighting import Conclusion, Scores, Weighing, Weights
 from torch_emc2.memory.slots import Slots
 from torch_emc2.memory.tables import SampleTable
+from torch_emc2.rows import Rows
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 
@@ -102,30 +103,13 @@ class SogCLRLoss(StatefulLoss):
     def _alike(self) -> dict[str, object]:
         return {**super()._alike(), "gamma": self._gamma}
 
-    def _weigh(self, contrast: Contrast, scores: Scores, encode: CheckedEncode | None) -> Weights:
-        averages, ids = self.sides[contrast.anchors], contrast.chain_ids
+    def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
+        averages = self.sides[contrast.anchors]
         views = averages.log_u.data.shape[1]
         if contrast.shared_chains and contrast.row_views != views:
             raise ValueError(f"{contrast.row_views} views share an id: build the loss with views={contrast.row_views}")
-        slots = averages.slots.place(ids) if self.training else averages.slots.find(ids)
-        entry = averages.log_u.read(slots).to(scores.log_mass.dtype)  # a number a view, or of one alone the first
-        before = contrast.ranks.my_rows(entry.T.flatten() if contrast.shared_chains else entry[:, 0])
-
-        log_g = torch.logaddexp(scores.log_mass, scores.log_positive) - contrast.log_num_negatives
-        log_u = math.log(gamma := self._gamma) + log_g
-        if gamma < 1:
-            before = torch.where(before == -torch.inf, log_g, before)
-            log_u = torch.logaddexp(log_u, math.log1p(-gamma) + before)
-        write = None
-        if self.training:
-            after = contrast.ranks.gather_rows(log_u)
-            after = after.view(views, -1).T if contrast.shared_chains else torch.cat([after[:, None], entry[:, 1:]], 1)
-            write = averages.writing(ids, slots, after, contrast.first_anchors)
-        log_total = log_u + contrast.log_num_negatives
-        return Weights(
-            negatives=scores.logits.sub_(log_total[:, None]).exp_(),
-            positive=(scores.log_positive - log_total).exp() if self.positive_weight else None,
-            write=write,
+        return _Averaged(
+            contrast, averages, self._gamma, weighs_positive=self.positive_weight != 0, writes=self.training
         )
 
     def _position(self) -> dict[str, Any]:
@@ -144,6 +128,54 @@ class SogCLRLoss(StatefulLoss):
                 f"{self._number():g}: build the loss with the temperature it was saved with"
             )
         super()._take_position(state)
+
+
+class _Averaged(Weighing):
+    """A row's masses, relative to the moving average of their sum.
+
+    Args:
+        contrast: the direction.
+        averages: of its anchors.
+        gamma: share of this batch in the average.
+        weighs_positive: whether the positive has a mass.
+        writes: whether the averages are to be remembered.
+    """
+
+    def __init__(
+        self, contrast: Contrast, averages: _Averages, gamma: float, *, weighs_positive: bool, writes: bool
+    ) -> None:
+        super().__init__(contrast)
+        self.averages, self.gamma, self.weighs_positive, self.writes = averages, gamma, weighs_positive, writes
+        ids = contrast.chain_ids
+        self.slots = averages.slots.place(ids) if writes else averages.slots.find(ids)
+        # A number a view, or of one alone the first.
+        self.entry = averages.log_u.read(self.slots).to(contrast.rows.dtype)
+        self.before = contrast.ranks.my_rows(self.entry.T.flatten() if contrast.shared_chains else self.entry[:, 0])
+
+    def weigh(self, rows: Rows, scores: Scores) -> Weights:
+        before = self.before[rows.span]
+        log_g = torch.logaddexp(scores.log_mass, scores.log_positive) - rows.log_num_negatives
+        log_u = math.log(self.gamma) + log_g
+        if self.gamma < 1:
+            before = torch.where(before == -torch.inf, log_g, before)
+            log_u = torch.logaddexp(log_u, math.log1p(-self.gamma) + before)
+        log_total = log_u + rows.log_num_negatives
+        return Weights(
+            negatives=scores.relative_to(log_total),
+            positive=(scores.log_positive - log_total).exp() if self.weighs_positive else None,
+            kept=(log_u,),
+        )
+
+    def conclude(self, kept: tuple[Tensor, ...]) -> Conclusion:
+        if not self.writes:
+            return Conclusion()
+        contrast, averages, entry = self.contrast, self.averages, self.entry
+        after = contrast.ranks.gather_rows(kept[0])
+        if contrast.shared_chains:
+            after = after.view(entry.shape[1], -1).T
+        else:
+            after = torch.cat([after[:, None], entry[:, 1:]], 1)
+        return Conclusion(write=averages.writing(contrast.chain_ids, self.slots, after, contrast.first_anchors))
 
 
 class _Averages(Memory):

@@ -1,0 +1,450 @@
+"""The moves of both kernels, compiled for the CPU by numba: one pass over memory each, chance included.
+
+A random number is a function of a key and a counter: whoever has both draws alike. The counter goes through the
+finaliser "lowbias32" of Wellons, keyed before and between its rounds. A row of the batch has a key of its own, mixed
+from that of the call by splitmix64's finaliser.
+
+Metropolis: about every third proposal is accepted and none predictably, so a branch a step would cost more than all
+else. So many rows walk in step, in the lanes of vector instructions: once forward, which finds what is accepted, and
+once backward, which adds up the time from each acceptance to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Thread
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_emc2.kernels.base import EMPTY, Move, Visit
+
+__all__ = ["counters", "draw", "isir", "metropolis", "proposals"]
+
+_WORTH_A_THREAD = 1 << 17  # steps
+_LANES = 64
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function, once and for all where numba finds a folder that it may write."""
+
+    def compile_(function: Callable[..., Any]) -> Any:
+        settings = {"nogil": True, "error_model": "numpy", **options}
+        try:
+            return numba.njit(cache=True, **settings)(function)
+        except RuntimeError:
+            return numba.njit(**settings)(function)
+
+    return compile_
+
+
+@_compiled(inline="always")
+def _bits(counter: Any, low: Any, high: Any) -> Any:
+    """32 random bits of a key in two halves."""
+    h = np.uint32(np.uint32(counter) * np.uint32(0x9E3779B1)) ^ low
+    h = np.uint32((h ^ np.uint32(h >> np.uint32(16))) * np.uint32(0x21F0AAAD))
+    h = np.uint32(h ^ np.uint32(h >> np.uint32(15)) ^ high)
+    h = np.uint32(h * np.uint32(0x735A2D97))
+    return np.uint32(h ^ np.uint32(h >> np.uint32(15)))
+
+
+@_compiled(inline="always")
+def _exponential(counter: Any, low: Any, high: Any) -> Any:
+    """An Exp(1) number, float32: -log u by u's exponent and a polynomial of its mantissa, within 1e-6."""
+    scaled = np.float32(np.int32(np.uint32(_bits(counter, low, high) >> np.uint32(1)))) + np.float32(0.5)  # u · 2^31
+    raw = np.float32(scaled).view(np.int32)
+    exponent = np.int32((raw >> np.int32(23)) - np.int32(127 + 31))
+    t = np.float32(np.int32(raw & np.int32(0x7FFFFF))) * np.float32(2.0**-23)  # mantissa less 1
+    p = np.float32(-0.0064535442)
+    p = p * t + np.float32(0.0360884937)
+    p = p * t + np.float32(-0.0953293897)
+    p = p * t + np.float32(0.1676540711)
+    p = p * t + np.float32(-0.2407338084)
+    p = p * t + np.float32(0.3317990258)
+    p = p * t + np.float32(-0.4998741238)
+    p = p * t + np.float32(0.9999964239)
+    return max(-(np.float32(exponent) * np.float32(0.6931471806) + p * t), np.float32(0.0))
+
+
+@_compiled()
+def _mixed(key: Any, row: Any) -> Any:
+    """Key of a row of the whole batch, or of another purpose."""
+    state = np.uint64(key) + np.uint64(row + 1) * np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+@_compiled()
+def _halves(key: Any) -> Any:
+    return np.uint32(key & np.uint64(0xFFFFFFFF)), np.uint32(key >> np.uint64(32))
+
+
+@_compiled()
+def _below(limit: Any, counter: Any, key: Any) -> Any:
+    """A whole number from 0 to ``limit`` - 1."""
+    low, high = _halves(key)
+    return np.int64((np.uint64(_bits(counter, low, high)) * np.uint64(limit)) >> np.uint64(32))
+
+
+@_compiled(fastmath={"contract", "nsz"})
+def _fill(out: Any, key: Any) -> None:
+    low, high = _halves(key)
+    for k in range(out.size):
+        out[k] = _exponential(np.uint32(k), low, high)
+
+
+@_compiled()
+def _key_of(counters: Any, row: Any) -> Any:
+    """Key of this rank's row number ``row``: that of its number in the whole batch, view by view."""
+    first, local, start, size = (
+        np.int64(counters[1]),
+        np.int64(counters[2]),
+        np.int64(counters[3]),
+        np.int64(counters[4]),
+    )
+    row += first
+    return _mixed(counters[0], row // local * size + start + row % local)
+
+
+@_compiled()
+def _draw(counters: Any, out: Any) -> None:
+    for row in range(len(out)):
+        _fill(out[row], _key_of(counters, row))
+
+
+@_compiled(fastmath={"contract", "nsz"})
+def _accept(x: Any, counter: Any, low: Any, high: Any, at: Any, hit: Any) -> None:
+    """Walk in each lane, a row, over its proposals ``x`` (n, lanes), n a multiple of 4: ``hit`` says which it accepts."""
+    n, lanes = hit.shape
+    for k in range(0, n, 4):
+        number = np.uint32(counter + k)
+        for lane in range(lanes):
+            now, lo, hi = at[lane], low[lane], high[lane]
+            first = x[k, lane] + _exponential(number, lo, hi) > now
+            now = x[k, lane] if first else now
+            second = x[k + 1, lane] + _exponential(np.uint32(number + np.uint32(1)), lo, hi) > now
+            now = x[k + 1, lane] if second else now
+            third = x[k + 2, lane] + _exponential(np.uint32(number + np.uint32(2)), lo, hi) > now
+            now = x[k + 2, lane] if third else now
+            fourth = x[k + 3, lane] + _exponential(np.uint32(number + np.uint32(3)), lo, hi) > now
+            at[lane] = x[k + 3, lane] if fourth else now
+            hit[k, lane], hit[k + 1, lane], hit[k + 2, lane], hit[k + 3, lane] = first, second, third, fourth
+
+
+@_compiled()
+def _spend(hit: Any, clock: Any, after: Any, spent: Any) -> None:
+    """Add to ``spent`` (n, lanes) the time from each acceptance to the next; ``after`` is left at the first one's."""
+    n, lanes = hit.shape
+    number = after.dtype.type  # a whole number times a float32 would be a float64
+    for k in range(n - 4, -1, -4):
+        for lane in range(lanes):
+            then = after[lane]
+            fourth = number(hit[k + 3, lane]) * (then - clock[k + 3, lane])
+            then -= fourth
+            third = number(hit[k + 2, lane]) * (then - clock[k + 2, lane])
+            then -= third
+            second = number(hit[k + 1, lane]) * (then - clock[k + 1, lane])
+            then -= second
+            first = number(hit[k, lane]) * (then - clock[k, lane])
+            after[lane] = then - first
+            spent[k + 3, lane] += fourth
+            spent[k + 2, lane] += third
+            spent[k + 1, lane] += second
+            spent[k, lane] += first
+
+
+@_compiled()
+def _count_steps(scores: Any, s: Any, first: Any, count: Any) -> None:
+    zero, one = count.dtype.type(0), count.dtype.type(1)
+    count[:] = zero
+    for k in range(scores.shape[1]):
+        for lane in range(count.size):
+            count[lane] += one if scores[s, k, first + lane] > -np.inf else zero
+
+
+@_compiled()
+def _wind(x: Any, burnt: Any, clock: Any, now: Any) -> None:
+    """Count the counted steps before each, and in ``now`` all: the first ``burnt`` are not."""
+    n, lanes = clock.shape
+    zero, one = now.dtype.type(0), now.dtype.type(1)
+    for lane in range(lanes):
+        now[lane] = -burnt[lane]
+    for k in range(n):
+        for lane in range(lanes):
+            clock[k, lane] = max(now[lane], zero)
+            now[lane] += one if x[k, lane] > -np.inf else zero
+
+
+@_compiled()
+def _read(scores: Any, s: Any, first: Any, x: Any) -> None:
+    lanes = x.shape[1]
+    for k in range(scores.shape[1]):
+        for lane in range(lanes):
+            x[k, lane] = scores[s, k, first + lane]
+
+
+@_compiled()
+def _write(spent: Any, share: Any, weights: Any, s: Any, first: Any) -> None:
+    lanes = spent.shape[1]
+    for k in range(weights.shape[1]):
+        for lane in range(lanes):
+            weights[s, k, first + lane] = spent[k, lane] * share[lane]
+
+
+@_compiled()
+def _count(hit: Any) -> Any:
+    total = 0
+    for k in range(len(hit)):
+        for lane in range(hit.shape[1]):
+            total += hit[k, lane]
+    return total
+
+
+@_compiled()
+def _walk(
+    log_scores: Any, carried_score: Any, keep_in: Any, counters: Any, burn_in: Any,
+    weights: Any, carried_weights: Any, state: Any, tally: Any, begin: Any, end: Any,
+) -> None:  # fmt: skip
+    num_sets, n = log_scores.shape[:2]
+    num_chains, kind, padded = carried_score.shape[1], log_scores.dtype, (n + 3) // 4 * 4
+    for first in range(begin, end, _LANES):
+        lanes = min(_LANES, end - first)
+        low, high = np.empty(lanes, np.uint32), np.empty(lanes, np.uint32)
+        for lane in range(lanes):
+            low[lane], high[lane] = _halves(_key_of(counters, first + lane))
+        x, clock, spent = (
+            np.full((padded, lanes), -np.inf, kind),
+            np.empty((padded, lanes), kind),
+            np.empty((padded, lanes), kind),
+        )
+        hit = np.empty((padded, lanes), np.uint8)
+        at, after, stop, share = (
+            np.empty(lanes, kind),
+            np.empty(lanes, kind),
+            np.empty(lanes, kind),
+            np.empty(lanes, kind),
+        )
+        burnt = np.empty((num_sets, lanes), kind)
+        share[:] = 0
+        for s in range(num_sets):
+            _count_steps(log_scores, s, first, stop)
+            for lane in range(lanes):
+                burnt[s, lane] = np.floor(burn_in * stop[lane])
+                share[lane] += stop[lane] - burnt[s, lane]
+                tally[1] += np.int64(stop[lane]) * num_chains
+        for lane in range(lanes):
+            share[lane] = 1 / (share[lane] * num_chains)
+        for s in range(num_sets):
+            _read(log_scores, s, first, x)
+            _wind(x, burnt[s], clock, stop)
+            spent[:] = 0
+            for chain in range(num_chains):
+                at[:], after[:] = carried_score[first : first + lanes, chain], stop
+                _accept(x, (s * num_chains + chain) * n, low, high, at, hit)
+                _spend(hit, clock, after, spent)
+                tally[0] += _count(hit)
+                for lane in range(lanes):
+                    carried_weights[first + lane, chain] += after[lane] * share[lane] * num_chains
+                    if keep_in[first + lane, chain] == s:
+                        last = n - 1
+                        while last >= 0 and not hit[last, lane]:
+                            last -= 1
+                        state[first + lane, chain] = last
+            _write(spent, share, weights, s, first)
+
+
+@_compiled()
+def _holds(ids: Any, one: Any) -> Any:
+    found = 0
+    for k in range(ids.size):
+        found += ids[k] == one
+    return found > 0
+
+
+@_compiled()
+def _add_up(masses: Any, s: Any, first: Any, total: Any) -> None:
+    """Sum the masses of a set in each lane, a row."""
+    for lane in range(total.size):
+        total[lane] = 0
+    for k in range(masses.shape[1]):
+        for lane in range(total.size):
+            total[lane] += masses[s, k, first + lane]
+
+
+@_compiled()
+def _scale(masses: Any, s: Any, first: Any, factor: Any) -> None:
+    for k in range(masses.shape[1]):
+        for lane in range(factor.size):
+            masses[s, k, first + lane] *= factor[lane]
+
+
+@_compiled()
+def _place(masses: Any, s: Any, first: Any, beyond: Any, reached: Any, place: Any) -> None:
+    """In each lane, the first mass with which the sum of all up to it reaches ``beyond``."""
+    for lane in range(place.size):
+        reached[lane] = 0
+        place[lane] = 0
+    for k in range(masses.shape[1]):
+        for lane in range(place.size):
+            reached[lane] += masses[s, k, first + lane]
+        for lane in range(place.size):
+            place[lane] += np.int32(1) if reached[lane] < beyond[lane] else np.int32(0)
+
+
+@_compiled()
+def _resample(
+    masses: Any, peak: Any, carried_score: Any, keep_in: Any, carried_ids: Any, shared_ids: Any, own_ids: Any,
+    counters: Any, carried_weights: Any, state: Any, kept_in: Any, begin: Any, end: Any,
+) -> None:  # fmt: skip
+    num_sets, n = masses.shape[:2]
+    num_chains, kind = carried_score.shape[1], masses.dtype
+    noise, inside = np.empty(2 * num_chains, np.float32), np.empty(num_sets, np.bool_)
+    for first in range(begin, end, _LANES):
+        lanes = min(_LANES, end - first)
+        mass, factor = np.empty((num_sets, lanes), kind), np.zeros((num_sets, lanes), kind)
+        beyond = np.full((num_chains, num_sets, lanes), -np.inf).astype(kind)
+        reached, place = np.empty(lanes, kind), np.empty(lanes, np.int32)
+        for s in range(num_sets):
+            _add_up(masses, s, first, mass[s])
+        for lane in range(lanes):
+            row = first + lane
+            _fill(noise, _key_of(counters, row))
+            for chain in range(num_chains):
+                one, count = carried_ids[row, chain], 0
+                of_row = one == EMPTY or (own_ids.shape[1] > 0 and _holds(own_ids[row], one))
+                for s in range(num_sets):
+                    inside[s] = of_row or _holds(shared_ids[s], one)
+                    count += inside[s]
+                all_sets = count == 0
+                count = num_sets if all_sets else count
+                number = keep_in[row, chain] % count  # of a candidate: those are all, or so few that each is as good
+                rank = 0  # a sample's chains draw from different parts of (0, 1], in random order
+                for other in range(num_chains):
+                    theirs, own = noise[num_chains + other], noise[num_chains + chain]
+                    rank += theirs < own or (theirs == own and other < chain)
+                uniform = (np.exp(-np.float64(noise[chain])) + rank) / num_chains
+                for s in range(num_sets):
+                    if not (all_sets or inside[s]):
+                        continue
+                    score = -np.inf if inside[s] else carried_score[row, chain]
+                    stays = 1 / (1 + np.exp(np.log(np.float64(mass[s, lane])) + peak[s, row] - score))
+                    factor[s, lane] += (1 - stays) / mass[s, lane] / (count * num_chains)
+                    carried_weights[row, chain] += stays / count
+                    if number == 0:
+                        kept_in[row, chain], state[row, chain] = s, -1
+                        if uniform > stays:
+                            beyond[chain, s, lane] = (uniform - stays) / (1 - stays) * mass[s, lane]
+                    number -= 1
+        for chain in range(num_chains):
+            for s in range(num_sets):
+                _place(masses, s, first, beyond[chain, s], reached, place)
+                for lane in range(lanes):
+                    if beyond[chain, s, lane] >= 0:
+                        chosen = np.int64(place[lane])
+                        while chosen == n or masses[s, chosen, first + lane] == 0:  # by rounding, beyond them all
+                            chosen -= 1
+                        state[first + lane, chain] = chosen
+        for s in range(num_sets):
+            _scale(masses, s, first, factor[s])
+
+
+def counters(key: int, first: int, local: int, start: int, size: int) -> Any:
+    """What rows draw from: the call's key, the first one's number among this rank's, and where those lie in the batch."""
+    return np.array((key, first, local, start, size), np.uint64)
+
+
+@_compiled()
+def _shuffle(key: Any, size: Any, sets: Any, place: Any, coins: Any) -> None:
+    views, count = sets.shape
+    order = sets[0]
+    for k in range(count):
+        swap = _below(k + 1, 2 * k, key)
+        order[k] = order[swap]
+        order[swap] = k
+    for k in range(count):
+        one = order[k]
+        place[one] = k
+        view = _below(views, 2 * k + 1, key)
+        for s in range(views):
+            sets[s, k] = one + (view + s) % views * size if one < size else one + (views - 1) * size
+    key = _mixed(key, 0)
+    for k in range(len(coins)):
+        coins[k] = _below(views, k, key)
+
+
+def proposals(key: int, size: int, num_hard: int, views: int, coins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The sets and places of `torch_emc2.losses.draws.Chances`, and ``coins`` draws of a view."""
+    count = size + num_hard
+    sets, place = torch.empty(views, count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
+    thrown = torch.empty(coins, dtype=torch.int64)
+    _shuffle(np.uint64(key), size, sets.numpy(), place.numpy(), thrown.numpy())
+    return sets, place, thrown
+
+
+def draw(counters: Any, rows: int, count: int) -> Tensor:
+    """Exp(1) numbers (rows, count), float32, of `CountedDraws.counters`."""
+    out = torch.empty(rows, count)
+    _draw(counters, out.numpy())
+    return out
+
+
+def metropolis(visit: Visit, counters: Any, burn_in: float) -> Move:
+    """The move of `torch_emc2.kernels.Metropolis`, where the positive is no state."""
+    log_scores, (rows, chains) = _by_row_last(visit.log_scores), visit.carried_score.shape
+    weights, carried_weights = torch.empty_like(log_scores), log_scores.new_zeros(rows, chains)
+    state, tally = torch.empty(rows, chains, dtype=torch.int64), np.zeros(2, np.int64)
+    given = *_arrays(log_scores, visit.carried_score, visit.keep_in), counters, burn_in
+    _in_threads(_walk, (*given, *_arrays(weights, carried_weights, state)), (tally,), rows, log_scores.numel() * chains)
+    acceptance = weights.new_tensor(tally[0] / tally[1])
+    return Move(weights.permute(2, 0, 1), carried_weights, state, visit.keep_in, acceptance)
+
+
+def isir(visit: Visit, counters: Any) -> Move:
+    """The move of `torch_emc2.kernels.Isir`."""
+    rows, chains = visit.carried_score.shape
+    log_scores = _by_row_last(visit.log_scores)
+    peak = log_scores.amax(1)
+    weights = (log_scores - peak[:, None]).exp_()
+    carried_weights = weights.new_zeros(rows, chains)
+    state, kept_in = torch.empty(2, rows, chains, dtype=torch.int64)
+    own_ids = visit.carried_ids[:, :0] if visit.own_ids is None else visit.own_ids
+    given = weights, peak, visit.carried_score, visit.keep_in, visit.carried_ids, visit.shared_ids, own_ids
+    arrays = *_arrays(*given), counters, *_arrays(carried_weights, state, kept_in)
+    _in_threads(_resample, arrays, (), rows, weights.numel())
+    return Move(weights.permute(2, 0, 1), carried_weights, state, kept_in, 1 - carried_weights.mean())
+
+
+def _by_row_last(scores: Tensor) -> Tensor:
+    """(rows, sets, n) as (sets, n, rows), which is how similarities lie in memory."""
+    return scores.permute(1, 2, 0).contiguous()
+
+
+def _arrays(*tensors: Tensor) -> Any:
+    return (tensor.contiguous().numpy() for tensor in tensors)
+
+
+def _in_threads(
+    function: Callable[..., None], arguments: tuple[Any, ...], sums: tuple[Any, ...], rows: int, steps: int
+) -> None:
+    """Call it on all rows; where that is worth it, on parts of them in as many threads as torch has."""
+    count = min(torch.get_num_threads(), steps // _WORTH_A_THREAD, rows)
+    if count < 2:
+        function(*arguments, *sums, 0, rows)
+        return
+    edges = [rows * number // count for number in range(count + 1)]
+    shares = [tuple(np.zeros_like(each) for each in sums) for _ in range(count)]
+    threads = [
+        Thread(target=function, args=(*arguments, *share, begin, end))
+        for share, begin, end in zip(shares, edges, edges[1:], strict=False)
+    ]
+    for thread in threads[1:]:
+        thread.start()
+    threads[0].run()
+    for thread in threads[1:]:
+        thread.join()
+    for number, total in enumerate(sums):
+        total += sum(share[number] for share in shares)

@@ -1,0 +1,55 @@
+"""Draws as a function of counters, so that a compiled loop can make them where it uses them."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_emc2.ranks import Ranks
+from torch_emc2.seeds import mix_seed
+
+__all__ = ["CountedDraws", "compiled_kernels"]
+
+
+@cache
+def compiled_kernels() -> ModuleType | None:
+    """Import the compiled moves when they are first needed; None without numba, which is optional."""
+    try:
+        from torch_emc2.kernels import _compiled
+    except ImportError:
+        return None
+    return _compiled
+
+
+class CountedDraws:
+    """Draws of some rows of a batch on the CPU; see `Draws`.
+
+    Args:
+        kernels: the compiled moves, which draw for themselves.
+        key: 64 bits, of the call.
+        first: number of the first row, among this rank's.
+        rows: how many.
+        ranks: how the batch is spread.
+        dtype: of what is drawn.
+    """
+
+    def __init__(self, kernels: ModuleType, key: int, first: int, rows: int, ranks: Ranks, dtype: torch.dtype) -> None:
+        self.kernels = kernels
+        self._key, self._place = key, (first, ranks.local, ranks.start, ranks.size)
+        self._rows, self._dtype = rows, dtype
+        self._times = 0
+
+    def counters(self) -> Any:
+        """What a compiled move makes the next draws from, in the place of `exponential`."""
+        self._times += 1
+        return self.kernels.counters(mix_seed(self._key, self._times), *self._place)
+
+    def exponential(self, *shape: int) -> Tensor:
+        """Draw Exp(1) numbers (rows, \\*shape)."""
+        drawn: Tensor = self.kernels.draw(self.counters(), self._rows, math.prod(shape))
+        return drawn.to(self._dtype).view(self._rows, *shape)

@@ -1,0 +1,157 @@
+"""A visit: every row's chains meet the batch, and where they spend it are the weights of its negatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_emc2.geometry import Contrast
+from torch_emc2.kernels import EMPTY, Kernel, Visit
+from torch_emc2.losses.calling import CheckedEncode
+from torch_emc2.losses.chain_memory import ChainMemory
+from torch_emc2.losses.draws import BatchDraws
+from torch_emc2.losses.met import Met, encode_met
+from torch_emc2.losses.proposals import Proposals
+from torch_emc2.losses.weighting import Conclusion, Scores, Weighing, Weights
+from torch_emc2.rows import Rows, known_own
+
+__all__ = ["Visiting", "Way"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a loss's chains are to be moved.
+
+    Attributes:
+        kernel: that moves them.
+        num_chains: chains a sample.
+        carry: who supplies carried negatives' embeddings; see `EMC2Loss`.
+        weighs_positive: whether the positive is a state.
+        writes: whether the chains' ends are to be remembered.
+    """
+
+    kernel: Kernel
+    num_chains: int
+    carry: str
+    weighs_positive: bool
+    writes: bool
+
+
+class Visiting(Weighing):
+    """One direction's visit.
+
+    Args:
+        contrast: the direction.
+        anchors: memory of the side whose chains are moved.
+        candidates: memory of the side of the negatives.
+        way: how they are moved.
+        draws: what chance decides.
+        temperature: 1 / β.
+        encode: the caller's.
+    """
+
+    def __init__(
+        self,
+        contrast: Contrast,
+        anchors: ChainMemory,
+        candidates: ChainMemory,
+        way: Way,
+        draws: BatchDraws,
+        temperature: float | Tensor,
+        encode: CheckedEncode | None,
+    ) -> None:
+        self.anchors, self.candidates, self.way, self.draws = anchors, candidates, way, draws
+        self.temperature, self.encode = temperature, encode
+        self.chances = draws.chances(way.num_chains)
+        self.proposals = Proposals(contrast, self.chances)
+        super().__init__(contrast := self.proposals.contrast)
+
+        slots = anchors.slots.find(contrast.chain_ids)
+        carried_by_all = anchors.chains.ids.read(slots).long()  # as every rank sees it
+        carried = contrast.to_rows(carried_by_all)
+        self.carried = carried.masked_fill_(known_own(contrast, carried), EMPTY)  # no negative any more
+        self.empty = self.carried == EMPTY
+        self.met: Met | None = None
+        self.similarity: Tensor | None = None  # (rows, chains) of what is carried
+        if way.carry == "encode":
+            anywhere = bool((carried_by_all != EMPTY).any())
+            self.met = encode_met(contrast, self.carried, ~self.empty, anywhere, encode)
+        elif way.carry == "cache":
+            self.met = candidates.recall(self.carried, contrast.rows)
+        if self.met is not None:
+            self.similarity = self.met.similarities(contrast.rows.detach())
+        elif anchors.chains.similarities is not None:
+            self.similarity = contrast.to_rows(anchors.chains.similarities.read(slots)).to(contrast.rows.dtype)
+
+    def weigh(self, rows: Rows, scores: Scores) -> Weights:
+        span, proposals = rows.span, self.proposals
+        carried, empty = self.carried[span], self.empty[span]
+        at_positive = scores.log_positive[:, None] - math.log(self.contrast.column_views)  # which is in each set
+        score = at_positive.expand_as(carried)
+        if self.similarity is not None:
+            score = torch.where(empty, at_positive, self.similarity[span] / self.temperature)
+        log_scores, own_place = proposals.log_scores(scores.logits), None
+        if self.way.weighs_positive:
+            own_place = proposals.own_place(rows)
+            at = own_place[:, None, None].expand(-1, log_scores.shape[1], 1)
+            log_scores = log_scores.scatter(2, at, at_positive[:, :, None].expand_as(at))
+        own_ids, keep_in = rows.own_proposal_ids, self.chances.keep_in[span]
+        visit = Visit(log_scores, score, keep_in, carried, proposals.ids, own_ids, own_place)
+        move = self.way.kernel.move(visit, self.draws.of(span))
+
+        weights, at_carried, w_pos = proposals.to_columns(move.weights, scores.logits), move.carried_weights, None
+        if self.way.weighs_positive:
+            w_pos = weights.gather(1, rows.own_columns).sum(1) + (at_carried * empty).mean(1)
+            weights.scatter_(1, rows.own_columns, 0.0)
+            at_carried = at_carried.masked_fill(empty, 0.0)
+        stays = move.state < 0
+        end = proposals.column(move.kept_in, move.state).masked_fill_(stays, 0)
+        ends = torch.where(stays, carried, rows.ids_at(end))
+        kept = ends, at_carried, move.acceptance.expand(len(carried))
+        if self.anchors.chains.similarities is not None:
+            kept = *kept, stays, torch.where(stays, score, scores.logits.gather(1, end)) * self.temperature
+        return Weights(weights, w_pos, kept=kept)
+
+    def conclude(self, kept: tuple[Tensor, ...]) -> Conclusion:
+        ends, at_carried, acceptance, *stored = kept
+        similarity = stored[1] if stored else None
+        met, contrast = self.met, self.contrast
+        if self.way.carry == "encode_if_used":
+            used = at_carried > 0
+            met = encode_met(contrast, self.carried, used, contrast.ranks.anywhere(bool(used.any())), self.encode)
+            if met is not None:  # a score that stayed as it was could hold its chain for ever
+                assert similarity is not None
+                similarity = torch.where(stored[0] & used, met.similarities(contrast.rows.detach()), similarity)
+        carried = None if met is None else met.weighed(at_carried / self.way.num_chains)
+        return Conclusion(
+            carried,
+            self._writing(ends, similarity) if self.way.writes else None,
+            {"acceptance": acceptance, "carried_share": at_carried},
+        )
+
+    def _writing(self, ends: Tensor, similarity: Tensor | None) -> Callable[[], None]:
+        """Be ready to write where the chains ended, id and similarity (rows, chains).
+
+        Of a shared chain the end in the view is kept that was drawn.
+        """
+        contrast, keep_view = self.contrast, self.chances.keep_view
+
+        def of_samples(rows: Tensor) -> Tensor:
+            if contrast.shared_chains:
+                rows = rows.view(contrast.row_views, *keep_view.shape).gather(0, keep_view[None])[0]
+            return contrast.ranks.gather_rows(rows)
+
+        kept = None if similarity is None else of_samples(similarity)
+        writes = [self.anchors.moving(contrast.chain_ids, of_samples(ends), kept, contrast.first_anchors)]
+        if self.way.carry == "cache":
+            writes.append(self.candidates.caching(*contrast.items()))
+
+        def write_all() -> None:
+            for write in writes:
+                write()
+
+        return write_all

@@ -1,0 +1,107 @@
+"""The one weighted sum of similarities that all estimators share, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_emc2.geometry import Contrast
+from torch_emc2.losses.weighting import Carried, Weights
+from torch_emc2.rows import Positive, Rows
+
+__all__ = ["WeightedSum", "with_gradients"]
+
+
+class WeightedSum:
+    """Σ over rows of [ -(1 - w_pos) s_pos + Σ_j w_j s_j + carried ], some rows at a time.
+
+    Σ_rj W_rj <row_r, column_j> is linear in the rows and in the columns, so its gradients W @ columns and W.T @ rows
+    are formed at once and no similarities are kept for the backward pass. So with what is the row's own, and with
+    carried embeddings.
+    """
+
+    def __init__(self, contrast: Contrast) -> None:
+        self._contrast = contrast
+        self._by_rows: list[Tensor] = []
+        self._by_own: list[Tensor] = []
+        self._by_columns: Tensor | None = None
+        self._carried: Carried | None = None
+
+    def add(self, rows: Rows, positive: Positive, weights: Weights) -> None:
+        """Add some rows, in their order."""
+        minus = rows.positive_weights.neg()
+        if weights.positive is not None:
+            minus.addcmul_(positive.share, weights.positive[:, None])
+        matrix, columns, own = weights.negatives, rows.columns, rows.own
+        matrix.scatter_add_(1, rows.positives, minus)
+        shared = matrix if own is None else matrix[:, : len(columns)]
+        by_rows = shared @ columns
+        if self._by_columns is None:
+            self._by_columns = shared.T @ rows.vectors
+        else:
+            self._by_columns.addmm_(shared.T, rows.vectors)
+        if own is not None:
+            by_rows.add_((matrix[:, None, len(columns) :] @ own)[:, 0])
+            self._by_own.append(matrix[:, len(columns) :, None] * rows.vectors[:, None])
+        self._by_rows.append(by_rows)
+
+    def add_carried(self, carried: Carried) -> None:
+        """Add what all rows meet outside of the batch."""
+        self._carried = carried
+        self.by_rows.add_(torch.bmm(carried.weight[:, None], carried.met)[:, 0])
+
+    @property
+    def by_rows(self) -> Tensor:
+        """(rows, d) the gradient at the rows, of those that are added."""
+        if len(self._by_rows) > 1:
+            self._by_rows = [torch.cat(self._by_rows)]
+        return self._by_rows[0]
+
+    def value(self) -> Tensor:
+        """Return the sum."""
+        return torch.linalg.vecdot(self._contrast.row_vectors, self.by_rows).sum()
+
+    def gradients(self, scale: float | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each tensor that has a gradient with its own, times ``scale``."""
+        contrast, by_rows, by_columns = self._contrast, self.by_rows, self._by_columns
+        assert by_columns is not None
+        if contrast.order is not None:
+            by_columns = torch.empty_like(by_columns).index_copy_(0, contrast.order, by_columns)
+        if contrast.rows is contrast.candidate_vectors:
+            yield contrast.rows, by_columns.add_(by_rows).mul_(scale)
+        else:
+            yield contrast.rows, by_rows * scale
+            yield contrast.candidate_vectors, by_columns.mul_(scale)
+        if contrast.own is not None:
+            yield contrast.own, torch.cat(self._by_own).mul_(scale)
+        carried = self._carried
+        if carried is not None and carried.encoded is not None and carried.place is not None:
+            sent = (carried.weight[:, :, None] * contrast.row_vectors[:, None]).flatten(0, 1)
+            by_encoded = torch.zeros_like(carried.encoded).index_add_(0, carried.place.flatten(), sent)
+            yield carried.encoded, by_encoded.mul_(scale)
+
+
+def with_gradients(value: Tensor, gradients: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return ``value`` with a gradient: given tensors, and what it is at each. It can be differentiated once."""
+    tensors, of_tensors = zip(*gradients, strict=True)
+    joined: Tensor = _WithGradients.apply((value,), *tensors, *of_tensors)
+    return joined
+
+
+class _WithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: tuple[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[len(tensors) // 2 :])
+        return value[0]  # in a tuple it is no input, of which this would be a view
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the weights are constants: a second derivative would be wrong, not missing
+            raise RuntimeError("the loss can be differentiated once: take its gradient without create_graph=True")
+        saved, (outer,) = ctx.saved_tensors, gradients
+        wanted = ctx.needs_input_grad[1 : len(saved) + 1]
+        given = [each * outer if want else None for each, want in zip(saved, wanted, strict=True)]
+        return (None, *given, *[None] * len(saved))

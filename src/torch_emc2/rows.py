@@ -1,0 +1,208 @@
+"""The rows of a contrast, some at a time: what they are compared with, their positives, and what is no negative.
+
+No (rows, columns) matrix is ever whole: memory is that of some rows, whatever the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_emc2.geometry import Contrast
+from torch_emc2.known import NO_ID, Relations, with_further
+
+__all__ = ["Positive", "Rows", "known_own", "parts", "whole"]
+
+_AT_ONCE = {"cpu": 1 << 20}
+_AT_ONCE_ELSEWHERE = 1 << 26
+_FEWEST_ROWS = 128  # fewer would make matrix products slow
+
+
+class Positive(NamedTuple):
+    """The positives of every row.
+
+    Attributes:
+        mean: (rows,) mean of their logits: the positive term.
+        log_mass: (rows,) log Σ exp of their logits.
+        share: (rows, P) of each in that mass.
+    """
+
+    mean: Tensor
+    log_mass: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some of this rank's rows of a contrast. "Row" means one of these in what follows.
+
+    Attributes:
+        contrast: the direction.
+        span: which of its rows.
+    """
+
+    contrast: Contrast
+    span: slice
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Cut these rows out of a tensor (all rows, …)."""
+        return tensor if self.span.stop - self.span.start == len(tensor) else tensor[self.span]
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        """(rows, d) unit vectors, without gradient."""
+        return self.of(self.contrast.row_vectors)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """(C, d) what they are compared with, without gradient."""
+        return self.contrast.columns
+
+    @cached_property
+    def own(self) -> Tensor | None:
+        """(rows, k, d) hard negatives of each row alone, without gradient; or None."""
+        return None if self.contrast.own is None else self.of(self.contrast.own.detach())
+
+    @cached_property
+    def own_columns(self) -> Tensor:
+        """(rows, column views) columns of the row's own sample."""
+        return self.of(self.contrast.layout.own_columns)
+
+    @cached_property
+    def samples(self) -> Tensor:
+        """(rows,) the row's sample in the whole batch."""
+        ranks = self.contrast.ranks
+        rows = torch.arange(self.span.start, self.span.stop, device=self.own_columns.device)
+        return rows % ranks.local + ranks.start
+
+    @cached_property
+    def relations(self) -> Relations | None:
+        """How the rows' samples are related to all."""
+        return None if self.contrast.known is None else self.contrast.known.of(self.samples)
+
+    @cached_property
+    def _positives(self) -> tuple[Tensor, Tensor]:
+        contrast = self.contrast
+        positives, weights = self.of(contrast.layout.positives), self.of(contrast.layout.weights)
+        if self.relations is None or self.relations.further is None:
+            return positives, weights
+        positives, weights = with_further(positives, self._in_columns(self.relations.further), self.own_columns)
+        return positives, weights.to(contrast.rows.dtype)
+
+    @property
+    def positives(self) -> Tensor:
+        """(rows, P) the positives' columns."""
+        return self._positives[0]
+
+    @property
+    def positive_weights(self) -> Tensor:
+        """(rows, P) of each in the positive term, summing to one; zero where a row has fewer than P."""
+        return self._positives[1]
+
+    @cached_property
+    def no_negatives(self) -> Tensor | None:
+        """(rows, C + k) columns that are no negatives, beside ``own_columns``; None for none."""
+        contrast = self.contrast
+        if self.relations is None and not contrast.num_hard:
+            return None
+        hard = [] if contrast.shared_copies is None else [contrast.shared_copies.expand(len(self.vectors), -1)]
+        if contrast.own_copies is not None:
+            hard.append(self.of(contrast.own_copies))
+        if self.relations is None:
+            views = contrast.column_views * contrast.ranks.size
+            nothing = torch.zeros(len(self.vectors), views, dtype=torch.bool, device=self.vectors.device)
+            return torch.cat([nothing, *hard], 1)
+        return torch.cat([self._in_columns(self.relations.excluded), *hard], 1)
+
+    def _in_columns(self, of_samples: Tensor) -> Tensor:
+        """Say of columns, the samples', what is said of samples (rows, size)."""
+        columns, order = of_samples.repeat(1, self.contrast.column_views), self.contrast.order
+        return columns if order is None else columns[:, order[: columns.shape[1]]]
+
+    @cached_property
+    def num_negatives(self) -> int | Tensor:
+        """Negatives of each row: a number, or (rows,)."""
+        none = self.no_negatives
+        if none is None:
+            return len(self.columns) - self.contrast.column_views
+        return none.shape[1] - none.scatter(1, self.own_columns, True).sum(1)
+
+    @cached_property
+    def log_num_negatives(self) -> float | Tensor:
+        """Logarithm of `num_negatives`."""
+        count = self.num_negatives
+        return count.to(self.vectors.dtype).log() if isinstance(count, Tensor) else math.log(count)
+
+    def similarities(self, scale: float | Tensor = 1.0) -> Tensor:
+        """Compare rows and columns, and what is the row's own: (rows, C + k), times ``scale``."""
+        rows = self.vectors * scale
+        shared = (self.columns @ rows.T).T  # a column's similarities are neighbours in memory: chains walk abreast
+        return shared if self.own is None else torch.cat([shared, torch.bmm(self.own, rows[:, :, None])[:, :, 0]], 1)
+
+    def positive(self, logits: Tensor) -> Positive:
+        """Look at the positives among logits (rows, C + k)."""
+        each, weights = logits.gather(1, self.positives), self.positive_weights
+        if each.shape[1] == 1:
+            return Positive(each[:, 0], each[:, 0], weights)
+        log_mass = each.masked_fill(weights == 0, -torch.inf).logsumexp(1)
+        share = (each - log_mass[:, None]).exp_().masked_fill_(weights == 0, 0.0)
+        return Positive((each * weights).sum(1), log_mass, share)
+
+    def mask_(self, logits: Tensor) -> Tensor:
+        """Set to -inf what is no negative in logits (rows, C + k)."""
+        if self.no_negatives is not None:
+            logits.masked_fill_(self.no_negatives, -torch.inf)
+        return logits.scatter_(1, self.own_columns, -torch.inf)
+
+    def known_own(self, ids: Tensor) -> Tensor:
+        """(rows, j) which of candidates' ``ids`` (rows, j) are known to be the row's own, no negatives."""
+        contrast = self.contrast
+        if self.relations is None and contrast.item_ids.shape == (contrast.ranks.size,):
+            return ids == self.of(contrast.partner_ids)[:, None]  # which is never `NO_ID`
+        own = contrast.column_ids[self.own_columns]
+        if self.relations is not None:
+            views = len(contrast.item_ids) // contrast.ranks.size
+            own = torch.cat([own, contrast.item_ids.where(self.relations.related.repeat(1, views), NO_ID)], 1)
+        return (ids[:, :, None] == own[:, None]).any(2) & (ids != NO_ID)
+
+    def ids_at(self, columns: Tensor) -> Tensor:
+        """Return the ids (rows, j) at some of each row's columns; `NO_ID` at its own sample's."""
+        ids, own_ids = self.contrast.column_ids, self.contrast.own_ids
+        if own_ids is None:
+            at = ids[columns]
+        else:
+            own_ids = self.of(own_ids)
+            at = torch.cat([ids.expand(len(columns), -1), own_ids], 1).gather(1, columns)
+        return at.masked_fill_((columns[:, :, None] == self.own_columns[:, None]).any(2), NO_ID)
+
+    @property
+    def own_proposal_ids(self) -> Tensor | None:
+        """(rows, k) ids of the row's own hard negatives, `NO_ID` where there is none or one that is no negative."""
+        own_ids, none = self.contrast.own_ids, self.no_negatives
+        if own_ids is None or none is None:
+            return None
+        return self.of(own_ids).masked_fill(none[:, len(self.columns) :], NO_ID)
+
+
+def parts(contrast: Contrast) -> Iterator[Rows]:
+    """Yield all rows, as many at a time as have similarities that are quick to go through."""
+    at_once = _AT_ONCE.get(contrast.rows.device.type, _AT_ONCE_ELSEWHERE)
+    step = max(_FEWEST_ROWS, at_once // (len(contrast.columns) + contrast.num_hard))
+    for start in range(0, len(contrast.rows), step):
+        yield Rows(contrast, slice(start, min(start + step, len(contrast.rows))))
+
+
+def known_own(contrast: Contrast, ids: Tensor) -> Tensor:
+    """(rows, j) which of candidates' ``ids`` (rows, j), of all rows, are known to be the row's own."""
+    return whole([part.known_own(part.of(ids)) for part in parts(contrast)])
+
+
+def whole(of_parts: Sequence[Tensor]) -> Tensor:
+    """Put tensors (rows, …) of all parts together."""
+    return of_parts[0] if len(of_parts) == 1 else torch.cat([*of_parts])

@@ -1,0 +1,147 @@
+"""The compiled moves against the same moves by tensors, with the same draws; and what they draw."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.test_every_kernel import visits
+from torch_emc2.kernels import EMPTY, Isir, Kernel, Metropolis, Visit
+from torch_emc2.kernels.counted import CountedDraws, compiled_kernels
+from torch_emc2.ranks import Ranks
+
+CPU = torch.device("cpu")
+
+
+def test_the_compiled_moves_are_under_test() -> None:
+    assert compiled_kernels() is not None, "numba is part of the dev extra: without it they are not tested"
+
+
+def counted(rows: int, seed: int, dtype: torch.dtype, *, first: int = 0, ranks: Ranks | None = None) -> CountedDraws:
+    kernels = compiled_kernels()
+    assert kernels is not None
+    return CountedDraws(kernels, seed, first, rows, ranks or Ranks((rows,), 0, CPU), dtype)
+
+
+class ByTensors:
+    """The same draws, of which kernels do not know that they are counted."""
+
+    def __init__(self, draws: CountedDraws) -> None:
+        self.exponential = draws.exponential
+
+
+def check(kernel: Kernel, visit: Visit, seed: int) -> None:
+    rows, dtype = len(visit.log_scores), visit.log_scores.dtype
+    compiled = kernel.move(visit, counted(rows, seed, dtype))
+    move = kernel.move(visit, ByTensors(counted(rows, seed, dtype)))
+    assert torch.equal(compiled.state, move.state)
+    assert torch.equal(compiled.kept_in, move.kept_in)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
+    assert float(compiled.acceptance) == pytest.approx(float(move.acceptance), rel=1e-5, abs=1e-6)
+    for name in ("weights", "carried_weights"):
+        torch.testing.assert_close(getattr(compiled, name), getattr(move, name), **close)
+
+
+@pytest.mark.parametrize("kernel", [Metropolis(), Metropolis(0.0), Metropolis(0.9), Isir()])
+@settings(max_examples=60, deadline=None)
+@given(visit=visits(), seed=st.integers(0, 2**63))
+def test_compiled_moves_are_those_by_tensors(kernel: Kernel, visit: Visit, seed: int) -> None:
+    check(kernel, visit, seed)
+
+
+def batch(rows: int, n: int, chains: int, dtype: torch.dtype, *, column_first: bool) -> Visit:
+    """A visit as a batch makes it: each row has two proposals that are none, and some chains are empty."""
+    generator = torch.Generator().manual_seed(rows * n + chains)
+    scores = torch.randn(2, n, rows, dtype=torch.float64, generator=generator) * 3
+    own = torch.randint(n, (rows,), generator=generator)
+    scores[:, own, torch.arange(rows)] = -torch.inf
+    carried_ids = torch.randint(EMPTY, 4 * n, (rows, chains), generator=generator)
+    carried = torch.randn(rows, chains, dtype=torch.float64, generator=generator) * 3
+    carried[carried_ids == EMPTY] = -torch.inf
+    scores = scores.to(dtype).permute(2, 0, 1)
+    return Visit(
+        scores if column_first else scores.contiguous(),
+        carried.to(dtype),
+        torch.randint(2, (rows, chains), generator=generator),
+        carried_ids,
+        torch.arange(2 * n).view(2, n),
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kernel", [Metropolis(), Isir()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "n", "chains"), [(2, 2, 1), (64, 31, 1), (65, 33, 4), (300, 257, 3)])
+def test_whole_batches(
+    rows: int, n: int, chains: int, dtype: torch.dtype, kernel: Kernel, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for column_first in (False, True):
+        check(kernel, batch(rows, n, chains, dtype, column_first=column_first), seed=n)
+
+
+def draws_of(whole: int, seed: int, ranks: Ranks, first: int, rows: int, shape: tuple[int, ...]) -> Tensor:
+    return counted(rows, seed, torch.float64, first=first, ranks=ranks).exponential(*shape)
+
+
+def test_parts_and_ranks_draw_what_the_whole_draws() -> None:
+    whole = counted(14, 5, torch.float64).exponential(3, 2).view(2, 7, 3, 2)  # two views of seven samples
+    alone = Ranks((7,), 0, CPU)
+    assert torch.equal(draws_of(7, 5, alone, 4, 6, (3, 2)), whole.flatten(0, 1)[4:10])
+    second = draws_of(7, 5, Ranks((3, 4), 1, CPU), 0, 8, (3, 2))
+    assert torch.equal(second.view(2, 4, 3, 2), whole[:, 3:])
+
+
+def test_draws_are_exponential_finite_and_independent() -> None:
+    of_rows = [counted(40, seed, torch.float64) for seed in (0, 1, 2**63)]
+    noise = torch.stack([draws.exponential(5000) for draws in of_rows for _ in range(2)])  # twice: other numbers
+    assert noise.isfinite().all()
+    assert noise.min() >= 0
+    count = noise.numel()
+    assert noise.mean().item() == pytest.approx(1, abs=4 / count**0.5)
+    for far in (0.1, 1.0, 5.0, 9.0):
+        share = math.exp(-far)
+        assert (noise > far).double().mean().item() == pytest.approx(share, abs=4 * (share / count) ** 0.5)
+    rows = noise.flatten(0, 1)
+    correlation = torch.corrcoef(rows) - torch.eye(len(rows), dtype=torch.float64)
+    assert correlation.abs().max() < 5.5 / 5000**0.5
+    neighbours = torch.corrcoef(torch.stack([rows[:, 1:].flatten(), rows[:, :-1].flatten()]))[0, 1]
+    assert abs(float(neighbours)) < 4 / rows.numel() ** 0.5
+    uniform = (-noise.flatten()).exp()
+    counts = torch.histc(uniform, 200, 0, 1)
+    chi2 = float(((counts - count / 200) ** 2 / (count / 200)).sum())
+    assert chi2 < 267  # the 0.999 quantile for 199 degrees of freedom
+
+
+def test_orders_views_and_coins_are_fair() -> None:
+    kernels = compiled_kernels()
+    assert kernels is not None
+    places, views, thrown = torch.zeros(4, 4), torch.zeros(4, 3), torch.zeros(3)
+    times = 6000
+    for key in range(times):
+        sets, place, coins = kernels.proposals(key * 0x9E3779B97F4A7C15 % 2**64, 3, 1, 3, 5)
+        assert sets.shape == (3, 4)
+        sample = torch.where(sets < 9, sets % 3, 3)
+        assert (sample == sample[0]).all()
+        assert torch.equal(sample[0][place], torch.arange(4))
+        assert sorted(sets[:, sample[0] < 3].flatten().tolist()) == list(range(9))
+        assert (sets[:, place[3]] == 9).all()
+        places[torch.arange(4), place] += 1
+        for k in range(3):
+            views[k, sets[0, place[k]] // 3] += 1
+        thrown += torch.bincount(coins, minlength=3)
+    for counts, options in ((places, 4), (views[:3], 3), (thrown[None] / 5, 3)):
+        share = 1 / options
+        assert (counts / times - share).abs().max() < 5 * (share / times) ** 0.5
+
+
+def test_compiles_where_no_folder_may_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    caching = pytest.importorskip("numba.core.caching")
+    compiled = compiled_kernels()
+    assert compiled is not None
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])  # numba's way to look for a place
+    again = compiled._compiled()(compiled._count.py_func)
+    assert again(torch.ones(3, 2, dtype=torch.uint8).numpy()) == 6
