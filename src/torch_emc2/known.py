@@ -77,7 +77,7 @@ class Known:
 
 def _with_same_item(members: Tensor, ids: Tensor) -> Tensor:
     """Add to sets of samples, (n, size) bool, the samples that have an id in common with a member."""
-    items, item_of = ids.view(len(ids), -1).unique(return_inverse=True)
+    items, item_of = torch.unique(ids.view(len(ids), -1), return_inverse=True)
     held = torch.zeros(len(members), len(items), device=ids.device)
     for of_view in item_of.unbind(1):
         held.index_add_(1, of_view, members.to(held.dtype))
@@ -86,7 +86,7 @@ def _with_same_item(members: Tensor, ids: Tensor) -> Tensor:
 
 def later(ids: Tensor) -> Tensor:
     """(size,) which samples have an item of ``ids``, (size,) or (size, views), that one before them has."""
-    items, item_of = ids.view(len(ids), -1).unique(return_inverse=True)
+    items, item_of = torch.unique(ids.view(len(ids), -1), return_inverse=True)
     sample = torch.arange(len(ids), device=ids.device)[:, None].expand_as(item_of)
     first = sample.new_full((len(items),), len(ids)).scatter_reduce_(0, item_of.flatten(), sample.flatten(), "amin")
     return (first[item_of] < sample).any(1)

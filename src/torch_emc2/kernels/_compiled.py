@@ -118,7 +118,7 @@ def _draw(counters: Any, out: Any) -> None:
 
 @_compiled(fastmath={"contract", "nsz"})
 def _accept(x: Any, counter: Any, low: Any, high: Any, at: Any, hit: Any) -> None:
-    """Walk in each lane, a row, over its proposals ``x`` (n, lanes), n a multiple of 4: ``hit`` says which it accepts."""
+    """Walk in each lane, a row, over proposals ``x`` (n, lanes), n a multiple of 4: ``hit`` says which are accepted."""
     n, lanes = hit.shape
     for k in range(0, n, 4):
         number = np.uint32(counter + k)
@@ -222,6 +222,7 @@ def _walk(
             np.empty((padded, lanes), kind),
         )
         hit = np.empty((padded, lanes), np.uint8)
+        # As one array's rows they would not become vectors.
         at, after, stop, share = (
             np.empty(lanes, kind),
             np.empty(lanes, kind),
@@ -353,7 +354,7 @@ def _resample(
 
 
 def counters(key: int, first: int, local: int, start: int, size: int) -> Any:
-    """What rows draw from: the call's key, the first one's number among this rank's, and where those lie in the batch."""
+    """What rows draw from: the call's key, the first one's number among this rank's, where those lie in the batch."""
     return np.array((key, first, local, start, size), np.uint64)
 
 

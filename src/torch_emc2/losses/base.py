@@ -190,7 +190,10 @@ class ContrastiveLoss(nn.Module, ABC):
         """Weigh one direction's negatives, and sum."""
         weighing = self._weighing(contrast, temperature, encode)
         contrast = weighing.contrast
-        total, values, estimates, similarities, kept = WeightedSum(contrast), [], [], [], []
+        total, kept = WeightedSum(contrast), []
+        values: list[Tensor] = []
+        estimates: list[Tensor] = []
+        similarities: list[Tensor] = []
         for rows in parts(contrast):
             logits = rows.similarities(1 / temperature)
             positive = rows.positive(logits)
@@ -207,8 +210,9 @@ class ContrastiveLoss(nn.Module, ABC):
             elif self.positive_weight:
                 value = torch.logaddexp(scores.log_mass, log_positive) - positive.mean - rows.log_num_negatives
             total.add(rows, positive, weights)
-            for so_far, new in ((values, value), (estimates, estimate), (similarities, positive.mean)):
-                so_far.append(new)
+            values.append(value)
+            estimates.append(estimate)
+            similarities.append(positive.mean)
             kept.append(weights.kept)
         conclusion = weighing.conclude(tuple(map(whole, zip(*kept, strict=True))))
         if conclusion.carried is not None:

@@ -96,7 +96,7 @@ class _GeneratedDraws:
             last = min(rows.stop - before, ranks.local) + ranks.start
             blocks = range(first // _BLOCK, -(-last // _BLOCK))
             noise = torch.empty(len(blocks) * _BLOCK, *shape, dtype=self._dtype, device=self._device)
-            for block, part in zip(blocks, noise.split(_BLOCK), strict=True):
+            for block, part in zip(blocks, torch.split(noise, _BLOCK), strict=True):
                 part.uniform_(generator=generator.manual_seed(mix_seed(self._key, view, block, self._times)))
             drawn.append(noise[first - blocks.start * _BLOCK :][: last - first])
         self._times += 1

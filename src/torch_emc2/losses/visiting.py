@@ -88,6 +88,7 @@ class Visiting(Weighing):
             self.similarity = contrast.to_rows(anchors.chains.similarities.read(slots)).to(contrast.rows.dtype)
 
     def weigh(self, rows: Rows, scores: Scores) -> Weights:
+        """Let the rows' chains meet the batch."""
         span, proposals = rows.span, self.proposals
         carried, empty = self.carried[span], self.empty[span]
         at_positive = scores.log_positive[:, None] - math.log(self.contrast.column_views)  # which is in each set
@@ -111,12 +112,13 @@ class Visiting(Weighing):
         stays = move.state < 0
         end = proposals.column(move.kept_in, move.state).masked_fill_(stays, 0)
         ends = torch.where(stays, carried, rows.ids_at(end))
-        kept = ends, at_carried, move.acceptance.expand(len(carried))
+        kept: tuple[Tensor, ...] = ends, at_carried, move.acceptance.expand(len(carried))
         if self.anchors.chains.similarities is not None:
             kept = *kept, stays, torch.where(stays, score, scores.logits.gather(1, end)) * self.temperature
         return Weights(weights, w_pos, kept=kept)
 
     def conclude(self, kept: tuple[Tensor, ...]) -> Conclusion:
+        """Weigh what was carried, and be ready to write where the chains ended."""
         ends, at_carried, acceptance, *stored = kept
         similarity = stored[1] if stored else None
         met, contrast = self.met, self.contrast

@@ -62,7 +62,8 @@ class WeightedSum:
 
     def value(self) -> Tensor:
         """Return the sum."""
-        return torch.linalg.vecdot(self._contrast.row_vectors, self.by_rows).sum()
+        value: Tensor = torch.linalg.vecdot(self._contrast.row_vectors, self.by_rows).sum()
+        return value
 
     def gradients(self, scale: float | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each tensor that has a gradient with its own, times ``scale``."""
