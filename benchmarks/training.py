@@ -124,12 +124,12 @@ class Watch(Profiler):
         self.last = now
 
     def start(self, action_name: str) -> None:
-        if action_name.endswith((".train_dataloader_next", ".backward")):
+        if action_name.endswith((".train_dataloader_next", ".batch_to_device", ".backward")):
             self.mark("the rest")
             self.compared = False
 
     def stop(self, action_name: str) -> None:
-        if action_name.endswith(".train_dataloader_next"):
+        if action_name.endswith((".train_dataloader_next", ".batch_to_device")):
             self.mark("data")
         elif action_name.endswith(".backward"):
             self.mark("encoder")

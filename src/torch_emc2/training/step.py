@@ -49,6 +49,8 @@ class ContrastiveModule(L.LightningModule):
         self.loss = build_loss(config, num_samples)
         self.num_samples = num_samples
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # unreadable images met so far
+        if config.precision == "64-true":
+            self.double()  # Lightning does so after a checkpoint's weights have been loaded, and rounded
 
     def steps_per_epoch(self, world_size: int = 1) -> int:
         """Count the optimiser's steps in an epoch."""
@@ -146,7 +148,7 @@ class ContrastiveModule(L.LightningModule):
         own = self.config.optimizer
         name = {"sgd": "momentum"}.get(own.name, own.name)  # timm's "sgd" is Nesterov's
         # One kernel for all weights. With fp16 it would unscale gradients itself, after they are to be clipped.
-        fused = {"fused": True} if own.name != "lars" and self.config.precision != "16-mixed" else {}
+        fused: dict[str, Any] = {"fused": True} if own.name != "lars" and self.config.precision != "16-mixed" else {}
         optimizer = create_optimizer_v2(
             self.encoder, opt=name, lr=own.lr, weight_decay=own.weight_decay, momentum=own.momentum, **fused
         )
