@@ -6,7 +6,7 @@ The runs take turns, step by step and in random order, so that whatever else the
 rates are medians over steps, ratios the medians of the turns' own. A run's first epoch is not measured: in it all
 chains are empty. ``--set`` gives fields as `emc2 train` takes them. Given several times, each is a run of every method:
 ``--set "" --set "--precision bf16-mixed"`` compares two settings, and the first of them with lightly's. Images of
-STL-10's shape are noise.
+STL-10's shape, and photos, are noise.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import matplotlib
 import numpy as np
 import torch
 from lightning.pytorch.profilers import Profiler
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -54,7 +55,11 @@ METHODS = {
 LIGHTLY = "lightly's SimCLR"
 PARTS = {"data": "C0", "encoder": "0.75", "loss": "C3", "optimiser": "C4", "the rest": "C1"}
 COMMON = "--model.backbone {backbone} --model.norm batch --model.stem standard --optimizer.warmup_epochs 0"
-PRESETS = {"fashion-mnist": "fashion-mnist", "stl10": "stl10-b32"}
+PRESETS = {
+    "fashion-mnist": "fashion-mnist",
+    "stl10": "stl10-b32",
+    "photos": "stl10-b32 --data.name folder:{root}/photos",  # JPEGs of 500 x 375, views of 96 x 96
+}
 
 
 @dataclass
@@ -258,10 +263,17 @@ def measure(rows: dict[str, tuple[str, Config]]) -> dict[str, list[Step]]:
     return {name: steps[name] for name in rows}
 
 
-def noise_as_stl10(root: Path, count: int) -> None:
-    folder = root / "stl10_binary"
-    folder.mkdir()
-    np.random.default_rng(0).integers(0, 256, (count, 3 * 96 * 96), dtype=np.uint8).tofile(folder / "unlabeled_X.bin")
+def noise(data: str, root: Path, count: int) -> None:
+    """Write images of a kind that there is no package of."""
+    generator = np.random.default_rng(0)
+    if data == "stl10":
+        (root / "stl10_binary").mkdir()
+        generator.integers(0, 256, (count, 3 * 96 * 96), np.uint8).tofile(root / "stl10_binary" / "unlabeled_X.bin")
+    elif data == "photos":
+        (root / "photos").mkdir()
+        for i in range(count):
+            coarse = Image.fromarray(generator.integers(0, 256, (47, 63, 3), np.uint8))
+            coarse.resize((500, 375)).save(root / "photos" / f"{i}.jpg", quality=90)
 
 
 def methods(names: list[str], sets: list[str]) -> dict[str, tuple[str, str]]:
@@ -322,7 +334,7 @@ def plot(panels: dict[str, dict[str, list[Step]]], out: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--data", nargs="+", choices=PRESETS, default=["fashion-mnist", "stl10"])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--images", type=int, default=512, help="of an epoch, at least two batches")
     parser.add_argument("--epochs", type=int, default=3, help="that are measured")
@@ -336,7 +348,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {device}, {torch.get_num_threads()} threads")
     rows, panels = methods(args.methods, args.set or [""]), {}
     with TemporaryDirectory() as root:
-        noise_as_stl10(Path(root), max(args.images, 2 * max(args.batch_sizes)))
+        for data in args.data:
+            noise(data, Path(root), max(args.images, 2 * max(args.batch_sizes)))
         for data, size in product(args.data, args.batch_sizes):
             limit = max(args.images, 2 * size)
             words = (
@@ -344,7 +357,7 @@ def main() -> None:
             )
             words += f" --data.limit {limit} --accelerator {args.accelerator} --epochs {1 + args.epochs}"
             configs = {
-                name: (method, read_config(PRESETS[data], shlex.split(f"{words} {METHODS.get(method, '')} {fields}")))
+                name: (method, read_config(preset, shlex.split(f"{words} {METHODS.get(method, '')} {fields}")))
                 for name, (method, fields) in rows.items()
             }
             panels[title := f"{data}, b = {size}"] = steps = measure(configs)

@@ -4,6 +4,7 @@ from torch_emc2.data.batched import BatchedViews
 from torch_emc2.data.check import Check, check_files, shown
 from torch_emc2.data.datasets import Split, open_dataset, open_splits
 from torch_emc2.data.decode import Decoding, decode_image
+from torch_emc2.data.decoded import decoded_once
 from torch_emc2.data.errors import BadImageError, DataError
 from torch_emc2.data.finite import FiniteViews, finite_views
 from torch_emc2.data.folders import Found, ImageFolder, find_images, read_folder
@@ -34,6 +35,7 @@ __all__ = [
     "UndrawnDataset",
     "check_files",
     "decode_image",
+    "decoded_once",
     "evaluation_transform",
     "find_images",
     "finite_views",

@@ -20,6 +20,7 @@ from torch_emc2.data import (
     ImageDataset,
     Undrawn,
     UndrawnDataset,
+    decoded_once,
     finite_views,
     make_loader,
 )
@@ -36,6 +37,10 @@ class ContrastiveData(L.LightningDataModule):
         # Refuses a batch larger than the data, before ranks are launched.
         EpochSampler(len(images), config.batch_size, config.seed, world_size=_least_ranks(config))
         data = config.data
+        if data.decode_once:
+            folder = Path(data.root) / "decoded"
+            workers = data.num_workers
+            images = decoded_once(images, folder=folder, on_bad_image=data.on_bad_image, num_workers=workers)
         self.dataset: ContrastiveDataset | UndrawnDataset | FiniteDataset
         if data.augment == "device":
             self.dataset = UndrawnDataset(
