@@ -352,10 +352,10 @@ def main() -> None:
             noise(data, Path(root), max(args.images, 2 * max(args.batch_sizes)))
         for data, size in product(args.data, args.batch_sizes):
             limit = max(args.images, 2 * size)
-            words = (
-                f"{COMMON.format(backbone=args.backbone)} --data.root {root} --data.num_workers 0 --batch_size {size}"
-            )
-            words += f" --data.limit {limit} --accelerator {args.accelerator} --epochs {1 + args.epochs}"
+            preset, *own = PRESETS[data].format(root=root).split()
+            words = f"{COMMON.format(backbone=args.backbone)} --data.root {root} --data.num_workers 0 {' '.join(own)}"
+            words += f" --data.limit {limit} --batch_size {size} --epochs {1 + args.epochs}"
+            words += f" --accelerator {args.accelerator}"
             configs = {
                 name: (method, read_config(preset, shlex.split(f"{words} {METHODS.get(method, '')} {fields}")))
                 for name, (method, fields) in rows.items()
