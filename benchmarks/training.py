@@ -54,7 +54,10 @@ METHODS = {
 }
 LIGHTLY = "lightly's SimCLR"
 PARTS = {"data": "C0", "encoder": "0.75", "loss": "C3", "optimiser": "C4", "the rest": "C1"}
-COMMON = "--model.backbone {backbone} --model.norm batch --model.stem standard --optimizer.warmup_epochs 0"
+COMMON = (
+    "--model.backbone {backbone} --model.norm batch --model.stem standard --channels_last true "
+    "--optimizer.warmup_epochs 0"
+)
 PRESETS = {
     "fashion-mnist": "fashion-mnist",
     "stl10": "stl10-b32",
@@ -197,6 +200,8 @@ class SimCLR(L.LightningModule):
 
         self.config = config
         self.encoder = build_encoder(config.model, channels, config.data.augmentation.size)
+        if config.channels_last:
+            self.encoder.to(memory_format=torch.channels_last)
         self.loss = NTXentLoss(config.temperature)
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:

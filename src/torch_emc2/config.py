@@ -141,6 +141,8 @@ class Config(_Groups):  # type: ignore[misc]
         epochs: passes over the images.
         seed: of weights, order, views and chains.
         precision: of the encoder, as Lightning names it; similarities are always float32 or better.
+        channels_last: each pixel's channels lie beside one another in the encoder. Rounds differently; faster where there
+            is batch norm (docs/performance.md).
         accelerator: auto, cpu, gpu …, as Lightning names it.
         devices: how many, or auto.
         accumulate: batches a step of the optimiser; its gradient is the mean over them, or over those that are left at
@@ -163,6 +165,7 @@ class Config(_Groups):  # type: ignore[misc]
     epochs: int = 10
     seed: int = 0
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
+    channels_last: bool = False
     accelerator: str = "auto"
     devices: int | Literal["auto"] = 1
     accumulate: int = 1

@@ -319,3 +319,13 @@ def test_a_steps_gradient_is_the_mean_over_its_batches(
         torch.stack(losses).mean().backward()
         by_hand = {name: value.grad for name, value in module.encoder.named_parameters()}
         torch.testing.assert_close(gradients, by_hand)
+
+
+def test_channels_last_computes_the_same(tiny: Config) -> None:
+    module = ContrastiveModule(replace(tiny, channels_last=True), 1, 66)
+    weights = [weight for weight in module.encoder.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
+    assert weights
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    tiny = replace(tiny, precision="64-true")
+    runs = [outcome(train(replace(tiny, channels_last=last, out=f"{tiny.out}-{last}"))) for last in (False, True)]
+    torch.testing.assert_close(runs[0][:3], runs[1][:3], rtol=1e-6, atol=1e-9)

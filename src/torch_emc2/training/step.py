@@ -49,6 +49,8 @@ class ContrastiveModule(L.LightningModule):
         self.loss = build_loss(config, num_samples)
         self.num_samples = num_samples
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # unreadable images met so far
+        if config.channels_last:
+            self.encoder.to(memory_format=torch.channels_last)
         if config.precision == "64-true":
             self.double()  # Lightning does so after a checkpoint's weights have been loaded, and rounded
 
