@@ -141,8 +141,8 @@ class Config(_Groups):  # type: ignore[misc]
         epochs: passes over the images.
         seed: of weights, order, views and chains.
         precision: of the encoder, as Lightning names it; similarities are always float32 or better.
-        channels_last: each pixel's channels lie beside one another in the encoder. Rounds differently; faster where there
-            is batch norm (docs/performance.md).
+        channels_last: each pixel's channels lie beside one another in the encoder. It rounds differently, and is faster
+            where there is batch norm (docs/performance.md).
         accelerator: auto, cpu, gpu …, as Lightning names it.
         devices: how many, or auto.
         accumulate: batches a step of the optimiser; its gradient is the mean over them, or over those that are left at

@@ -38,7 +38,10 @@ def test_a_step_is_the_loss_of_both_views_and_the_carried(
         before = {name: value.clone() for name, value in module.encoder.state_dict().items()}
         memory = module.loss.get_extra_state()
         memory = {**memory, "chains": {name: table.clone() for name, table in memory["chains"].items()}}
-        loss = step(module, batch, batch_idx)
+        encoded: list[int] = []
+        with module.encoder.register_forward_pre_hook(lambda _, images: encoded.append(len(images[0]))):
+            loss = step(module, batch, batch_idx)
+        assert encoded == [2 * len(batch.index) + len(batch.carried)]  # all in one call
         seen.append((batch, loss.detach(), before, memory))
         return loss
 
