@@ -332,3 +332,10 @@ def test_channels_last_computes_the_same(tiny: Config) -> None:
     tiny = replace(tiny, precision="64-true")
     runs = [outcome(train(replace(tiny, channels_last=last, out=f"{tiny.out}-{last}"))) for last in (False, True)]
     torch.testing.assert_close(runs[0][:3], runs[1][:3], rtol=1e-6, atol=1e-9)
+
+
+def test_rows_have_the_numbers_of_their_own_step(tiny: Config) -> None:
+    every, some = (
+        outcome(train(replace(tiny, log_every_steps=steps, out=f"{tiny.out}-{steps}")))[3] for steps in (1, 3)
+    )
+    assert some == [every[2], every[5]]
