@@ -114,8 +114,8 @@ class ContrastiveModule(L.LightningModule):
 
     def _is_logged(self) -> bool:
         """Tell whether anything reads this step's numbers: Lightning takes milliseconds to log them."""
-        due = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        return due or self.trainer.is_last_batch
+        every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        return (self.trainer.global_step + 1) % every == 0 or self.trainer.is_last_batch
 
     def _log_numbers(self) -> None:
         for name, value in self._numbers.items():
