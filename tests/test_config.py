@@ -95,6 +95,10 @@ def test_the_papers_settings() -> None:
         ("seed: -1", r"seed must be at least 0 and below 2\*\*32, got -1"),
         ("model: {out_dim: 0}", "out_dim must be at least 1, got 0"),
         ("data: {finite_views: 1}", "finite_views must be at least 2, or null for none, got 1"),
+        (
+            "data: {finite_views: 2, augment: device}",
+            "finite_views are drawn before training: leave augment at workers",
+        ),
         ("checkpoint_every_steps: 0", "checkpoint_every_steps must be positive, got 0"),
         ("devices: -1", "devices must be at least 1, or auto for all there are, got -1"),
         ("emc2:", "emc2 must be fields and their values, got null"),

@@ -35,6 +35,9 @@ class DataConfig:
         channels: 1 or 3; by default what the data set has.
         limit: pre-train on a random subset of at most this many images.
         augmentation: how the random views are drawn; its size is the encoder's input.
+        decode_once: keep the pixels of images that are in files in one file below root, where its disk has the room.
+        augment: who draws views: the workers, one at a time; or the device that trains, a batch at a time, of images of
+            one size.
         finite_views: views precomputed for every image, stored below root; by default two are drawn anew each time.
         num_workers: processes that read images; results do not depend on it.
         on_bad_image: raise stops at an unreadable image and names it, skip leaves it out and counts it.
@@ -49,6 +52,8 @@ class DataConfig:
     channels: int | None = None
     limit: int | None = None
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(size=28))
+    decode_once: bool = False
+    augment: Literal["workers", "device"] = "workers"
     finite_views: int | None = None
     num_workers: int = 0
     on_bad_image: Literal["raise", "skip"] = "raise"
@@ -67,6 +72,10 @@ class DataConfig:
             raise ValueError(f"num_workers must be from 0 to {_MOST_WORKERS}, got {self.num_workers}")
         if self.finite_views is not None and self.finite_views < 2:
             raise ValueError(f"finite_views must be at least 2, or null for none, got {self.finite_views}")
+        if self.finite_views is not None and self.decode_once:
+            raise ValueError("finite_views are drawn once, and their images decoded once: leave decode_once at false")
+        if self.finite_views is not None and self.augment == "device":
+            raise ValueError("finite_views are drawn before training: leave augment at workers")
         _ = self.decoding  # refuses what it cannot use
 
     @property
@@ -132,6 +141,8 @@ class Config(_Groups):  # type: ignore[misc]
         epochs: passes over the images.
         seed: of weights, order, views and chains.
         precision: of the encoder, as Lightning names it; similarities are always float32 or better.
+        channels_last: each pixel's channels lie beside one another in the encoder. It rounds differently, and is faster
+            where there is batch norm (docs/performance.md).
         accelerator: auto, cpu, gpu …, as Lightning names it.
         devices: how many, or auto.
         accumulate: batches a step of the optimiser; its gradient is the mean over them, or over those that are left at
@@ -154,6 +165,7 @@ class Config(_Groups):  # type: ignore[misc]
     epochs: int = 10
     seed: int = 0
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
+    channels_last: bool = False
     accelerator: str = "auto"
     devices: int | Literal["auto"] = 1
     accumulate: int = 1

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from torch_emc2.data import Augmentation, DataError, evaluation_transform, seeded_view, view_seed, views
-from torch_emc2.data.views import _blurred, _reflected_taps, _shift_hue
+from torch_emc2.data.views import _blurred, reflected_taps, shift_hue
 
 integers = st.integers(0, 2**40)
 
@@ -57,7 +57,7 @@ def test_view_equals_torchvisions(channels, size, settings):
 def test_hue_against_colorsys(color, turn):
     hue, saturation, value = colorsys.rgb_to_hsv(*color)
     expected = torch.tensor(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value), dtype=torch.float64)
-    turned = _shift_hue(torch.tensor(color, dtype=torch.float64).view(3, 1, 1), turn)
+    turned = shift_hue(torch.tensor(color, dtype=torch.float64).view(3, 1, 1), turn)
     torch.testing.assert_close(turned.flatten(), expected, atol=1e-9, rtol=0)
 
 
@@ -66,7 +66,7 @@ def test_hue_against_colorsys(color, turn):
 def test_blur_against_torchvision(size, sigma):
     image, width = torch.rand(3, size, size), max(3, size // 10 | 1)
     expected = tvf.gaussian_blur(image, [width, width], [sigma, sigma])
-    torch.testing.assert_close(_blurred(image, _reflected_taps(size, width), sigma), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(_blurred(image, reflected_taps(size, width), sigma), expected, atol=1e-6, rtol=0)
 
 
 def test_all_off_is_a_resized_crop_alone():

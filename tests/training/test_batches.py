@@ -3,11 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
+from outcomes import assert_same, interrupt, outcome, photos
 from torch_emc2.config import Config
 from torch_emc2.data import open_dataset
-from torch_emc2.training import ContrastiveData
+from torch_emc2.training import ContrastiveData, train
 
 
 def test_data_is_placed_after_the_steps_taken(tiny: Config) -> None:
@@ -25,3 +27,24 @@ def test_data_is_placed_after_the_steps_taken(tiny: Config) -> None:
     assert first != second
     assert batches_after(1) == first[2:]
     assert batches_after(3) == second[2:]
+
+
+def test_views_drawn_on_the_device_go_on_and_do_not_depend_on_workers(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = replace(tiny, data=replace(tiny.data, augment="device"), precision="64-true", checkpoint_every_steps=3)
+    whole = outcome(train(replace(tiny, out=tiny.out + "-whole")))
+    tiny = replace(tiny, data=replace(tiny.data, num_workers=2))
+    interrupt(tiny, 5, monkeypatch)
+    assert_same(outcome(train(tiny, resume=True)), whole)
+
+
+def test_images_decoded_once_are_the_same(tiny: Config, tmp_path: Path) -> None:
+    data = replace(tiny.data, name=photos(tmp_path / "photos", 20), limit=None, root=str(tmp_path), on_bad_image="skip")
+    tiny = replace(tiny, data=data, batch_size=10)
+    each_time = outcome(train(replace(tiny, out=tiny.out + "-each-time")))
+    tiny = replace(tiny, data=replace(data, decode_once=True, num_workers=1))
+    assert_same(outcome(train(tiny)), each_time)
+    assert (tmp_path / "decoded").exists()
+    with pytest.raises(ValueError, match=r"7\.png"):
+        train(replace(tiny, out=tiny.out + "-raise", data=replace(tiny.data, on_bad_image="raise")))

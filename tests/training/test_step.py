@@ -38,7 +38,10 @@ def test_a_step_is_the_loss_of_both_views_and_the_carried(
         before = {name: value.clone() for name, value in module.encoder.state_dict().items()}
         memory = module.loss.get_extra_state()
         memory = {**memory, "chains": {name: table.clone() for name, table in memory["chains"].items()}}
-        loss = step(module, batch, batch_idx)
+        encoded: list[int] = []
+        with module.encoder.register_forward_pre_hook(lambda _, images: encoded.append(len(images[0]))):
+            loss = step(module, batch, batch_idx)
+        assert encoded == [2 * len(batch.index) + len(batch.carried)]  # all in one call
         seen.append((batch, loss.detach(), before, memory))
         return loss
 
@@ -319,3 +322,20 @@ def test_a_steps_gradient_is_the_mean_over_its_batches(
         torch.stack(losses).mean().backward()
         by_hand = {name: value.grad for name, value in module.encoder.named_parameters()}
         torch.testing.assert_close(gradients, by_hand)
+
+
+def test_channels_last_computes_the_same(tiny: Config) -> None:
+    module = ContrastiveModule(replace(tiny, channels_last=True), 1, 66)
+    weights = [weight for weight in module.encoder.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
+    assert weights
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    tiny = replace(tiny, precision="64-true")
+    runs = [outcome(train(replace(tiny, channels_last=last, out=f"{tiny.out}-{last}"))) for last in (False, True)]
+    torch.testing.assert_close(runs[0][:3], runs[1][:3], rtol=1e-6, atol=1e-9)
+
+
+def test_rows_have_the_numbers_of_their_own_step(tiny: Config) -> None:
+    every, some = (
+        outcome(train(replace(tiny, log_every_steps=steps, out=f"{tiny.out}-{steps}")))[3] for steps in (1, 3)
+    )
+    assert some == [every[2], every[5]]

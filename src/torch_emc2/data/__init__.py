@@ -1,13 +1,16 @@
 """Data sets by name, views that can be drawn again, and batches that bring the carried images along."""
 
+from torch_emc2.data.batched import BatchedViews
 from torch_emc2.data.check import Check, check_files, shown
 from torch_emc2.data.datasets import Split, open_dataset, open_splits
 from torch_emc2.data.decode import Decoding, decode_image
+from torch_emc2.data.decoded import decoded_once
 from torch_emc2.data.errors import BadImageError, DataError
 from torch_emc2.data.finite import FiniteViews, finite_views
 from torch_emc2.data.folders import Found, ImageFolder, find_images, read_folder
 from torch_emc2.data.images import ArrayImages, FileImages, ImageDataset, identity
 from torch_emc2.data.loader import Batch, ContrastiveDataset, EpochSampler, FiniteDataset, make_loader
+from torch_emc2.data.undrawn import Undrawn, UndrawnDataset
 from torch_emc2.data.views import Augmentation, evaluation_transform, seeded_view, view_seed
 
 __all__ = [
@@ -15,6 +18,7 @@ __all__ = [
     "Augmentation",
     "BadImageError",
     "Batch",
+    "BatchedViews",
     "Check",
     "ContrastiveDataset",
     "DataError",
@@ -27,8 +31,11 @@ __all__ = [
     "ImageDataset",
     "ImageFolder",
     "Split",
+    "Undrawn",
+    "UndrawnDataset",
     "check_files",
     "decode_image",
+    "decoded_once",
     "evaluation_transform",
     "find_images",
     "finite_views",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -14,13 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from filelock import FileLock  # torch's own dependency
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from torch_emc2.data.errors import BadImageError, DataError
 from torch_emc2.data.images import ImageDataset
+from torch_emc2.data.kept import keep, which
 from torch_emc2.data.views import Augmentation, seeded_view
 from torch_emc2.files import whole_file
 
@@ -105,7 +104,7 @@ def finite_views(
     origin = {
         "data": name,
         "images": len(images),
-        "which": _which(images),
+        "which": which(images),
         "channels": images.channels,
         "augmentation": asdict(augmentation),
         "views": num_views,
@@ -113,31 +112,18 @@ def finite_views(
     }
     if images.decoding is not None:
         origin["decoding"] = asdict(images.decoding)
-    file = folder / f"{hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]}.npy"
     shape = len(images), num_views, images.channels, augmentation.size, augmentation.size
-    views = _open(file, shape)
-    if views is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):  # another process that is making the same is waited for
-            views = _open(file, shape)
-            if views is None:
-                drawn = _Drawn(images, augmentation, num_views, seed, on_bad_image)
-                views = _make(file, shape, drawn, origin, num_workers)
+    drawn = _Drawn(images, augmentation, num_views, seed, on_bad_image)
+    views = keep(
+        folder,
+        origin,
+        ".npy",
+        lambda file: _open(file, shape),
+        lambda file: _make(file, shape, drawn, origin, num_workers),
+    )
     if views.unreadable and on_bad_image == "raise":
         raise BadImageError(next(iter(views.unreadable.values())))
     return views
-
-
-def _which(images: ImageDataset) -> str:
-    digest = hashlib.sha256(images.rows.numpy().tobytes())
-    for i in range(len(images)):
-        if (path := images.path(i)) is not None:
-            try:
-                stat = os.stat(path)
-                digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-            except OSError:
-                digest.update(f"{os.path.abspath(path)}\0\0".encode())  # unreadable, as drawing it will find
-    return digest.hexdigest()
 
 
 def _open(file: Path, shape: Shape) -> FiniteViews | None:

@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from torch_emc2.data.errors import BadImageError, DataError
+from torch_emc2.data.errors import DataError
 from torch_emc2.data.finite import FiniteViews
 from torch_emc2.data.images import ImageDataset
+from torch_emc2.data.reading import CARRIED_VIEW, carried_by, read_all, require_two, shared
 from torch_emc2.data.views import Transform, seeded_view
 from torch_emc2.seeds import mix_seed
 
 __all__ = ["Batch", "ContrastiveDataset", "EpochSampler", "FiniteDataset", "make_loader"]
-
-_CARRIED_VIEW = 2
 
 
 class Batch(NamedTuple):
@@ -67,7 +66,7 @@ class ContrastiveDataset(Dataset[Batch]):
         if on_bad_image not in ("raise", "skip"):
             raise DataError(f"on_bad_image must be 'raise' or 'skip', got {on_bad_image!r}")
         self.images, self.transform, self.seed = images, transform, seed
-        self.carried_ids = _shared(carried_ids, len(images), "image")
+        self.carried_ids = shared(carried_ids, len(images), "image")
         self.on_bad_image = on_bad_image
         blank = torch.zeros(images.channels, 32, 32, dtype=torch.uint8)
         self.view_shape = seeded_view(transform, blank, seed, 0, 0, 0).shape  # (c, s, s)
@@ -81,7 +80,7 @@ class ContrastiveDataset(Dataset[Batch]):
 
     def encode_inputs(self, epoch: int, ids: Tensor) -> Tensor:
         """Return the views (k, c, s, s) of carried samples ``ids`` (k,), as they come in a batch's ``carried``."""
-        return self._stack([self.view(epoch, index, _CARRIED_VIEW) for index in ids.tolist()])
+        return self._stack([self.view(epoch, index, CARRIED_VIEW) for index in ids.tolist()])
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
         """Return the batch of keys (epoch, index), of one epoch.
@@ -91,19 +90,8 @@ class ContrastiveDataset(Dataset[Batch]):
             DataError: fewer than two are readable.
         """
         epoch = keys[0][0]
-        pairs, read, error = [], [], None
-        for _, i in keys:
-            try:
-                pairs.append(self._views(epoch, i, 0, 1))
-                read.append(i)
-            except BadImageError as bad:
-                if self.on_bad_image == "raise":
-                    raise
-                error = bad
-        if error is not None:
-            _require_two(len(read), len(keys), error)
-        index = torch.tensor(read)
-        carried_ids = _carried_by(index, self.carried_ids)
+        index, pairs = read_all(keys, lambda i: self._views(epoch, i, 0, 1), self.on_bad_image)
+        carried_ids = carried_by(index, self.carried_ids)
         return Batch(
             first=self._stack([first for first, _ in pairs]),
             second=self._stack([second for _, second in pairs]),
@@ -139,7 +127,7 @@ class FiniteDataset(Dataset[Batch]):
 
     def __init__(self, views: FiniteViews, *, seed: int, carried_ids: Tensor | None = None) -> None:
         self.views, self.seed = views, seed
-        self.carried_ids = _shared(carried_ids, len(views), "view")
+        self.carried_ids = shared(carried_ids, len(views), "view")
 
     def __len__(self) -> int:
         return self.views.num_samples
@@ -158,9 +146,9 @@ class FiniteDataset(Dataset[Batch]):
         unreadable = self.views.unreadable
         read = [sample for _, sample in keys if sample not in unreadable]
         if len(read) < len(keys):
-            _require_two(len(read), len(keys), next(unreadable[i] for _, i in keys if i in unreadable))
+            require_two(len(read), len(keys), next(unreadable[i] for _, i in keys if i in unreadable))
         index = torch.stack([self._two_of(epoch, sample) for sample in read])
-        carried_ids = _carried_by(index, self.carried_ids)
+        carried_ids = carried_by(index, self.carried_ids)
         return Batch(
             first=self.views.take(index[:, 0]),
             second=self.views.take(index[:, 1]),
@@ -176,27 +164,6 @@ class FiniteDataset(Dataset[Batch]):
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch, sample))
         ids: Tensor = sample * self.views.num_views + torch.randperm(self.views.num_views, generator=generator)[:2]
         return ids
-
-
-def _shared(carried_ids: Tensor | None, count: int, what: str) -> Tensor | None:
-    if carried_ids is not None:
-        if len(carried_ids) != count:
-            raise DataError(f"carried_ids has {len(carried_ids)} rows for {count} {what}s; give it one a {what}")
-        carried_ids.share_memory_()  # type: ignore[no-untyped-call]
-    return carried_ids
-
-
-def _carried_by(index: Tensor, carried_ids: Tensor | None) -> Tensor:
-    if carried_ids is None:
-        return torch.empty(0, dtype=torch.int64)
-    ids = carried_ids[index].long()
-    carried: Tensor = torch.unique(ids[ids >= 0])
-    return carried
-
-
-def _require_two(readable: int, size: int, error: object) -> None:
-    if readable < 2:
-        raise DataError(f"{readable} of the {size} images of a batch can be read, 2 are needed: {error}")
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -250,13 +217,13 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def make_loader(
-    dataset: ContrastiveDataset | FiniteDataset,
+    dataset: Dataset[Any],
     sampler: EpochSampler,
     batch_size: int,
     num_workers: int,
     pin_memory: bool = False,
-) -> DataLoader[Batch]:
-    """Return a loader whose items are `Batch`es; they do not depend on the number of workers.
+) -> DataLoader[Any]:
+    """Return a loader of the data set's batches; they do not depend on the number of workers.
 
     Raises:
         DataError: the batch size is not the sampler's.

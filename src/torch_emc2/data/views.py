@@ -13,7 +13,15 @@ from torchvision.transforms.v2 import functional as tvf
 from torch_emc2.data.errors import DataError
 from torch_emc2.seeds import mix_seed
 
-__all__ = ["Augmentation", "Transform", "evaluation_transform", "seeded_view", "view_seed"]
+__all__ = [
+    "Augmentation",
+    "Transform",
+    "evaluation_transform",
+    "reflected_taps",
+    "seeded_view",
+    "shift_hue",
+    "view_seed",
+]
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -60,6 +68,11 @@ class Augmentation:
         if min(self.jitter) < 0 or self.jitter[3] > 0.5:
             raise DataError(f"jitter must not be negative, and its hue at most 0.5, got {self.jitter}")
 
+    @property
+    def blur_width(self) -> int:
+        """Of the kernel, in pixels."""
+        return max(3, self.size // 10 | 1)
+
     def transform(self) -> Transform:
         """Return what maps uint8 (c, h, w), c of 1 or 3, to a random view: float32 (c, size, size) in [0, 1]."""
         return _RandomView(self)
@@ -72,7 +85,7 @@ class _RandomView:
         self.augmentation = augmentation
         self.crop = v2.RandomResizedCrop(augmentation.size, scale=augmentation.crop_scale)
         self.jitter = v2.ColorJitter(*augmentation.jitter)
-        self.blur_taps = _reflected_taps(augmentation.size, max(3, augmentation.size // 10 | 1))
+        self.blur_taps = reflected_taps(augmentation.size, augmentation.blur_width)
 
     def __call__(self, image: Tensor) -> Tensor:
         a = self.augmentation
@@ -94,7 +107,7 @@ class _RandomView:
             (tvf.adjust_brightness, drawn["brightness_factor"]),
             (tvf.adjust_contrast, drawn["contrast_factor"]),
             (tvf.adjust_saturation, drawn["saturation_factor"]),
-            (_shift_hue, drawn["hue_factor"]),
+            (shift_hue, drawn["hue_factor"]),
         )
         for step in drawn["fn_idx"].tolist():
             adjust, amount = steps[step]
@@ -107,22 +120,21 @@ def _happens(probability: float) -> bool:
     return probability > 0 and torch.rand(()).item() < probability
 
 
-def _shift_hue(image: Tensor, turn: float) -> Tensor:
-    """Turn the hue, in full turns, at equal HSV value and saturation: (3, h, w) to (3, h, w).
+def shift_hue(image: Tensor, turn: float | Tensor) -> Tensor:
+    """Turn the hue, in full turns, at equal HSV value and saturation: (…, 3, h, w) to the same.
 
     Chroma and maximum stay, so HSV itself is not needed; a third of the time of torchvision's.
     """
-    top, low = image.amax(0), image.amin(0)
+    top, low = image.amax(-3, keepdim=True), image.amin(-3, keepdim=True)
     chroma = top - low
-    red, green, blue = image / chroma.clamp_min(1e-12)
-    sixths = torch.where(
-        top == image[0], green - blue, torch.where(top == image[1], blue - red + 2, red - green + 4)
-    )  # of the circle of hues, from red
-    k = (sixths + 6 * turn + torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6
+    red, green, blue = (image / chroma.clamp_min(1e-12)).chunk(3, -3)
+    from_green = torch.where(top == image.narrow(-3, 1, 1), blue - red + 2, red - green + 4)
+    sixths = torch.where(top == image.narrow(-3, 0, 1), green - blue, from_green)  # of the circle of hues, from red
+    k = (sixths + 6 * turn + torch.tensor([5.0, 3.0, 1.0], device=image.device).view(3, 1, 1)) % 6
     return top - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-def _reflected_taps(size: int, width: int) -> Tensor:
+def reflected_taps(size: int, width: int) -> Tensor:
     """Return (width, size, size): slice t picks, for each pixel of a line, the one t - width // 2 on, mirrored."""
     source = (torch.arange(size) + torch.arange(width)[:, None] - width // 2).abs()
     return nnf.one_hot(size - 1 - (size - 1 - source).abs(), size).float()

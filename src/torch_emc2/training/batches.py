@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch_emc2.data import (
     EpochSampler,
     FiniteDataset,
     ImageDataset,
+    Undrawn,
+    UndrawnDataset,
+    decoded_once,
     finite_views,
     make_loader,
 )
@@ -33,8 +37,20 @@ class ContrastiveData(L.LightningDataModule):
         # Refuses a batch larger than the data, before ranks are launched.
         EpochSampler(len(images), config.batch_size, config.seed, world_size=_least_ranks(config))
         data = config.data
-        self.dataset: ContrastiveDataset | FiniteDataset
-        if data.finite_views is None:
+        if data.decode_once:
+            folder = Path(data.root) / "decoded"
+            workers = data.num_workers
+            images = decoded_once(images, folder=folder, on_bad_image=data.on_bad_image, num_workers=workers)
+        self.dataset: ContrastiveDataset | UndrawnDataset | FiniteDataset
+        if data.augment == "device":
+            self.dataset = UndrawnDataset(
+                images,
+                data.augmentation,
+                seed=config.seed,
+                carried_ids=carried_ids,
+                on_bad_image=data.on_bad_image,
+            )
+        elif data.finite_views is None:
             self.dataset = ContrastiveDataset(
                 images,
                 data.augmentation.transform(),
@@ -55,7 +71,7 @@ class ContrastiveData(L.LightningDataModule):
             )
             self.dataset = FiniteDataset(views, seed=config.seed, carried_ids=carried_ids)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader, placed after the steps that the trainer has already taken."""
         trainer, config = self.trainer, self.config
         assert trainer is not None
@@ -69,6 +85,15 @@ class ContrastiveData(L.LightningDataModule):
         loader = make_loader(self.dataset, sampler, config.batch_size, config.data.num_workers, pin_memory=pin)
         loader.worker_init_fn = _outlive_sigterm
         return loader
+
+    def on_after_batch_transfer(self, batch: Batch | Undrawn, dataloader_idx: int) -> Batch:
+        """Draw views that are drawn on the device."""
+        if isinstance(batch, Batch):
+            return batch
+        assert isinstance(self.dataset, UndrawnDataset)
+        assert self.trainer is not None
+        drawn: Batch = self.trainer.precision_plugin.convert_input(self.dataset.draw(batch))
+        return drawn
 
 
 def _least_ranks(config: Config) -> int:

@@ -117,6 +117,7 @@ def _what_counts(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
         "checkpoint_every_steps",
         "log_every_steps",
         "data.root",
+        "data.decode_once",
         "data.num_workers",
         "data.on_bad_image",
     ):

@@ -49,6 +49,10 @@ class ContrastiveModule(L.LightningModule):
         self.loss = build_loss(config, num_samples)
         self.num_samples = num_samples
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # unreadable images met so far
+        if config.channels_last:
+            self.encoder.to(memory_format=torch.channels_last)
+        if config.precision == "64-true":
+            self.double()  # Lightning does so after a checkpoint's weights have been loaded, and rounded
 
     def steps_per_epoch(self, world_size: int = 1) -> int:
         """Count the optimiser's steps in an epoch."""
@@ -98,17 +102,27 @@ class ContrastiveModule(L.LightningModule):
         self._numbers = dict(zip(numbers, cast(Tensor, means), strict=True))
         if not self._numbers["loss"].isfinite():
             raise self._not_finite("loss", batch.index, self._numbers)
-        for name, value in self._numbers.items():
-            self.log(name, value, prog_bar=name in ("loss", "acceptance", "carried_share"))
-        self.log("lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
         if self.config.data.on_bad_image == "skip":
             skipped = torch.tensor(batch.skipped, device=self.device)
             self.skipped += cast(Tensor, self.trainer.strategy.reduce(skipped, reduce_op="sum"))
-            self.log("skipped", self.skipped.float(), prog_bar=True)
+        if self._is_logged():
+            self._log_numbers()
         # Lightning divides by accumulate in an epoch's last step too, which may have fewer batches.
         batches, accumulate = cast(int, self.trainer.num_training_batches), self.config.accumulate
         left = batches % accumulate
         return loss * (accumulate / left) if batch_idx >= batches - left else loss
+
+    def _is_logged(self) -> bool:
+        """Tell whether anything reads this step's numbers: Lightning takes milliseconds to log them."""
+        every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        return (self.trainer.global_step + 1) % every == 0 or self.trainer.is_last_batch
+
+    def _log_numbers(self) -> None:
+        for name, value in self._numbers.items():
+            self.log(name, value, prog_bar=name in ("loss", "acceptance", "carried_share"))
+        self.log("lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
+        if self.config.data.on_bad_image == "skip":
+            self.log("skipped", self.skipped.float(), prog_bar=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse a gradient that is not finite, unless it is the scaling of fp16 that overflows."""
@@ -135,8 +149,10 @@ class ContrastiveModule(L.LightningModule):
         """Return the optimiser with linear warm-up and half a cosine, a step at a time."""
         own = self.config.optimizer
         name = {"sgd": "momentum"}.get(own.name, own.name)  # timm's "sgd" is Nesterov's
+        # One kernel for all weights. With fp16 it would unscale gradients itself, after they are to be clipped.
+        fused: dict[str, Any] = {"fused": True} if own.name != "lars" and self.config.precision != "16-mixed" else {}
         optimizer = create_optimizer_v2(
-            self.encoder, opt=name, lr=own.lr, weight_decay=own.weight_decay, momentum=own.momentum
+            self.encoder, opt=name, lr=own.lr, weight_decay=own.weight_decay, momentum=own.momentum, **fused
         )
         # Lightning's estimate would load the data before the steps of a resumed run are known, and so from the start.
         total = self.config.epochs * self.steps_per_epoch(self.trainer.world_size)
