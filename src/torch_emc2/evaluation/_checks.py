@@ -5,8 +5,8 @@ from torch import Tensor
 
 def check_matrix(name: str, x: Tensor, rows: int = 1) -> None:
     """Raise unless x is a finite matrix of at least so many rows."""
-    if x.ndim != 2 or len(x) < rows:
-        raise ValueError(f"{name} features have shape {tuple(x.shape)}; give a matrix (n, d) with n >= {rows}")
+    if x.ndim != 2 or len(x) < rows or x.shape[1] < 1:
+        raise ValueError(f"{name} features have shape {tuple(x.shape)}; give a matrix (n, d) with n >= {rows}, d >= 1")
     if x.is_complex():
         raise ValueError(f"{name} features are {x.dtype}; give real numbers")
     finite = x.isfinite().all(dim=1)
