@@ -33,7 +33,7 @@ from torch_emc2.held_out import held_out_fifth
 
 
 def features(rows: int, width: int, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw what an encoder's look like: not negative, in classes that overlap, along few directions more than others."""
+    """Draw what an encoder's look like: not negative, in classes that overlap, along some directions more."""
     y = torch.randint(classes, (rows,), generator=generator)
     means = 0.15 * torch.randn(classes, width, generator=torch.Generator().manual_seed(1))
     x = torch.randn(rows, width, generator=generator).add_(means[y]).mul_(torch.linspace(0, -2, width).exp()).relu_()
@@ -98,7 +98,12 @@ def torch_lbfgs(x: Tensor, y: Tensor, l2: float, iterations: int, start: tuple[T
     """Fit ``start``, weights and bias, in place."""
     weight, bias = (part.requires_grad_() for part in start)
     optimizer = torch.optim.LBFGS(
-        start, max_iter=iterations, tolerance_grad=1e-5, tolerance_change=0, history_size=10, line_search_fn="strong_wolfe"
+        start,
+        max_iter=iterations,
+        tolerance_grad=1e-5,
+        tolerance_change=0,
+        history_size=10,
+        line_search_fn="strong_wolfe",
     )
 
     def objective() -> Tensor:

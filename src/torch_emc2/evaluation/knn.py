@@ -59,16 +59,20 @@ def _search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return indices, distances, and (q,) whether no other row can be nearer, by products of ``dtype``."""
     # |x|^2 - 2 x.y + |y|^2 cancels for near neighbours far from the origin, but not about the training mean.
-    centre = train_x.mean(dim=0, dtype=torch.float64) if metric == "euclidean" else None
+    centre = None
+    if metric == "euclidean":
+        centre = train_x.mean(dim=0, dtype=torch.promote_types(train_x.dtype, dtype))
     train, query = _points(train_x, centre, dtype), _points(query_x, centre, dtype)
-    squares, query_squares = train.square().sum(dim=1), query.square().sum(dim=1)
+    squares, query_squares = (torch.linalg.vector_norm(x, dim=1).square() for x in (train, query))
     # Of a sum of d products of such numbers, beside a half square; the second term is of those too small to be any.
     largest = torch.maximum(squares.max(), query_squares.max()).double()
     rounding = (train.shape[1] + 4) * (torch.finfo(dtype).eps * largest + 2 * torch.finfo(dtype).tiny)
     half = torch.zeros_like(squares) if centre is None else squares / 2
     size = min(k + _SPARE, len(train))
     indices, distances, certain = [], [], []
-    for chunk, exact, square in zip(*(x.split(chunk_size) for x in (query, query_x, query_squares)), strict=True):
+    for chunk, exact, square in zip(
+        *(torch.split(x, chunk_size) for x in (query, query_x, query_squares)), strict=True
+    ):
         nearness, rows = torch.addmm(-half, chunk, train.T).topk(size, dim=1)
         nearest = _distances(train_x, exact, rows, metric).topk(k, dim=1, largest=False)
         indices.append(rows.gather(1, nearest.indices))
@@ -80,12 +84,11 @@ def _search(
 
 
 def _points(x: Tensor, centre: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Move rows by the centre, or bring them to unit length where there is none, in float64."""
+    """Move rows by the centre, or bring them to unit length where there is none; rounded to ``dtype`` once."""
     points = torch.empty(x.shape, dtype=dtype, device=x.device)
     size = max(1, _BLOCK // x.shape[1])
-    for block, rows in zip(points.split(size), x.split(size), strict=True):
-        exact = rows.double()
-        block.copy_(normalize(exact, dim=1, eps=_TINY) if centre is None else exact - centre)
+    for block, rows in zip(torch.split(points, size), torch.split(x, size), strict=True):
+        block.copy_(normalize(rows.double(), dim=1, eps=_TINY) if centre is None else rows - centre)
     return points
 
 
@@ -96,7 +99,7 @@ def _distances(train_x: Tensor, query_x: Tensor, rows: Tensor, metric: Metric) -
     # Filled again and again: to allocate them for every block takes several times as long, and leaves memory in pieces.
     near = train_x.new_empty(min(queries, max(1, _BLOCK // (k * width))), k, width)
     exact = torch.empty_like(near, dtype=torch.float64)
-    blocks = (x.split(len(near)) for x in (query_x, rows, distances))
+    blocks = (torch.split(x, len(near)) for x in (query_x, rows, distances))
     for block, own, result in zip(*blocks, strict=True):
         torch.index_select(train_x, 0, own.flatten(), out=near[: len(own)].flatten(0, 1))
         x, y = block.double()[:, None], exact[: len(own)].copy_(near[: len(own)])
