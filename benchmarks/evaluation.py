@@ -5,7 +5,8 @@
 The size is ImageNet-100's, with synthetic features: 8 GB of memory and some twenty minutes. Seconds, with the probe's
 fits to their end: --rows 2000 --queries 500 --width 64 --classes 10 --iterations 1000
 
-What is compared takes turns; seconds are medians, memory is the largest peak beyond what was there before.
+What is compared takes turns; seconds are medians, of the processor, so that what else the machine does hardly counts;
+memory is the largest peak beyond what was there before.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def memory() -> int:
 
 
 def measured(call: Callable[[], Any]) -> tuple[float, int, Any]:
-    """Return seconds, bytes at the peak, and what the call returns."""
+    """Return seconds of the processor, bytes at the peak, and what the call returns."""
     before, done = memory(), threading.Event()
     peak = before
 
@@ -58,9 +59,9 @@ def measured(call: Callable[[], Any]) -> tuple[float, int, Any]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    start = time.process_time()
     result = call()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     done.set()
     watcher.join()
     return seconds, peak - before, result
@@ -76,7 +77,7 @@ def compare(title: str, contenders: dict[str, Callable[[], Any]], turns: int, no
             seconds[name].append(took)
             peaks[name], notes[name] = max(peaks[name], peak), note(result)
     first = statistics.median(next(iter(seconds.values())))
-    print(f"\n| {title} | seconds | ratio | peak MB | |\n|---|--:|--:|--:|---|")
+    print(f"\n| {title} | CPU seconds | ratio | peak MB | |\n|---|--:|--:|--:|---|")
     for name, took in seconds.items():
         median = statistics.median(took)
         print(f"| {name} | {median:.2f} | {median / first:.2f} | {peaks[name] / 1e6:.0f} | {notes[name]} |", flush=True)
