@@ -182,6 +182,18 @@ def test_distances_are_those_of_a_search_in_float64(seed, k, metric, apart, scal
     torch.testing.assert_close(distances, expected, rtol=1e-9, atol=1e-12 if metric == "cosine" else 0)
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.int64, torch.int64), (torch.int64, torch.float64), (torch.float64, torch.int64)]
+)
+def test_whole_numbers_that_float32_has_not_are_told_apart(dtypes):
+    generator = torch.Generator().manual_seed(14)
+    rows = torch.randint(-50, 50, (330, 6), generator=generator) + 10**9
+    train_x, test_x = rows[:300].to(dtypes[0]), rows[300:].to(dtypes[1])
+    _, distances = nearest_neighbours(train_x, test_x, 5)
+    exact = (rows[300:, None] - rows[:300]).double().norm(dim=2).sort(dim=1).values[:, :5]
+    torch.testing.assert_close(distances, exact, rtol=1e-12, atol=0)
+
+
 def test_products_of_less_precision_than_float32_are_not_taken(searches):
     train_x, _, test_x, _ = problem(12, n=300)
     with torch.autocast("cpu", torch.bfloat16):

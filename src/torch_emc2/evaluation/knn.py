@@ -88,7 +88,10 @@ def _points(x: Tensor, centre: Tensor | None, dtype: torch.dtype) -> Tensor:
     points = torch.empty(x.shape, dtype=dtype, device=x.device)
     size = max(1, _BLOCK // x.shape[1])
     for block, rows in zip(torch.split(points, size), torch.split(x, size), strict=True):
-        block.copy_(normalize(rows.double(), dim=1, eps=_TINY) if centre is None else rows - centre)
+        if centre is None:
+            block.copy_(normalize(rows.double(), dim=1, eps=_TINY))
+        else:
+            block.copy_((rows if rows.dtype == dtype else rows.double()) - centre)
     return points
 
 
