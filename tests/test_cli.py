@@ -43,6 +43,32 @@ def test_usage(argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 @pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ("--help", 0),
+        ("learn", 2),
+        ("train --batch_size x", 2),
+        ("evaluate", 2),
+        ("evaluate run --baseline-s", 2),
+        ("diagnose run --samples many", 2),
+        ("embed run photos", 2),
+    ],
+)
+def test_no_one_waits_for_torch_to_be_told_of_a_wrong_word(words: str, status: int) -> None:
+    code = """
+import atexit, sys
+from torch_emc2.cli import main
+atexit.register(lambda: print("\\n", *sys.modules))
+sys.exit(main(sys.argv[1:]))
+"""
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
+    imported = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert done.returncode == status
+    assert "torch_emc2" in imported
+    assert not imported & {"torch", "torchvision", "numpy", "timm", "lightning", "sklearn", "numba", "matplotlib"}
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["learn"], "no command 'learn'"),

@@ -22,8 +22,14 @@ def test_import_needs_torch_alone() -> None:
 import sys
 absent = ("numba", "torchvision", "timm", "lightning", "sklearn", "jsonargparse", "matplotlib", "PIL")
 sys.modules.update(dict.fromkeys(absent))  # to who looks for them, too, as torch's compiler does
-import torch, torch_emc2
-assert "torch._dynamo" not in sys.modules  # which takes seconds
+import torch_emc2
+assert "torch" not in sys.modules  # nor does the import alone
+import torch
+before = {*sys.modules}
+for name in torch_emc2.__all__:
+    getattr(torch_emc2, name)
+added = {name.partition(".")[0] for name in {*sys.modules} - before}
+assert added - sys.stdlib_module_names == {"torch_emc2"}, added  # nor more of torch: its compiler takes seconds
 z1, z2 = torch.randn(2, 8, 4).unbind()
 with_scan = torch_emc2.EMC2Loss(8)
 for _ in range(3):
@@ -32,6 +38,15 @@ assert torch_emc2.metropolis._compiled_walk() is None
 assert (with_scan.chains.ids.data >= 0).all()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_are_those_of_where_they_are_made() -> None:
+    assert torch_emc2.EMC2Loss is importlib.import_module("torch_emc2.losses.emc2").EMC2Loss
+    assert torch_emc2.metropolis is importlib.import_module("torch_emc2.kernels.metropolis")
+    assert torch_emc2.exact is importlib.import_module("torch_emc2.exact")
+    assert {*torch_emc2.__all__, "__version__"} <= {*dir(torch_emc2)}
+    with pytest.raises(AttributeError, match="module 'torch_emc2' has no attribute 'InfoNCE'"):
+        torch_emc2.InfoNCE  # type: ignore[attr-defined]  # noqa: B018
 
 
 def run_page(page: str) -> dict[str, object]:

@@ -1,10 +1,14 @@
 """The gradient of the global contrastive loss at the price of an in-batch one."""
 
-from torch_emc2 import exact
-from torch_emc2.chunked import cached_backward
-from torch_emc2.kernels import metropolis
-from torch_emc2.losses import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
-from torch_emc2.temperature import Temperature
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch_emc2 import exact
+    from torch_emc2.chunked import cached_backward
+    from torch_emc2.kernels import metropolis
+    from torch_emc2.losses import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
+    from torch_emc2.temperature import Temperature
 
 __version__ = "0.1.0"
 
@@ -20,3 +24,18 @@ __all__ = [
     "exact",
     "metropolis",
 ]
+
+_HOMES = {"Temperature": "temperature", "cached_backward": "chunked", "exact": "exact", "metropolis": "kernels"}
+
+if not TYPE_CHECKING:  # to whom any name would be one of these
+
+    def __getattr__(name: str) -> Any:
+        """Import what is asked for, and torch with it, which the command does without until its arguments are right."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = import_module(f"{__name__}.{_HOMES.get(name, 'losses')}")
+        globals()[name] = value = home if name == "exact" else getattr(home, name)
+        return value
+
+    def __dir__() -> list[str]:
+        return [*globals(), *__all__]

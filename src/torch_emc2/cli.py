@@ -74,27 +74,33 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str]) -> None:
-    from torch_emc2.config import config_parser, read_config
-    from torch_emc2.losses.registry import ESTIMATORS
-
     if not argv or "-h" in argv or "--help" in argv:
-        print("usage: emc2 train PRESET_OR_YAML [--FIELD VALUE …] [--resume]; emc2 presets lists the presets\n")
-        print(f"LOSS: {', '.join(ESTIMATORS)}, or a class of your own as package.module:Class\n")
-        config_parser("emc2 train PRESET_OR_YAML").print_help()
+        _list_fields()
         return
-    from lightning.pytorch.utilities import rank_zero_only
-
-    from torch_emc2.training import train
-
     resume = "--resume" in argv
     preset, *rest = [argument for argument in argv if argument != "--resume"] or [""]
     if preset.startswith("-"):
         raise ValueError(f"the preset or YAML file comes first, got {preset}")
+    from torch_emc2.config import read_config
+
+    config = read_config(preset, rest)  # before the rest is imported, which takes seconds
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from torch_emc2.training import train
+
     if rank_zero_only.rank:  # type: ignore[attr-defined]  # one process tells
         logging.getLogger("torch_emc2").setLevel(logging.WARNING)
-    config = read_config(preset, rest)
     run = train(config, resume=resume)
     rank_zero_only(print)(f"Run: {run}. Next: emc2 evaluate {run}")
+
+
+def _list_fields() -> None:
+    from torch_emc2.config import config_parser
+    from torch_emc2.losses.registry import ESTIMATORS
+
+    print("usage: emc2 train PRESET_OR_YAML [--FIELD VALUE …] [--resume]; emc2 presets lists the presets\n")
+    print(f"LOSS: {', '.join(ESTIMATORS)}, or a class of your own as package.module:Class\n")
+    config_parser("emc2 train PRESET_OR_YAML").print_help()
 
 
 def _quickstart(argv: list[str]) -> None:

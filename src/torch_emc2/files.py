@@ -13,8 +13,6 @@ from pathlib import Path
 from stat import S_IMODE
 from typing import Any
 
-import torch
-
 __all__ = ["cause", "is_running", "load_checkpoint", "one_line", "whole_file"]
 
 
@@ -86,6 +84,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             if not zipfile.is_zipfile(file):  # torch would advise to save it in another way
                 raise ValueError("no checkpoint, or a part of one")
+        import torch  # which nothing else here needs, nor the command while its arguments are wrong
+
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if (
             not isinstance(checkpoint, dict)

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_emc2.evaluation import knn_accuracy, nearest_neighbours
+from torch_emc2.evaluation import knn, knn_accuracy, nearest_neighbours
 
 
 def problem(seed, n=60, q=25, d=5, classes=3):
@@ -100,6 +101,132 @@ def test_distances_far_from_the_origin_do_not_cancel():
     exact = torch.cdist(test_x, train_x, compute_mode="donot_use_mm_for_euclid_dist").sort(dim=1)
     assert torch.equal(indices, exact.indices)
     torch.testing.assert_close(distances, exact.values, rtol=0, atol=1e-6)
+
+
+def clusters(seed, n=400, q=60, d=8, apart=1e4):
+    """Two clusters whose rows float32 cannot tell apart about their common mean."""
+    train_x, _, test_x, _ = problem(seed, n, q, d)
+    shift = torch.full((d,), float(apart))
+    return tuple(torch.cat([x[: len(x) // 2] + shift, x[len(x) // 2 :] - shift]) for x in (train_x, test_x))
+
+
+def float64_neighbours(train_x, query_x, k, metric):
+    train, query = train_x.double(), query_x.double()
+    if metric == "cosine":
+        distances = 1 - torch.nn.functional.cosine_similarity(query[:, None], train, dim=2)
+    else:
+        distances = torch.cdist(query, train, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.sort(dim=1, stable=True).indices[:, :k]
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """(type of the products, queries) of every search."""
+    made, search = [], knn._search
+
+    def counted(train_x, query_x, k, metric, dtype, chunk_size):
+        made.append((dtype, len(query_x)))
+        return search(train_x, query_x, k, metric, dtype, chunk_size)
+
+    monkeypatch.setattr(knn, "_search", counted)
+    return made
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_float32_is_enough_where_it_tells_rows_apart(metric, searches):
+    train_x, _, test_x, _ = problem(9, n=2000, q=50, d=64)
+    indices, _ = nearest_neighbours(train_x, test_x, 20, metric)
+    assert torch.equal(indices, float64_neighbours(train_x, test_x, 20, metric))
+    assert searches == [(torch.float32, 50)]
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_what_float32_cannot_tell_apart_is_searched_for_in_float64(metric, searches):
+    train_x, test_x = clusters(10)
+    indices, _ = nearest_neighbours(train_x, test_x, 5, metric)
+    assert torch.equal(indices, float64_neighbours(train_x, test_x, 5, metric))
+    assert searches == [(torch.float32, 60), (torch.float64, 60)]
+
+
+def test_only_the_queries_that_need_float64_take_its_time(searches):
+    train_x, _, test_x, _ = problem(11, n=400, q=40)
+    train_x[:100] = 0.125 * train_x[0]  # more than all candidates are as near
+    test_x[3] = test_x[31] = 0.125 * train_x[0] + 1e-3
+    indices, distances = nearest_neighbours(train_x, test_x, 5)
+    exact = torch.cdist(test_x.double(), train_x.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(distances, exact.sort(dim=1).values[:, :5], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(exact.gather(1, indices), distances, rtol=1e-12, atol=1e-12)
+    (first, queries), (second, again) = searches
+    assert (first, queries, second) == (torch.float32, 40, torch.float64)
+    assert 2 <= again < 20
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    k=st.integers(1, 12),
+    metric=st.sampled_from(["euclidean", "cosine"]),
+    apart=st.sampled_from([0.0, 1.0, 30.0, 1e3, 1e6]),
+    scale=st.sampled_from([1e-30, 1e-20, 1e-3, 1.0, 1e3, 1e25]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=80, deadline=None)
+def test_distances_are_those_of_a_search_in_float64(seed, k, metric, apart, scale, dtype):
+    train_x, test_x = (x.to(dtype) * scale for x in clusters(seed, n=150, q=12, d=4, apart=apart))
+    _, distances = nearest_neighbours(train_x, test_x, k, metric)
+    train, test = train_x.double(), test_x.double()
+    if metric == "cosine":
+        exact = 1 - torch.nn.functional.cosine_similarity(test[:, None], train, dim=2, eps=1e-300)
+    else:
+        exact = torch.cdist(test, train, compute_mode="donot_use_mm_for_euclid_dist")
+    expected = exact.sort(dim=1).values[:, :k]
+    torch.testing.assert_close(distances, expected, rtol=1e-9, atol=1e-12 if metric == "cosine" else 0)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.int64, torch.int64), (torch.int64, torch.float64), (torch.float64, torch.int64)]
+)
+def test_whole_numbers_that_float32_has_not_are_told_apart(dtypes):
+    generator = torch.Generator().manual_seed(14)
+    rows = torch.randint(-50, 50, (330, 6), generator=generator) + 10**9
+    train_x, test_x = rows[:300].to(dtypes[0]), rows[300:].to(dtypes[1])
+    _, distances = nearest_neighbours(train_x, test_x, 5)
+    exact = (rows[300:, None] - rows[:300]).double().norm(dim=2).sort(dim=1).values[:, :5]
+    torch.testing.assert_close(distances, exact, rtol=1e-12, atol=0)
+
+
+def test_products_of_less_precision_than_float32_are_not_taken(searches):
+    train_x, _, test_x, _ = problem(12, n=300)
+    with torch.autocast("cpu", torch.bfloat16):
+        indices, _ = nearest_neighbours(train_x, test_x, 5)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        again, _ = nearest_neighbours(train_x, test_x, 5)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(indices, float64_neighbours(train_x, test_x, 5, "euclidean"))
+    assert torch.equal(indices, again)
+    assert [dtype for dtype, _ in searches] == [torch.float64] * 2
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of a tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_no_distance_is_kept_of_all_pairs(metric):
+    train_x, _, test_x, _ = problem(13, n=3000, q=1000, d=16)
+    with Largest() as largest:
+        nearest_neighbours(train_x, test_x, 1, metric, chunk_size=50)
+    assert largest.bytes == 50 * 3000 * 4
 
 
 def test_a_missing_label_is_refused_in_either_part():

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,22 @@ def test_features_are_standardised_by_the_rows_that_are_fitted_alone():
         held_out += best > 0.85
     assert 1 <= held_out <= 8  # about a fifth, by the seed
     assert linear_probe(x, y, torch.cat([test_x, far]), torch.cat([test_y, test_y[:1]])).accuracy >= 10 / 11
+
+
+def test_memory_is_that_of_one_copy_of_the_features_and_theirs_are_left_alone():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(30_000) % 2
+    x = torch.randn(30_000, 64, generator=generator) + 3 * y[:, None]
+    before = x.clone()
+    tracemalloc.start()
+    try:
+        result = linear_probe(x, y, x[:500], y[:500])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert result.accuracy == 1
+    assert peak < 1.7 * x.numel() * 4
+    assert torch.equal(x, before)
 
 
 def test_noise_calls_for_strong_regularisation_and_a_clean_signal_for_little():
