@@ -55,6 +55,9 @@ def check_memory(fast: ContrastiveLoss, slow: Slow) -> None:
             cached = fast.sides[candidates].embeddings
             if cached is not None:
                 _check_vectors(cached.data, {i: z for (k, i), z in slow.cached.items() if k == number})
+            owed = fast.sides[candidates].owed
+            if owed is not None:
+                _check_vectors(owed.data, {i: z for (k, i), z in slow.due.items() if k == number and bool(z.any())})
         if isinstance(fast, SogCLRLoss) and isinstance(slow, SogCLR):
             averages = {(i, *view, 0)[:2]: u for (k, i, *view), u in slow.averages.items() if k == number}
             log_u = fast.sides[rows].log_u.data

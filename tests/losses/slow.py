@@ -211,7 +211,7 @@ class Slow:
             w, columns = torch.tensor(weights_of_all, dtype=beta.dtype), torch.stack([row.columns for row in rows])
             total = torch.einsum("rj,rjd,rd->", w, columns, torch.stack([row.vector for row in rows]))
             total = total + sum(weight * (vector @ row) for weight, vector, row in carried_by_all)
-            surrogate = beta * total / len(rows)
+            surrogate = beta * total / len(rows) + self.owed(number, rows)
             losses.append(sum(values) / len(rows) + surrogate - surrogate.detach())
         self.calls += 1
         return torch.as_tensor(sum(losses) / len(losses))
@@ -224,6 +224,10 @@ class Slow:
 
     def end(self, number: int, rows: list[Row]) -> None:
         """Write to memory."""
+
+    def owed(self, number: int, rows: list[Row]) -> Tensor | float:
+        """What has the gradient that was left to this batch."""
+        return 0.0
 
     def draws_of(self, number: int, rows: list[Row], views: int, num_hard: int) -> BatchDraws:
         """What chance decides is the library's, and tested for itself."""
@@ -432,8 +436,14 @@ class EMC2(Slow):
         self.kernel, self.burn_in, self.num_chains, self.carry, self.seed = kernel, burn_in, num_chains, carry, seed
         self.chains: dict[Key, tuple[int, float]] = {}  # by direction, id, and number of the chain
         self.cached: dict[Key, Tensor] = {}  # by direction and id of a candidate
+        self.due: dict[Key, Tensor] = {}  # gradient, by the same
 
     def start(self, number: int, rows: list[Row]) -> None:
+        self.sent: list[tuple[int, Tensor]] = []
+        views = len(rows[0].own) if self.own_ids else 1
+        first = {rows[0].ids[j]: rows[0].columns[j] for j in reversed(range(self.size * views))}
+        self.paid = [(number, i) for i in first if i is not None]
+        self.has_due = sum(self.due[number, i] @ z for i, z in first.items() if (number, i) in self.due)
         sets = len(rows[0].own)
         width = len(rows[0].columns) - (sets - 1) * self.size
         draws = self.draws_of(number, rows, sets, width - self.size)
@@ -467,6 +477,9 @@ class EMC2(Slow):
             self.stayed.append(shares.get(CARRIED, 0.0))
             if embedding is not None:
                 carried.append(Met(self.stayed[-1] / self.num_chains, embedding))
+                if self.carry == "defer":
+                    share = beta * carried[-1].weight / (self.size * self.row_views)
+                    self.sent.append((self.chains[number, row.id, chain][0], share * row.vector.detach()))
         at_positive = weights.pop(POSITIVE, 0.0)
         weights.pop(CARRIED, None)
         masses = {p: math.exp(beta * row.similarities[p]) for p in row.positives}
@@ -513,10 +526,10 @@ class EMC2(Slow):
         if carried is not None and self.carry.startswith("encode"):
             assert self.table is not None
             embedding = self.table[carried]
-        elif carried is not None and self.carry == "cache":
+        elif carried is not None and self.carry in ("cache", "defer"):
             embedding = self.cached[number, carried]
         fresh = stored if embedding is None else float(row.vector.detach() @ embedding.detach())
-        entry = Step(CARRIED, beta * (fresh if self.carry in ("encode", "cache") else stored))
+        entry = Step(CARRIED, beta * (fresh if self.carry in ("encode", "cache", "defer") else stored))
         if carried is None:
             entry = Step(POSITIVE, self.positive_score(number, row, beta))
 
@@ -550,7 +563,14 @@ class EMC2(Slow):
             return metropolis(entry, steps, draws[s][chain], self.burn_in)
         return isir(entry, steps, draws[chain])
 
+    def owed(self, number: int, rows: list[Row]) -> Tensor | float:
+        return self.has_due
+
     def end(self, number: int, rows: list[Row]) -> None:
+        for paid in self.paid:
+            self.due.pop(paid, None)
+        for i, gradient in self.sent:
+            self.due[number, i] = self.due.get((number, i), 0.0) + gradient
         for key, at in self.after.items():
             self.chains.pop(key, None)
             if at is not None:
@@ -567,6 +587,7 @@ class EMC2(Slow):
         """Of one tower."""
         self.chains = {key: at for key, at in self.chains.items() if key[1] not in gone and at[0] not in gone}
         self.cached = {key: z for key, z in self.cached.items() if key[1] not in gone}
+        self.due = {key: z for key, z in self.due.items() if key[1] not in gone}
 
     @property
     def carried_share(self) -> float:

@@ -23,7 +23,7 @@ from torch_emc2.losses.emc2 import Carry
 from torch_emc2.validation import validate_inputs
 
 M, B, D = 24, 5, 6
-POLICIES = ("encode", "encode_if_used", "cache", "drop")
+POLICIES = ("encode", "encode_if_used", "cache", "defer", "drop")
 
 
 def batches(count: int, own_chains: bool, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -192,13 +192,16 @@ def test_keys_equal_a_fixed_table(own_chains: bool, carry: Carry, kernel: str, k
         assert torch.equal(state["chains"]["similarities"], fixed.chains.similarities.data[ids])
     assert (fixed.chains.ids.data >= 0).sum() == (state["chains"]["ids"] != -1).sum()
     assert {len(each) for each in (state["keys"], *state["chains"].values())} == {len(ids)}
-    if carry == "cache":
+    if carry in ("cache", "defer"):
         assert torch.equal(state["embeddings"], fixed.sides[0].embeddings.data[ids])
+    if carry == "defer":
+        assert fixed.sides[0].owed.data.any(1).sum() > 1
+        assert torch.equal(state["owed"], fixed.sides[0].owed.data[ids])
 
 
 @pytest.mark.parametrize("num_samples", [None, M])
 def test_a_forgotten_sample_leaves_nothing(num_samples: int | None) -> None:
-    loss_fn, gone = EMC2Loss(num_samples, 0.2, num_chains=2), torch.arange(0, M, 2)
+    loss_fn, gone = EMC2Loss(num_samples, 0.2, num_chains=2, carry="defer"), torch.arange(0, M, 2)
     for z1, z2, index in batches(8, own_chains=False, seed=0):
         loss_fn(z1, z2, index)
     loss_fn.forget(gone)
@@ -207,6 +210,7 @@ def test_a_forgotten_sample_leaves_nothing(num_samples: int | None) -> None:
     assert not torch.isin(loss_fn.chains.ids.data, gone).any()
     assert (loss_fn.chains.ids.data[slots] == -1).all()
     assert (loss_fn.sides[0].embeddings.data[slots] == 0).all()
+    assert (loss_fn.sides[0].owed.data[slots] == 0).all()
 
 
 def test_chains_are_emptied_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +345,7 @@ def test_cold_near_duplicates_stay_finite_and_chains_move(dtype: torch.dtype) ->
     [
         ({"kernel": "gibbs"}, "kernel must be one of metropolis, isir, or a Kernel; got 'gibbs'"),
         ({"num_chains": 0}, "num_chains must be at least 1, got 0"),
-        ({"carry": "keep"}, "carry must be one of encode, encode_if_used, cache, drop; got 'keep'"),
+        ({"carry": "keep"}, "carry must be one of encode, encode_if_used, cache, defer, drop; got 'keep'"),
         ({"temperature": 0.0}, r"temperature must be a positive number \(at least 1e-30\), got 0.0"),
         ({"temperature": 9e-31}, r"temperature must be a positive number \(at least 1e-30\), got 9e-31"),
         ({"temperature": 10**400}, r"temperature must be a positive number \(at least 1e-30\), got 1000"),

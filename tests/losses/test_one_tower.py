@@ -129,7 +129,7 @@ def compare_emc2(kernel: str, carry: Any, num_chains: int, kind: str, kappa: flo
 
 @pytest.mark.parametrize("kind", ["samples", "views"])
 @pytest.mark.parametrize("num_chains", [1, 3])
-@pytest.mark.parametrize("carry", ["encode", "encode_if_used", "cache", "drop"])
+@pytest.mark.parametrize("carry", ["encode", "encode_if_used", "cache", "defer", "drop"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_emc2(kernel: str, carry: str, num_chains: int, kind: str) -> None:
     compare_emc2(kernel, carry, num_chains, kind, 0.0, gone=range(0, M, 3))

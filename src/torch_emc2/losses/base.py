@@ -217,6 +217,9 @@ class ContrastiveLoss(nn.Module, ABC):
         conclusion = weighing.conclude(tuple(map(whole, zip(*kept, strict=True))))
         if conclusion.carried is not None:
             total.add_carried(conclusion.carried)
+        directions = 2 if self.towers == 2 and self.directions == "both" else 1
+        if conclusion.owed is not None:
+            total.add_owed(conclusion.owed / directions)
         ranks = contrast.ranks
         share = ranks.world_size / (contrast.row_views * ranks.size)  # of a row in the mean, before that over ranks
         of_mean = share * len(contrast.rows)
@@ -225,10 +228,9 @@ class ContrastiveLoss(nn.Module, ABC):
             "positive_similarity": (similarities, of_mean * temperature),
             **{name: ([number], 1.0) for name, number in conclusion.numbers.items()},
         }
-        of_both = share / 2 if self.towers == 2 and self.directions == "both" else share
-        gradients = [*total.gradients(of_both / temperature)]
+        gradients = [*total.gradients(share / directions / temperature)]
         if beta is not None:
-            gradients.append((beta, total.value() * of_both))
+            gradients.append((beta, total.value() * (share / directions)))
         return _Direction(whole(values).sum() * share, gradients, conclusion.write, numbers)
 
     @property

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from torch_emc2.losses.met import Met
 from torch_emc2.losses.stateful import Memory
-from torch_emc2.memory.chains import ChainTable
+from torch_emc2.memory.chains import EMPTY, ChainTable
 from torch_emc2.memory.slots import Slots
 from torch_emc2.memory.tables import SampleTable
 
@@ -25,18 +25,21 @@ class ChainMemory(Memory):
         num_chains: chains a sample.
         scored: keep the similarity of each carried negative.
         cached: keep embeddings.
+        deferred: and the gradient that they are owed.
 
     Attributes:
         chains: the chains' table.
         slots: where an id's entries lie.
         embeddings: (num_samples, d) the last of each sample; None before the first, whose d is all of theirs.
+        owed: (num_samples, d) gradient at them that waits for their next visit; None before the first.
     """
 
-    def __init__(self, num_samples: int | None, num_chains: int, *, scored: bool, cached: bool) -> None:
-        self.num_samples, self.cached = num_samples, cached
+    def __init__(self, num_samples: int | None, num_chains: int, *, scored: bool, cached: bool, deferred: bool) -> None:
+        self.num_samples, self.cached, self.deferred = num_samples, cached, deferred
         self.slots = Slots(num_samples)
         self.chains = ChainTable(num_samples, num_chains, scored=scored)
         self.embeddings: SampleTable | None = None
+        self.owed: SampleTable | None = None
 
     def recall(self, ids: Tensor, like: Tensor) -> Met | None:
         """Look up the cached embeddings (\\*ids.shape, d) of ``ids``, some `EMPTY`; None if there are none."""
@@ -68,7 +71,7 @@ class ChainMemory(Memory):
         """Be ready to keep the embeddings (k, d) of ``ids`` (k,), all different."""
         slots = self.slots.place(ids)
         if self.embeddings is None:
-            self.embeddings = SampleTable(self.num_samples, (embeddings.shape[1],), torch.float32, 0.0)
+            self.embeddings = self._new_table(embeddings.shape[1])
         table = self.embeddings
         table.make_room(slots)
 
@@ -78,48 +81,83 @@ class ChainMemory(Memory):
 
         return write
 
+    def owed_to(self, ids: Tensor, like: Tensor) -> Tensor:
+        """(k, d) the gradient that ``ids`` (k,) are owed."""
+        if self.owed is None:
+            return like.new_zeros(len(ids), like.shape[1])
+        slots = self.slots.find(ids)
+        return self.owed.read(slots).to(like.dtype)
+
+    def owing(self, paid: Tensor, ids: Tensor, gradients: Tensor) -> Callable[[], None]:
+        """Be ready to owe ``ids`` (k,), some `EMPTY`, ``gradients`` (k, d) more, and ``paid`` (n,) no more than that."""
+        if self.owed is None:
+            self.owed = self._new_table(gradients.shape[1])
+        table = self.owed
+
+        def write() -> None:  # all are cached by now, and have slots
+            slots = self.slots.find(paid)
+            table.make_room(slots)
+            table.erase(slots)
+            due = ids != EMPTY
+            table.add(self.slots.find(ids[due]), gradients[due])
+
+        return write
+
+    def _new_table(self, dim: int) -> SampleTable:
+        return SampleTable(self.num_samples, (dim,), torch.float32, 0.0)
+
     def state(self) -> dict[str, Any]:
         """Return chains, embeddings, and the keys of a memory that grows."""
         keys, slots = self.slots.keys()
         embeddings = None if self.embeddings is None else self.embeddings.state(slots)
-        return {"keys": keys, "chains": self.chains.state(slots), "embeddings": embeddings}
+        state = {"keys": keys, "chains": self.chains.state(slots), "embeddings": embeddings}
+        if self.deferred:
+            state["owed"] = None if self.owed is None else self.owed.state(slots)
+        return state
 
     def check(self, state: dict[str, Any]) -> None:
         """See `Memory.check`."""
         self.slots.check(state["keys"], *state["chains"].values())
         self.chains.check(state["chains"])
         if self.cached:
-            self._table_for(state)
+            self._table_for(state, "embeddings")
+        if self.deferred:
+            self._table_for(state, "owed")
 
     def load(self, state: dict[str, Any]) -> None:
         """See `Memory.load`."""
-        table = self._table_for(state) if self.cached else None
-        if table is not None:
-            table.load(state["embeddings"])
-        self.embeddings = table
+        self.embeddings = self._loaded(state, "embeddings") if self.cached else None
+        self.owed = self._loaded(state, "owed") if self.deferred else None
         self.slots.load(state["keys"])
         self.chains.load(state["chains"])
 
-    def _table_for(self, state: dict[str, Any]) -> SampleTable | None:
-        """Return a table that saved embeddings fit in, or raise ValueError."""
-        embeddings = state["embeddings"]
-        if embeddings is None:
+    def _loaded(self, state: dict[str, Any], name: Literal["embeddings", "owed"]) -> SampleTable | None:
+        table = self._table_for(state, name)
+        if table is not None:
+            table.load(state[name])
+        return table
+
+    def _table_for(self, state: dict[str, Any], name: Literal["embeddings", "owed"]) -> SampleTable | None:
+        """Return a table that saved vectors fit in, or raise ValueError."""
+        saved = state[name]
+        if saved is None:
             return None
-        if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
-            raise ValueError("the saved embeddings are not (n, d): the state is damaged")
-        table = self.embeddings
-        if table is None or table.data.shape[1:] != embeddings.shape[1:]:
-            table = SampleTable(self.num_samples, tuple(embeddings.shape[1:]), torch.float32, 0.0)
-        table.check(embeddings)
-        self.slots.check(state["keys"], embeddings)
+        if not isinstance(saved, Tensor) or saved.ndim != 2:
+            raise ValueError(f"the saved {name} are not (n, d): the state is damaged")
+        table: SampleTable | None = getattr(self, name)
+        if table is None or table.data.shape[1:] != saved.shape[1:]:
+            table = self._new_table(saved.shape[1])
+        table.check(saved)
+        self.slots.check(state["keys"], saved)
         return table
 
     def forget(self, ids: Tensor) -> None:
         """Empty the chains of ``ids``, and drop their embeddings."""
         slots = self.slots.forget(ids)
         self.chains.erase(slots)
-        if self.embeddings is not None:
-            self.embeddings.erase(slots)
+        for table in (self.embeddings, self.owed):
+            if table is not None:
+                table.erase(slots)
 
     def forget_negatives(self, ids: Tensor) -> None:
         """Empty the chains that sit at one of ``ids``."""

@@ -24,7 +24,7 @@ from torch_emc2.validation import Towers
 
 __all__ = ["Carry", "EMC2Loss"]
 
-Carry = Literal["encode", "encode_if_used", "cache", "drop"]
+Carry = Literal["encode", "encode_if_used", "cache", "defer", "drop"]
 
 
 class EMC2Loss(StatefulLoss):
@@ -53,6 +53,8 @@ class EMC2Loss(StatefulLoss):
             ``"encode_if_used"``: ``encode(ids)`` does, for chains whose carried negative has a weight; the entry score
             is of the similarity stored at the last visit, renewed where the chain stays to the end.
             ``"cache"``: the loss keeps every sample's last embedding, 4·d bytes each; it gets no gradient itself.
+            ``"defer"``: as ``"cache"``; and the gradient that a carried negative is due is kept, 4·d bytes more a sample,
+            and given to the sample one visit late, when it is in a batch itself: in the mean over epochs the same.
             ``"drop"``: nobody; its term is left out and the estimate is biased, that of β's gradient beyond use.
         seed: of the chains' noise, which is a function of (seed, number of the call).
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. The positive is a state then, at which an empty
@@ -106,7 +108,7 @@ class EMC2Loss(StatefulLoss):
         self.num_chains = int(num_chains)
         self.carry = carry
         self.seed = require_int("seed", seed)
-        stored = {"scored": carry in ("encode_if_used", "drop"), "cached": carry == "cache"}
+        stored = {"scored": carry in ("encode_if_used", "drop"), "cached": carry in ("cache", "defer"), "deferred": carry == "defer"}
         self.sides = tuple(ChainMemory(size, self.num_chains, **stored) for size in self.sizes)
 
     @property
@@ -131,9 +133,9 @@ class EMC2Loss(StatefulLoss):
     def _check_sides(self, saved: Sequence[dict[str, Any]]) -> None:
         for anchors, candidates in zip(saved, reversed(saved), strict=True):
             has_chains = bool((anchors["chains"]["ids"] != EMPTY).any())
-            if self.carry == "cache" and has_chains and candidates["embeddings"] is None:
+            if self.carry in ("cache", "defer") and has_chains and candidates["embeddings"] is None:
                 raise ValueError(
-                    'the saved state has chains and no embeddings for carry="cache": '
+                    f'the saved state has chains and no embeddings for carry="{self.carry}": '
                     "build the loss with the carry it was saved with"
                 )
 

@@ -168,7 +168,7 @@ class _DrawnFromCache(Weighing):
                 self.cache.write(ids, embeddings, self.loss._calls)
 
         write_if = write if self.loss.training else None
-        return Conclusion(carried, write_if, {"cached_share": (self.written >= 0).float()})
+        return Conclusion(carried, None, write_if, {"cached_share": (self.written >= 0).float()})
 
     def _no_entries(self, rows: Rows) -> Tensor:
         """(rows, num_samples) entries that are empty, of the row's own sample, or known to be its own."""

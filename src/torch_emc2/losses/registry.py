@@ -263,6 +263,7 @@ ESTIMATORS = {
                 "isir": _ISIR,
                 "isir, 4 chains": {**_ISIR, "num_chains": 4},
                 "isir, cache": {**_ISIR, "carry": "cache"},
+                "isir, defer": {**_ISIR, "carry": "defer"},
             },
         ),
     )

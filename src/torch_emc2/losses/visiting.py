@@ -80,7 +80,7 @@ class Visiting(Weighing):
         if way.carry == "encode":
             anywhere = bool((carried_by_all != EMPTY).any())
             self.met = encode_met(contrast, self.carried, ~self.empty, anywhere, encode)
-        elif way.carry == "cache":
+        elif way.carry in ("cache", "defer"):
             self.met = candidates.recall(self.carried, contrast.rows)
         if self.met is not None:
             self.similarity = self.met.similarities(contrast.rows.detach())
@@ -128,14 +128,17 @@ class Visiting(Weighing):
             if met is not None:  # a score that stayed as it was could hold its chain for ever
                 assert similarity is not None
                 similarity = torch.where(stored[0] & used, met.similarities(contrast.rows.detach()), similarity)
-        carried = None if met is None else met.weighed(at_carried / self.way.num_chains)
+        weight = at_carried / self.way.num_chains
+        carried = None if met is None else met.weighed(weight)
+        owed = self._owed() if self.way.carry == "defer" and self.way.writes else None
         return Conclusion(
             carried,
-            self._writing(ends, similarity) if self.way.writes else None,
+            owed,
+            self._writing(ends, similarity, weight) if self.way.writes else None,
             {"acceptance": acceptance, "carried_share": at_carried},
         )
 
-    def _writing(self, ends: Tensor, similarity: Tensor | None) -> Callable[[], None]:
+    def _writing(self, ends: Tensor, similarity: Tensor | None, weight: Tensor) -> Callable[[], None]:
         """Be ready to write where the chains ended, id and similarity (rows, chains).
 
         Of a shared chain the end in the view is kept that was drawn.
@@ -149,11 +152,28 @@ class Visiting(Weighing):
 
         kept = None if similarity is None else of_samples(similarity)
         writes = [self.anchors.moving(contrast.chain_ids, of_samples(ends), kept, contrast.first_anchors)]
-        if self.way.carry == "cache":
+        if self.way.carry in ("cache", "defer"):
             writes.append(self.candidates.caching(*contrast.items()))
+        if self.way.carry == "defer":
+            writes.append(self._deferring(weight))
 
         def write_all() -> None:
             for write in writes:
                 write()
 
         return write_all
+
+    def _owed(self) -> Tensor:
+        """(k, d) the gradient that the batch's candidates are owed, by item; of an item that comes twice, the first."""
+        contrast = self.contrast
+        owed = self.candidates.owed_to(contrast.item_ids, contrast.row_vectors)
+        first = contrast.first_candidates
+        return owed if first is None else owed * first[:, None]
+
+    def _deferring(self, weight: Tensor) -> Callable[[], None]:
+        """Be ready to owe carried negatives what all rows send them, with ``weight`` (rows, chains): Σ β w · row."""
+        contrast, ranks = self.contrast, self.contrast.ranks
+        share = 1 / (contrast.row_views * ranks.size)  # of a row in the mean
+        weights, carried = ranks.gather_rows(weight * (share / self.temperature)), ranks.gather_rows(self.carried)
+        sent = (weights[:, :, None] * ranks.gather_rows(contrast.row_vectors)[:, None]).flatten(0, 1)
+        return self.candidates.owing(contrast.item_ids, carried.flatten(), sent)

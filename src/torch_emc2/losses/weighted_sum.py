@@ -29,6 +29,7 @@ class WeightedSum:
         self._by_own: list[Tensor] = []
         self._by_columns: Tensor | None = None
         self._carried: Carried | None = None
+        self._owed: Tensor | None = None
 
     def add(self, rows: Rows, positive: Positive, weights: Weights) -> None:
         """Add some rows, in their order."""
@@ -53,6 +54,10 @@ class WeightedSum:
         self._carried = carried
         self.by_rows.add_(torch.bmm(carried.weight[:, None], carried.met)[:, 0])
 
+    def add_owed(self, owed: Tensor) -> None:
+        """Add a gradient (k, d) at the first k candidates, which is not to be scaled."""
+        self._owed = owed
+
     @property
     def by_rows(self) -> Tensor:
         """(rows, d) the gradient at the rows, of those that are added."""
@@ -72,10 +77,13 @@ class WeightedSum:
         if contrast.order is not None:
             by_columns = torch.empty_like(by_columns).index_copy_(0, contrast.order, by_columns)
         if contrast.rows is contrast.candidate_vectors:
-            yield contrast.rows, by_columns.add_(by_rows).mul_(scale)
+            by_columns.add_(by_rows)
         else:
             yield contrast.rows, by_rows * scale
-            yield contrast.candidate_vectors, by_columns.mul_(scale)
+        by_columns.mul_(scale)
+        if self._owed is not None:
+            by_columns[: len(self._owed)].add_(self._owed)
+        yield contrast.candidate_vectors, by_columns
         if contrast.own is not None:
             yield contrast.own, torch.cat(self._by_own).mul_(scale)
         carried = self._carried

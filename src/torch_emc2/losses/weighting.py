@@ -78,11 +78,14 @@ class Conclusion(NamedTuple):
 
     Attributes:
         carried: negatives from outside the batch, or None.
+        owed: (k, d) gradient at the first k of the contrast's ``candidate_vectors`` that earlier batches left to this one,
+            or None.
         write: what is to be remembered is written by it, after all that can fail.
         numbers: for the logs, by name: tensors, whose means they are.
     """
 
     carried: Carried | None = None
+    owed: Tensor | None = None
     write: Callable[[], None] | None = None
     numbers: Mapping[str, Tensor] = {}
 

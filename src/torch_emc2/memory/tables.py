@@ -43,6 +43,11 @@ class SampleTable:
         self.make_room(slots)
         self.data.index_copy_(0, slots.to(self.data.device), values.to(self.data))
 
+    def add(self, slots: Tensor, values: Tensor) -> None:
+        """Add ``values`` (k, *shape) to the entries of ``slots`` (k,), which may be the same again."""
+        self.make_room(slots)
+        self.data.index_add_(0, slots.to(self.data.device), values.to(self.data))
+
     def make_room(self, slots: Tensor) -> None:
         """Be ready for a write to ``slots``, which then cannot fail: whoever writes several tables calls it on all."""
         with torch.inference_mode(False):
