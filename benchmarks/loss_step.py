@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 256, 1024])
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=20.0, help="for each batch size")
+    parser.add_argument("--losses", nargs="+", help="by their names in the table, InfoNCE among them; default: all")
     args = parser.parse_args()
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -47,6 +48,12 @@ def main() -> None:
     torch.manual_seed(0)
     table = torch.randn(NUM_SAMPLES, args.dim, device=device)
     chain_a_view = EMC2Loss(2 * NUM_SAMPLES)
+
+    further = {
+        "EMC², cache, 4 chains": EMC2Loss(NUM_SAMPLES, num_chains=4),
+        "EMC², defer": EMC2Loss(NUM_SAMPLES, carry="defer"),
+        "EMC², isir, cache, 4 chains": EMC2Loss(NUM_SAMPLES, kernel="isir", num_chains=4),
+    }
 
     def by_view(z1: Tensor, z2: Tensor, index: Tensor) -> Tensor:
         return chain_a_view(z1, z2, torch.stack([2 * index, 2 * index + 1], 1))
@@ -57,7 +64,9 @@ def main() -> None:
         **{name: partial(make(0), encode=table.__getitem__) for name, make in makers.items()},
         "InfoNCE, F.cross_entropy": cross_entropy,
         "EMC², cache, a chain a view": by_view,
+        **further,
     }
+    losses = {name: loss_fn for name, loss_fn in losses.items() if not args.losses or name in args.losses}
     for batch_size in args.batch_sizes:
         times: dict[str, list[float]] = {name: [] for name in losses}
         start, calls = time.perf_counter(), 0
@@ -78,10 +87,10 @@ def main() -> None:
                 times[name].append(time.perf_counter() - before)
             calls += 1
         reference = statistics.median(times["InfoNCE"][2:] or times["InfoNCE"])
-        print(f"\nb = {batch_size} ({calls} calls)\n{'loss':64s} {'ms':>9s} {'ratio':>7s}")
+        print(f"\n| b = {batch_size} ({calls} calls) | ms | ratio |\n|---|--:|--:|")
         for name, seconds in times.items():
             median = statistics.median(seconds[2:] or seconds)  # the first calls compile and allocate
-            print(f"{name:64s} {median * 1e3:9.3f} {median / reference:7.2f}")
+            print(f"| {name} | {median * 1e3:.3f} | {median / reference:.2f} |")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -69,10 +70,26 @@ class Known:
         if self.anchor_ids is not None:
             own = _with_same_item(own, self.anchor_ids)
         if self.same is not None:
-            own = own | (own.float() @ self.same.float() > 0)
+            own = own | (self.same[samples] if self._same_by_item is None else self._same_of_items(samples))
         if self.candidate_ids is not None:
             own = _with_same_item(own, self.candidate_ids)
         return own
+
+    @cached_property
+    def _same_by_item(self) -> tuple[Tensor, Tensor] | None:
+        """(items, size) what the samples with one of the anchors' items are paired with, and (size, …) their items."""
+        if self.anchor_ids is None or self.same is None:
+            return None
+        items, item_of = torch.unique(self.anchor_ids.view(len(self.anchor_ids), -1), return_inverse=True)
+        pairs = torch.zeros(len(items), len(self.same), dtype=torch.int32, device=items.device)
+        for of_view in item_of.unbind(1):
+            pairs.index_add_(0, of_view, self.same.int())
+        return pairs > 0, item_of
+
+    def _same_of_items(self, samples: Tensor) -> Tensor:
+        assert self._same_by_item is not None
+        pairs, item_of = self._same_by_item
+        return pairs[item_of[samples]].any(1)
 
 
 def _with_same_item(members: Tensor, ids: Tensor) -> Tensor:

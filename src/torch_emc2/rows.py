@@ -6,7 +6,7 @@ No (rows, columns) matrix is ever whole: memory is that of some rows, whatever t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_emc2.geometry import Contrast
 from torch_emc2.known import NO_ID, Relations, with_further
 
-__all__ = ["Positive", "Rows", "known_own", "parts", "whole"]
+__all__ = ["Positive", "Rows", "Whole", "known_own", "parts"]
 
 _AT_ONCE = {"cpu": 1 << 20}
 _AT_ONCE_ELSEWHERE = 1 << 26
@@ -171,14 +171,16 @@ class Rows:
             own = torch.cat([own, contrast.item_ids.where(self.relations.related.repeat(1, views), NO_ID)], 1)
         return (ids[:, :, None] == own[:, None]).any(2) & (ids != NO_ID)
 
-    def ids_at(self, columns: Tensor) -> Tensor:
-        """Return the ids (rows, j) at some of each row's columns; `NO_ID` at its own sample's."""
+    def ids_at(self, columns: Tensor, *, own: bool) -> Tensor:
+        """Return the ids (rows, j) at some of each row's columns; `NO_ID` at its own sample's, if some may be."""
         ids, own_ids = self.contrast.column_ids, self.contrast.own_ids
         if own_ids is None:
             at = ids[columns]
         else:
             own_ids = self.of(own_ids)
             at = torch.cat([ids.expand(len(columns), -1), own_ids], 1).gather(1, columns)
+        if not own:
+            return at
         return at.masked_fill_((columns[:, :, None] == self.own_columns[:, None]).any(2), NO_ID)
 
     @property
@@ -190,19 +192,40 @@ class Rows:
         return self.of(own_ids).masked_fill(none[:, len(self.columns) :], NO_ID)
 
 
-def parts(contrast: Contrast) -> Iterator[Rows]:
-    """Yield all rows, as many at a time as have similarities that are quick to go through."""
+def parts(contrast: Contrast, width: int = 0) -> Iterator[Rows]:
+    """Yield all rows, as many at a time as have similarities, ``width`` more each, that are quick to go through."""
     at_once = _AT_ONCE.get(contrast.rows.device.type, _AT_ONCE_ELSEWHERE)
-    step = max(_FEWEST_ROWS, at_once // (len(contrast.columns) + contrast.num_hard))
+    step = max(_FEWEST_ROWS, at_once // (len(contrast.columns) + contrast.num_hard + width))
     for start in range(0, len(contrast.rows), step):
         yield Rows(contrast, slice(start, min(start + step, len(contrast.rows))))
 
 
 def known_own(contrast: Contrast, ids: Tensor) -> Tensor:
     """(rows, j) which of candidates' ``ids`` (rows, j), of all rows, are known to be the row's own."""
-    return whole([part.known_own(part.of(ids)) for part in parts(contrast)])
+    known = Whole()
+    for part in parts(contrast):
+        known.add(part, part.known_own(part.of(ids)))
+    return known.tensors[0]
 
 
-def whole(of_parts: Sequence[Tensor]) -> Tensor:
-    """Put tensors (rows, …) of all parts together."""
-    return of_parts[0] if len(of_parts) == 1 else torch.cat([*of_parts])
+class Whole:
+    """What parts say of their rows, tensors (rows, …), put together as it comes.
+
+    A list of them would not do: small tensors that stay among the large ones that go tear the heap into holes.
+
+    Attributes:
+        tensors: (all rows, …) each, when all are added.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: tuple[Tensor, ...] = ()
+
+    def add(self, rows: Rows, *of_rows: Tensor) -> None:
+        """Add the next rows'."""
+        num_rows = len(rows.contrast.rows)
+        if rows.span == slice(0, num_rows):
+            self.tensors = of_rows
+            return
+        self.tensors = self.tensors or tuple(part.new_empty(num_rows, *part.shape[1:]) for part in of_rows)
+        for whole, part in zip(self.tensors, of_rows, strict=True):
+            whole[rows.span] = part

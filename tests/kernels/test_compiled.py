@@ -145,3 +145,17 @@ def test_compiles_where_no_folder_may_be_written(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])  # numba's way to look for a place
     again = compiled._compiled()(compiled._count.py_func)
     assert again(torch.ones(3, 2, dtype=torch.uint8).numpy()) == 6
+
+
+@pytest.mark.parametrize("fails_at", [0, 100])
+def test_what_a_thread_raises_is_raised(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compiled_kernels()
+    assert compiled is not None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+    def fail(begin: int, end: int) -> None:
+        if begin <= fails_at < end:
+            raise MemoryError("no room for a walk")
+
+    with pytest.raises(MemoryError, match="no room for a walk"):
+        compiled._in_threads(fail, (), (), 150, 1 << 30)

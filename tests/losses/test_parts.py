@@ -14,7 +14,8 @@ from torch_emc2.losses.registry import Given, variants
 from torch_emc2.losses.stateful import StatefulLoss
 
 M, D, B = 60, 6, 11
-LOSSES = variants(Given(M, 0.2, D, views_per_sample=2))
+NAMES = ("InfoNCE", "SogCLR, γ = 0.9", "Negative Cache", "EMC², encode_if_used", "EMC², isir, defer")
+LOSSES = {name: make for name, make in variants(Given(M, 0.2, D, views_per_sample=2)).items() if name in NAMES}
 
 
 def few_rows_at_once(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
@@ -93,14 +94,14 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("name", [name for name in LOSSES if "Cache" not in name])  # which is rows by num_samples
 def test_no_matrix_is_whole(name: str, labelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    few_rows_at_once(monkeypatch, 4)
-    size, d = 300, 6
+    few_rows_at_once(monkeypatch, 2)
+    size, d = 100, 6
     given = Given(2 * size, 0.2, d, views_per_sample=2)
     loss_fn, table = variants(given)[name](0), torch.randn(2 * size, d)
     for _ in range(2):
         z = torch.randn(2, size, d).requires_grad_()
         index = torch.randint(size, (size,)) if labelled else torch.randperm(2 * size).view(size, 2)
-        labels = torch.randint(100, (size,)) if labelled else None
+        labels = torch.randint(30, (size,)) if labelled else None
         with _Largest() as mode:
             loss_fn(*z, index, encode=table.__getitem__, labels=labels).backward()
-        assert mode.largest <= 8 * size * d  # all by all is 600 × 600, and so 25 times that
+        assert mode.largest <= 8 * size * d  # all by all is 200 × 200, and so 8 times that

@@ -12,7 +12,7 @@ once backward, which adds up the time from each acceptance to the next.
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -396,7 +396,7 @@ def draw(counters: Any, rows: int, count: int) -> Tensor:
 def metropolis(visit: Visit, counters: Any, burn_in: float) -> Move:
     """The move of `torch_emc2.kernels.Metropolis`, where the positive is no state."""
     log_scores, (rows, chains) = _by_row_last(visit.log_scores), visit.carried_score.shape
-    weights, carried_weights = torch.empty_like(log_scores), log_scores.new_zeros(rows, chains)
+    weights, carried_weights = _room(visit, log_scores), log_scores.new_zeros(rows, chains)
     state, tally = torch.empty(rows, chains, dtype=torch.int64), np.zeros(2, np.int64)
     given = *_arrays(log_scores, visit.carried_score, visit.keep_in), counters, burn_in
     _in_threads(_walk, (*given, *_arrays(weights, carried_weights, state)), (tally,), rows, log_scores.numel() * chains)
@@ -409,7 +409,7 @@ def isir(visit: Visit, counters: Any) -> Move:
     rows, chains = visit.carried_score.shape
     log_scores = _by_row_last(visit.log_scores)
     peak = log_scores.amax(1)
-    weights = (log_scores - peak[:, None]).exp_()
+    weights = torch.sub(log_scores, peak[:, None], out=_room(visit, log_scores)).exp_()
     carried_weights = weights.new_zeros(rows, chains)
     state, kept_in = torch.empty(2, rows, chains, dtype=torch.int64)
     own_ids = visit.carried_ids[:, :0] if visit.own_ids is None else visit.own_ids
@@ -422,6 +422,11 @@ def isir(visit: Visit, counters: Any) -> Move:
 def _by_row_last(scores: Tensor) -> Tensor:
     """(rows, sets, n) as (sets, n, rows), which is how similarities lie in memory."""
     return scores.permute(1, 2, 0).contiguous()
+
+
+def _room(visit: Visit, like: Tensor) -> Tensor:
+    """Memory that is there is faster than new one, whose pages have yet to be mapped."""
+    return torch.empty_like(like) if visit.room is None else _by_row_last(visit.room)
 
 
 def _arrays(*tensors: Tensor) -> Any:
@@ -438,14 +443,11 @@ def _in_threads(
         return
     edges = [rows * number // count for number in range(count + 1)]
     shares = [tuple(np.zeros_like(each) for each in sums) for _ in range(count)]
-    threads = [
-        Thread(target=function, args=(*arguments, *share, begin, end))
-        for share, begin, end in zip(shares, edges, edges[1:], strict=False)
-    ]
-    for thread in threads[1:]:
-        thread.start()
-    threads[0].run()
-    for thread in threads[1:]:
-        thread.join()
+    with ThreadPoolExecutor(count - 1) as threads:  # which waits for all, whatever one raises
+        calls = [(*arguments, *share, begin, end) for share, begin, end in zip(shares, edges, edges[1:], strict=False)]
+        others = [threads.submit(function, *call) for call in calls[1:]]
+        function(*calls[0])
+    for other in others:
+        other.result()
     for number, total in enumerate(sums):
         total += sum(share[number] for share in shares)

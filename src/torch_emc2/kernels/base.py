@@ -34,6 +34,7 @@ class Visit:
         own_ids: (rows, k) int64 ids of proposals that are the row's alone, in each of its sets; or None.
         positive_place: (rows,) int64, the proposal of each set that is the row's positive, where that is a state; or
             None. It is in every set, and weighed for that.
+        room: (rows, sets, n) memory that the move's weights may take, or None.
     """
 
     log_scores: Tensor
@@ -43,6 +44,7 @@ class Visit:
     shared_ids: Tensor
     own_ids: Tensor | None = None
     positive_place: Tensor | None = None
+    room: Tensor | None = None
 
     @cached_property
     def inside(self) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast, get_args
@@ -36,7 +36,7 @@ from torch_emc2.losses.settings import (
 )
 from torch_emc2.losses.weighted_sum import WeightedSum, with_gradients
 from torch_emc2.losses.weighting import Weighing, scores_of
-from torch_emc2.rows import parts, whole
+from torch_emc2.rows import Whole, parts
 from torch_emc2.temperature import Temperature, require_temperature
 from torch_emc2.validation import Inputs, Towers, validate_inputs
 
@@ -190,11 +190,8 @@ class ContrastiveLoss(nn.Module, ABC):
         """Weigh one direction's negatives, and sum."""
         weighing = self._weighing(contrast, temperature, encode)
         contrast = weighing.contrast
-        total, kept = WeightedSum(contrast), []
-        values: list[Tensor] = []
-        estimates: list[Tensor] = []
-        similarities: list[Tensor] = []
-        for rows in parts(contrast):
+        total, said = WeightedSum(contrast), Whole()
+        for rows in parts(contrast, weighing.width):
             logits = rows.similarities(1 / temperature)
             positive = rows.positive(logits)
             log_positive = positive.log_mass
@@ -210,11 +207,9 @@ class ContrastiveLoss(nn.Module, ABC):
             elif self.positive_weight:
                 value = torch.logaddexp(scores.log_mass, log_positive) - positive.mean - rows.log_num_negatives
             total.add(rows, positive, weights)
-            values.append(value)
-            estimates.append(estimate)
-            similarities.append(positive.mean)
-            kept.append(weights.kept)
-        conclusion = weighing.conclude(tuple(map(whole, zip(*kept, strict=True))))
+            said.add(rows, value, estimate, positive.mean, *weights.kept)
+        values, estimates, similarities, *kept = said.tensors
+        conclusion = weighing.conclude(tuple(kept))
         if conclusion.carried is not None:
             total.add_carried(conclusion.carried)
         directions = 2 if self.towers == 2 and self.directions == "both" else 1
@@ -226,17 +221,17 @@ class ContrastiveLoss(nn.Module, ABC):
         numbers: dict[str, _Number] = {
             "global_loss": (estimates, of_mean),
             "positive_similarity": (similarities, of_mean * temperature),
-            **{name: ([number], 1.0) for name, number in conclusion.numbers.items()},
+            **{name: (number, 1.0) for name, number in conclusion.numbers.items()},
         }
         gradients = [*total.gradients(share / directions / temperature)]
         if beta is not None:
             gradients.append((beta, total.value() * (share / directions)))
-        return _Direction(whole(values).sum() * share, gradients, conclusion.write, numbers)
+        return _Direction(values.sum() * share, gradients, conclusion.write, numbers)
 
     @property
     def last(self) -> dict[str, Tensor]:
         """Detached numbers of the last call; made when they are asked for."""
-        each = [{name: whole(part).mean() * by for name, (part, by) in numbers.items()} for numbers in self._numbers]
+        each = [{name: number.mean() * by for name, (number, by) in numbers.items()} for numbers in self._numbers]
         return {name: _mean([numbers[name] for numbers in each]) for name in (each[0] if each else ())}
 
     def _beta(self, logit_scale: Tensor | float | None) -> Tensor | None:
@@ -283,8 +278,8 @@ class ContrastiveLoss(nn.Module, ABC):
         return ", ".join([*shown, f"positive_weight={self.positive_weight}"])
 
 
-_Number = tuple[Sequence[Tensor], float | Tensor]
-"""Parts of a tensor (…), and what its mean is to be multiplied by."""
+_Number = tuple[Tensor, float | Tensor]
+"""A tensor, and what its mean is to be multiplied by."""
 
 
 class _Direction(NamedTuple):

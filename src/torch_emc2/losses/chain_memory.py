@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_emc2.losses.met import Met
 from torch_emc2.losses.stateful import Memory
-from torch_emc2.memory.chains import EMPTY, ChainTable
+from torch_emc2.memory.chains import ChainTable
 from torch_emc2.memory.slots import Slots
 from torch_emc2.memory.tables import SampleTable
 
@@ -89,7 +89,7 @@ class ChainMemory(Memory):
         return self.owed.read(slots).to(like.dtype)
 
     def owing(self, paid: Tensor, ids: Tensor, gradients: Tensor) -> Callable[[], None]:
-        """Be ready to owe ``ids`` (k,), some `EMPTY`, ``gradients`` (k, d) more, and ``paid`` (n,) no more than that."""
+        """Be ready to owe ``ids`` (k,), some `EMPTY`, ``gradients`` (k, d) more;  ``paid`` (n,) no more than that."""
         if self.owed is None:
             self.owed = self._new_table(gradients.shape[1])
         table = self.owed
@@ -98,8 +98,7 @@ class ChainMemory(Memory):
             slots = self.slots.find(paid)
             table.make_room(slots)
             table.erase(slots)
-            due = ids != EMPTY
-            table.add(self.slots.find(ids[due]), gradients[due])
+            table.add(self.slots.find(ids).clamp(min=0), gradients)  # an empty chain's is zero, wherever it is added
 
         return write
 

@@ -75,7 +75,9 @@ class BatchDraws:
             thrown = torch.randint(views, (coins,), generator=generator, device=self._device)
             view = torch.where(order < ranks.size, view + torch.arange(views, device=self._device)[:, None], views - 1)
             sets, place = order + view % views * ranks.size, order.argsort()
-        coin_of = ranks.mine(thrown.view(ranks.size, -1, num_chains)).transpose(0, 1)  # (row views + 1, local, chains)
+        coin_of = thrown.view(-1, ranks.size, num_chains)  # of each view, and one more
+        if ranks.world_size > 1:
+            coin_of = coin_of[:, ranks.start : ranks.start + ranks.local]
         return Chances(sets, place, coin_of[:-1].flatten(0, 1), coin_of[-1])
 
 

@@ -53,8 +53,8 @@ class EMC2Loss(StatefulLoss):
             ``"encode_if_used"``: ``encode(ids)`` does, for chains whose carried negative has a weight; the entry score
             is of the similarity stored at the last visit, renewed where the chain stays to the end.
             ``"cache"``: the loss keeps every sample's last embedding, 4·d bytes each; it gets no gradient itself.
-            ``"defer"``: as ``"cache"``; and the gradient that a carried negative is due is kept, 4·d bytes more a sample,
-            and given to the sample one visit late, when it is in a batch itself: in the mean over epochs the same.
+            ``"defer"``: as ``"cache"``; the gradient that a carried negative is due is kept, 4·d bytes more a sample,
+            and given to it one visit late, when it is in a batch itself: in the mean over epochs the same.
             ``"drop"``: nobody; its term is left out and the estimate is biased, that of β's gradient beyond use.
         seed: of the chains' noise, which is a function of (seed, number of the call).
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. The positive is a state then, at which an empty
@@ -108,7 +108,11 @@ class EMC2Loss(StatefulLoss):
         self.num_chains = int(num_chains)
         self.carry = carry
         self.seed = require_int("seed", seed)
-        stored = {"scored": carry in ("encode_if_used", "drop"), "cached": carry in ("cache", "defer"), "deferred": carry == "defer"}
+        stored = {
+            "scored": carry in ("encode_if_used", "drop"),
+            "cached": carry in ("cache", "defer"),
+            "deferred": carry == "defer",
+        }
         self.sides = tuple(ChainMemory(size, self.num_chains, **stored) for size in self.sizes)
 
     @property

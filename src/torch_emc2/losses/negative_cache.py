@@ -119,10 +119,11 @@ class _DrawnFromCache(Weighing):
         super().__init__(contrast)
         self.loss, self.cache, self.encode = loss, loss.sides[contrast.candidates], encode
         self.draws = BatchDraws(contrast, loss.seed, loss._calls)
+        self.width = len(self.cache.written.data)
         self.fresh, self.written = self._fresh()
         if bool((self.written < 0).all()):
             raise ValueError("the cache is empty: train before you evaluate, or load a state")
-        lacking = any(bool(self._no_entries(rows).all(1).any()) for rows in parts(contrast))
+        lacking = any(bool(self._no_entries(rows).all(1).any()) for rows in parts(contrast, self.width))
         if contrast.ranks.anywhere(lacking):
             raise ValueError("the cache has no entry of another sample for some row: train on more samples first")
 
@@ -168,7 +169,7 @@ class _DrawnFromCache(Weighing):
                 self.cache.write(ids, embeddings, self.loss._calls)
 
         write_if = write if self.loss.training else None
-        return Conclusion(carried, None, write_if, {"cached_share": (self.written >= 0).float()})
+        return Conclusion(carried, None, write_if, {"cached_share": (self.written >= 0).float().mean()})
 
     def _no_entries(self, rows: Rows) -> Tensor:
         """(rows, num_samples) entries that are empty, of the row's own sample, or known to be its own."""
@@ -227,8 +228,11 @@ class _Cache(Memory):
         """Look up embeddings of ``ids`` (k,) as they will be when ``fresh`` ones are written."""
         found = self.embeddings.read(ids)
         for new_ids, embeddings in fresh:
-            same = ids[:, None] == new_ids
-            found = torch.where(same.any(1, keepdim=True), embeddings[same.long().argmax(1)], found)
+            place = ids.new_full((len(self.written.data),), -1)
+            place[new_ids] = torch.arange(len(new_ids), device=ids.device)
+            at = place[ids]
+            if len(new_ids):
+                found = torch.where(at[:, None] >= 0, embeddings[at.clamp(min=0)], found)
         return found
 
     def write(self, ids: Tensor, embeddings: Tensor, call: int) -> None:

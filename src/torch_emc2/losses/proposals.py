@@ -55,6 +55,10 @@ class Proposals:
         logits[:, first_hard:] -= math.log(self.contrast.column_views)
         return logits[:, self._sets]
 
+    def room(self, masses: Tensor) -> Tensor | None:
+        """Offer the memory of ``masses`` (rows, C + k) for weights, where it has their shape."""
+        return masses.view(len(masses), *self._sets.shape) if self._in_order else None
+
     def to_columns(self, weights: Tensor, logits: Tensor) -> Tensor:
         """Give weights (rows, sets, n) back to the columns of ``logits`` (rows, C + k)."""
         if self._in_order:

@@ -89,20 +89,24 @@ class Visiting(Weighing):
 
     def weigh(self, rows: Rows, scores: Scores) -> Weights:
         """Let the rows' chains meet the batch."""
-        span, proposals = rows.span, self.proposals
-        carried, empty = self.carried[span], self.empty[span]
-        at_positive = scores.log_positive[:, None] - math.log(self.contrast.column_views)  # which is in each set
-        score = at_positive.expand_as(carried)
+        proposals, carried, empty = self.proposals, rows.of(self.carried), rows.of(self.empty)
+        score = torch.zeros_like(carried, dtype=scores.logits.dtype)
         if self.similarity is not None:
-            score = torch.where(empty, at_positive, self.similarity[span] / self.temperature)
+            score = rows.of(self.similarity) / self.temperature
         log_scores, own_place = proposals.log_scores(scores.logits), None
-        if self.way.weighs_positive:
+        if not self.way.weighs_positive:
+            score = score.masked_fill_(empty, -torch.inf)
+        else:
+            at_positive = scores.log_positive[:, None] - math.log(self.contrast.column_views)  # which is in each set
+            score = torch.where(empty, at_positive, score)
             own_place = proposals.own_place(rows)
             at = own_place[:, None, None].expand(-1, log_scores.shape[1], 1)
             log_scores = log_scores.scatter(2, at, at_positive[:, :, None].expand_as(at))
-        own_ids, keep_in = rows.own_proposal_ids, self.chances.keep_in[span]
-        visit = Visit(log_scores, score, keep_in, carried, proposals.ids, own_ids, own_place)
-        move = self.way.kernel.move(visit, self.draws.of(span))
+        own_ids, keep_in = rows.own_proposal_ids, rows.of(self.chances.keep_in)
+        visit = Visit(
+            log_scores, score, keep_in, carried, proposals.ids, own_ids, own_place, proposals.room(scores.masses)
+        )
+        move = self.way.kernel.move(visit, self.draws.of(rows.span))
 
         weights, at_carried, w_pos = proposals.to_columns(move.weights, scores.logits), move.carried_weights, None
         if self.way.weighs_positive:
@@ -111,7 +115,7 @@ class Visiting(Weighing):
             at_carried = at_carried.masked_fill(empty, 0.0)
         stays = move.state < 0
         end = proposals.column(move.kept_in, move.state).masked_fill_(stays, 0)
-        ends = torch.where(stays, carried, rows.ids_at(end))
+        ends = torch.where(stays, carried, rows.ids_at(end, own=self.way.weighs_positive))
         kept: tuple[Tensor, ...] = ends, at_carried, move.acceptance.expand(len(carried))
         if self.anchors.chains.similarities is not None:
             kept = *kept, stays, torch.where(stays, score, scores.logits.gather(1, end)) * self.temperature
@@ -128,7 +132,7 @@ class Visiting(Weighing):
             if met is not None:  # a score that stayed as it was could hold its chain for ever
                 assert similarity is not None
                 similarity = torch.where(stored[0] & used, met.similarities(contrast.rows.detach()), similarity)
-        weight = at_carried / self.way.num_chains
+        weight = at_carried if self.way.num_chains == 1 else at_carried / self.way.num_chains
         carried = None if met is None else met.weighed(weight)
         owed = self._owed() if self.way.carry == "defer" and self.way.writes else None
         return Conclusion(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_emc2.geometry import Contrast
 from torch_emc2.losses.weighting import Carried, Weights
-from torch_emc2.rows import Positive, Rows
+from torch_emc2.rows import Positive, Rows, Whole
 
 __all__ = ["WeightedSum", "with_gradients"]
 
@@ -25,8 +25,7 @@ class WeightedSum:
 
     def __init__(self, contrast: Contrast) -> None:
         self._contrast = contrast
-        self._by_rows: list[Tensor] = []
-        self._by_own: list[Tensor] = []
+        self._of_rows = Whole()  # the gradient at them, and at what is their own
         self._by_columns: Tensor | None = None
         self._carried: Carried | None = None
         self._owed: Tensor | None = None
@@ -39,15 +38,15 @@ class WeightedSum:
         matrix, columns, own = weights.negatives, rows.columns, rows.own
         matrix.scatter_add_(1, rows.positives, minus)
         shared = matrix if own is None else matrix[:, : len(columns)]
-        by_rows = shared @ columns
+        by_rows, by_own = shared @ columns, []
         if self._by_columns is None:
             self._by_columns = shared.T @ rows.vectors
         else:
             self._by_columns.addmm_(shared.T, rows.vectors)
         if own is not None:
             by_rows.add_((matrix[:, None, len(columns) :] @ own)[:, 0])
-            self._by_own.append(matrix[:, len(columns) :, None] * rows.vectors[:, None])
-        self._by_rows.append(by_rows)
+            by_own.append(matrix[:, len(columns) :, None] * rows.vectors[:, None])
+        self._of_rows.add(rows, by_rows, *by_own)
 
     def add_carried(self, carried: Carried) -> None:
         """Add what all rows meet outside of the batch."""
@@ -60,10 +59,8 @@ class WeightedSum:
 
     @property
     def by_rows(self) -> Tensor:
-        """(rows, d) the gradient at the rows, of those that are added."""
-        if len(self._by_rows) > 1:
-            self._by_rows = [torch.cat(self._by_rows)]
-        return self._by_rows[0]
+        """(rows, d) the gradient at the rows."""
+        return self._of_rows.tensors[0]
 
     def value(self) -> Tensor:
         """Return the sum."""
@@ -85,7 +82,7 @@ class WeightedSum:
             by_columns[: len(self._owed)].add_(self._owed)
         yield contrast.candidate_vectors, by_columns
         if contrast.own is not None:
-            yield contrast.own, torch.cat(self._by_own).mul_(scale)
+            yield contrast.own, self._of_rows.tensors[1].mul_(scale)
         carried = self._carried
         if carried is not None and carried.encoded is not None and carried.place is not None:
             sent = (carried.weight[:, :, None] * contrast.row_vectors[:, None]).flatten(0, 1)

@@ -16,7 +16,7 @@ __all__ = ["Carried", "Conclusion", "Scores", "Weighing", "Weights", "scores_of"
 
 
 class Scores(NamedTuple):
-    """How some rows compare with their columns; all detached. Estimators may write over it.
+    """How some rows compare with their columns; all detached. Estimators may write over ``logits`` and ``masses``.
 
     Attributes:
         logits: (rows, columns) β s_j, -inf where a column is no negative of the row.
@@ -78,8 +78,8 @@ class Conclusion(NamedTuple):
 
     Attributes:
         carried: negatives from outside the batch, or None.
-        owed: (k, d) gradient at the first k of the contrast's ``candidate_vectors`` that earlier batches left to this one,
-            or None.
+        owed: (k, d) gradient at the first k of the contrast's ``candidate_vectors`` that earlier batches left to this
+            one, or None.
         write: what is to be remembered is written by it, after all that can fail.
         numbers: for the logs, by name: tensors, whose means they are.
     """
@@ -95,7 +95,10 @@ class Weighing(ABC):
 
     Attributes:
         contrast: what is contrasted with what; an estimator may put its columns in another order.
+        width: what else a row is compared with, beside its columns: the more, the fewer rows at a time.
     """
+
+    width = 0
 
     def __init__(self, contrast: Contrast) -> None:
         self.contrast = contrast

@@ -1,0 +1,61 @@
+"""What a step of a small batch costs is tensor operations: so many, and no more. (Seconds are for benchmarks/.)"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_emc2 import EMC2Loss, InfoNCELoss
+from torch_emc2.losses import ContrastiveLoss
+
+N, B, D = 1000, 32, 16
+VIEWS = {"view", "detach", "slice", "select", "unsqueeze", "permute", "transpose", "t", "expand", "alias", "split"}
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "_unique2",
+    "is_nonzero",
+    "equal",
+}  # of which a GPU's host waits for the result
+
+
+class _Operations(TorchDispatchMode):
+    """How often each operation is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(loss_fn: ContrastiveLoss) -> Counter[str]:
+    """Of one forward and backward pass, when chains have begun."""
+    for _ in range(3):
+        z = torch.randn(2, B, D).requires_grad_()
+        x, y = z[0].detach().requires_grad_(), z[1].detach().requires_grad_()
+        with _Operations() as mode:
+            loss_fn(x, y, torch.randperm(N)[:B]).backward()
+    return mode.calls
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "most"),
+    [
+        (InfoNCELoss(), 45),
+        (EMC2Loss(N), 85),
+        (EMC2Loss(N, num_chains=4), 85),
+        (EMC2Loss(N, kernel="isir"), 90),
+        (EMC2Loss(N, carry="defer"), 100),
+    ],
+)
+def test_a_step_has_few_operations(loss_fn: ContrastiveLoss, most: int) -> None:
+    calls = operations(loss_fn)
+    assert sum(count for name, count in calls.items() if name not in VIEWS) <= most, calls
+    assert (
+        sum(calls[name] for name in WAITS) <= 2
+    )  # whether embeddings have a direction, by the least and largest length
