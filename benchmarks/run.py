@@ -28,6 +28,7 @@ PARTS: dict[str, list[list[str]]] = {
         ["memory.py"],
         ["memory.py", "--batch-sizes", "65536", "--losses", "InfoNCE", "EMC²", "EMC², isir"],
     ],
+    "scaling": [["scaling.py"]],
     "evaluation": [["evaluation.py"]],
     "start_up": [["start_up.py"]],
     "training": [["training.py"]],
