@@ -372,12 +372,17 @@ def test_inference_mode_does_not_spoil_training(name: str) -> None:
 
 def test_weights_are_chosen_without_gradient() -> None:
     class Loss(DCLLoss):
-        def _weigh(self, *args: Any) -> Any:
-            assert not torch.is_grad_enabled()
-            return super()._weigh(*args)
+        def _weighing(self, *args: Any) -> Any:
+            weighing = super()._weighing(*args)
+            weigh, conclude = weighing.weigh, weighing.conclude
+            weighing.weigh = lambda *args: modes.append(torch.is_grad_enabled()) or weigh(*args)  # type: ignore
+            weighing.conclude = lambda *args: modes.append(torch.is_grad_enabled()) or conclude(*args)  # type: ignore
+            return weighing
 
+    modes: list[bool] = []
     z1, z2, _ = batch(0, 6)
     assert Loss(0.1)(z1.requires_grad_(), z2).requires_grad
+    assert modes == [False, False]
 
 
 @each_stateful_loss

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from torch_emc2.config import Config
 from torch_emc2.geometry import Contrast
+from torch_emc2.kernels import Draws
 from torch_emc2.losses import ContrastiveLoss, emc2, negative_cache
-from torch_emc2.losses.draws import BatchDraws
+from torch_emc2.losses.draws import BatchDraws, Chances
 from torch_emc2.training import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -46,14 +48,12 @@ def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(on_cpu(contrast), seed, call)
             self.device = contrast.rows.device
 
-        def exponential(self, *shape: int) -> Tensor:
-            return super().exponential(*shape).to(self.device)
+        def of(self, rows: slice) -> Draws:
+            draws = super().of(rows)
+            return SimpleNamespace(exponential=lambda *shape: draws.exponential(*shape).to(self.device))
 
-        def proposal_sets(self) -> Tensor:
-            return super().proposal_sets().to(self.device)
-
-        def coins(self, num_chains: int) -> Tensor:
-            return super().coins(num_chains).to(self.device)
+        def chances(self, num_chains: int) -> Chances:
+            return Chances(*(each.to(self.device) for each in super().chances(num_chains)))
 
     for module in (emc2, negative_cache):
         monkeypatch.setattr(module, "BatchDraws", OnCPU)

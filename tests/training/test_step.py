@@ -22,6 +22,7 @@ from torch_emc2.cli import main
 from torch_emc2.config import Config, OptimizerConfig, to_yaml
 from torch_emc2.data import ContrastiveDataset, open_dataset
 from torch_emc2.losses import EMC2Loss
+from torch_emc2.losses.visiting import Visiting
 from torch_emc2.models import Norm
 from torch_emc2.training import ContrastiveData, ContrastiveModule, train
 
@@ -171,13 +172,13 @@ def test_optimisers(name: Any, kind: type, tiny: Config, monkeypatch: pytest.Mon
 
 def test_similarities_are_float32_under_bf16(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    weigh = EMC2Loss._weigh
+    weigh = Visiting.weigh
 
-    def spy(self: EMC2Loss, contrast: Any, scores: Any, *args: Any) -> Any:
-        seen.append((contrast.rows.dtype, scores.logits.dtype))
-        return weigh(self, contrast, scores, *args)
+    def spy(self: Visiting, rows: Any, scores: Any) -> Any:
+        seen.append((rows.vectors.dtype, scores.logits.dtype))
+        return weigh(self, rows, scores)
 
-    monkeypatch.setattr(EMC2Loss, "_weigh", spy)
+    monkeypatch.setattr(Visiting, "weigh", spy)
     run = train(replace(tiny, precision="bf16-mixed"))
     assert set(seen) == {(torch.float32, torch.float32)}
     assert all(math.isfinite(float(row["loss"])) for row in outcome(run)[3])
