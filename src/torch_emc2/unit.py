@@ -55,5 +55,5 @@ class _Normalised(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: None) -> Tensor:
         unit, length = ctx.saved_tensors
-        along = torch.linalg.vecdot(gradient, unit)[:, None]
+        along = (gradient * unit).sum(1, keepdim=True)  # vecdot would be cast where the caller's autocast is on
         return torch.addcmul(gradient, along, unit, value=-1).div_(length)

@@ -122,6 +122,9 @@ class ChainMemory(Memory):
             self._table_for(state, "embeddings")
         if self.deferred:
             self._table_for(state, "owed")
+            shapes = {getattr(state[name], "shape", None) for name in ("embeddings", "owed")}
+            if len(shapes) > 1:
+                raise ValueError("the saved embeddings and what they are owed are not alike: the state is damaged")
 
     def load(self, state: dict[str, Any]) -> None:
         """See `Memory.load`."""
