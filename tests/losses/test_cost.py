@@ -36,8 +36,7 @@ class _Operations(TorchDispatchMode):
 def operations(loss_fn: ContrastiveLoss) -> Counter[str]:
     """Of one forward and backward pass, when chains have begun."""
     for _ in range(3):
-        z = torch.randn(2, B, D).requires_grad_()
-        x, y = z[0].detach().requires_grad_(), z[1].detach().requires_grad_()
+        x, y = (torch.randn(B, D).requires_grad_() for _ in range(2))
         with _Operations() as mode:
             loss_fn(x, y, torch.randperm(N)[:B]).backward()
     return mode.calls

@@ -7,6 +7,9 @@ from that of the call by splitmix64's finaliser.
 Metropolis: about every third proposal is accepted and none predictably, so a branch a step would cost more than all
 else. So many rows walk in step, in the lanes of vector instructions: once forward, which finds what is accepted, and
 once backward, which adds up the time from each acceptance to the next.
+
+All that is compiled is in this one file: numba looks at a function's own file alone to tell whether its compiled form,
+into which others have gone, is of today.
 """
 
 from __future__ import annotations
@@ -100,13 +103,8 @@ def _fill(out: Any, key: Any) -> None:
 @_compiled()
 def _key_of(counters: Any, row: Any) -> Any:
     """Key of this rank's row number ``row``: that of its number in the whole batch, view by view."""
-    first, local, start, size = (
-        np.int64(counters[1]),
-        np.int64(counters[2]),
-        np.int64(counters[3]),
-        np.int64(counters[4]),
-    )
-    row += first
+    row += np.int64(counters[1])
+    local, start, size = np.int64(counters[2]), np.int64(counters[3]), np.int64(counters[4])
     return _mixed(counters[0], row // local * size + start + row % local)
 
 

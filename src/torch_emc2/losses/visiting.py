@@ -81,9 +81,9 @@ class Visiting(Weighing):
             anywhere = bool((carried_by_all != EMPTY).any())
             self.met = encode_met(contrast, self.carried, ~self.empty, anywhere, encode)
         elif way.carry in ("cache", "defer"):
-            self.met = candidates.recall(self.carried, contrast.rows)
+            self.met = candidates.recall(self.carried, contrast.row_vectors)
         if self.met is not None:
-            self.similarity = self.met.similarities(contrast.rows.detach())
+            self.similarity = self.met.similarities(contrast.row_vectors)
         elif anchors.chains.similarities is not None:
             self.similarity = contrast.to_rows(anchors.chains.similarities.read(slots)).to(contrast.rows.dtype)
 
@@ -131,7 +131,7 @@ class Visiting(Weighing):
             met = encode_met(contrast, self.carried, used, contrast.ranks.anywhere(bool(used.any())), self.encode)
             if met is not None:  # a score that stayed as it was could hold its chain for ever
                 assert similarity is not None
-                similarity = torch.where(stored[0] & used, met.similarities(contrast.rows.detach()), similarity)
+                similarity = torch.where(stored[0] & used, met.similarities(contrast.row_vectors), similarity)
         weight = at_carried if self.way.num_chains == 1 else at_carried / self.way.num_chains
         carried = None if met is None else met.weighed(weight)
         owed = self._owed() if self.way.carry == "defer" and self.way.writes else None
