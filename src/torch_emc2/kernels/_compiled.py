@@ -398,7 +398,7 @@ def metropolis(visit: Visit, counters: Any, burn_in: float) -> Move:
     state, tally = torch.empty(rows, chains, dtype=torch.int64), np.zeros(2, np.int64)
     given = *_arrays(log_scores, visit.carried_score, visit.keep_in), counters, burn_in
     _in_threads(_walk, (*given, *_arrays(weights, carried_weights, state)), (tally,), rows, log_scores.numel() * chains)
-    acceptance = weights.new_tensor(tally[0] / tally[1])
+    acceptance = weights.new_tensor(tally[0] / max(tally[1], 1))  # none where all scores are nan
     return Move(weights.permute(2, 0, 1), carried_weights, state, visit.keep_in, acceptance)
 
 

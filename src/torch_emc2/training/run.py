@@ -132,6 +132,9 @@ def _saying_how_to_go_on(run: Path, rank: int, all_there: Callable[[], bool]) ->
             raise ConnectionError(message) from error
         error.args = (f"{cause(error)}; {resume_command(run)} goes on from the last checkpoint",)
         raise
+    except (ConnectionError, EOFError) as error:  # what may be seen first of a worker that was killed
+        message = f"DataLoader worker ended: {cause(error)}; {resume_command(run)} goes on from the last checkpoint"
+        raise RuntimeError(message) from error
     except BadImageError as error:  # that was readable at the start, or seemed so
         on = resume_command(run)
         if all_there():
