@@ -230,7 +230,6 @@ def _contrast(
         candidates=direction[1],
         rows=anchor.local,
         candidate_vectors=columns,
-        columns=columns.detach(),
         anchor_ids=anchor.ids,
         candidate_ids=candidate.ids,
         first_anchors=anchor.first,

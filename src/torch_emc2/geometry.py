@@ -8,7 +8,7 @@ documents), and a row's positive is its partner.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -61,8 +61,7 @@ class Contrast:
         anchors: the side of the rows, 0 or 1.
         candidates: the side of the columns.
         rows: (row views · local, d) unit vectors, with gradient.
-        candidate_vectors: (C, d) unit vectors, with gradient: the columns before `in_order`.
-        columns: (C, d) unit vectors, without gradient.
+        candidate_vectors: (C, d) unit vectors, with gradient: the columns.
         anchor_ids: (size,) or (size, row views) ids of the samples, or views, behind the rows; None if they have none.
         candidate_ids: (size,) or (size, column views) of those behind the columns.
         first_anchors: (len(chain_ids),) which of `chain_ids` are met for the first time; None for all.
@@ -74,7 +73,6 @@ class Contrast:
         own_copies: (rows, k) the same of ``own``.
         layout: where a row's own columns are.
         known: what is known of the samples beyond that; None for nothing.
-        order: (C,) which of ``candidate_vectors`` each column is; None where they are the same.
     """
 
     ranks: Ranks
@@ -82,7 +80,6 @@ class Contrast:
     candidates: int
     rows: Tensor
     candidate_vectors: Tensor
-    columns: Tensor
     anchor_ids: Tensor | None
     candidate_ids: Tensor | None
     first_anchors: Tensor | None
@@ -94,12 +91,16 @@ class Contrast:
     own_copies: Tensor | None
     layout: Layout
     known: Known | None
-    order: Tensor | None = None
 
     @cached_property
     def row_vectors(self) -> Tensor:
         """(row views · local, d) the rows, without gradient."""
         return self.rows.detach()
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """(C, d) the columns, without gradient."""
+        return self.candidate_vectors.detach()
 
     @cached_property
     def row_views(self) -> int:
@@ -142,9 +143,7 @@ class Contrast:
     def column_ids(self) -> Tensor:
         """(C,) ids of the samples, or views, behind the columns; `NO_ID` for hard negatives without one."""
         ids = self.item_ids.repeat(self.column_views * self.ranks.size // len(self.item_ids))
-        if self.num_hard:
-            ids = torch.cat([ids, self.shared_ids])
-        return ids if self.order is None else ids[self.order]
+        return torch.cat([ids, self.shared_ids]) if self.num_hard else ids
 
     @cached_property
     def partner_ids(self) -> Tensor:
@@ -158,18 +157,11 @@ class Contrast:
         if later is None:
             later = torch.zeros(self.ranks.size, dtype=torch.bool, device=self.columns.device)
         copied = later.repeat(self.column_views)
-        copied = copied if self.shared_copies is None else torch.cat([copied, self.shared_copies])
-        return copied if self.order is None else copied[self.order]
-
-    def in_order(self, order: Tensor, place: Tensor) -> Contrast:
-        """Put the columns in another order: column i is number ``order[i]`` of now, whose place is ``place``'s."""
-        own, positives, weights = self.layout
-        layout = Layout(place[own], place[positives], weights)
-        return replace(self, columns=self.columns[order], layout=layout, order=order)
+        return copied if self.shared_copies is None else torch.cat([copied, self.shared_copies])
 
     def items(self) -> tuple[Tensor, Tensor]:
         """Ids (k,), all different, and vectors (k, d) of the batch's candidates, of all ranks, hard ones included."""
-        ids, vectors = self.item_ids, self.candidate_vectors.detach()
+        ids, vectors = self.item_ids, self.columns
         if not self.num_hard:
             vectors, first = vectors[: len(ids)], self.first_candidates
             return (ids, vectors) if first is None else (ids[first], vectors[first])

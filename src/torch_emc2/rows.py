@@ -122,8 +122,7 @@ class Rows:
 
     def _in_columns(self, of_samples: Tensor) -> Tensor:
         """Say of columns, the samples', what is said of samples (rows, size)."""
-        columns, order = of_samples.repeat(1, self.contrast.column_views), self.contrast.order
-        return columns if order is None else columns[:, order[: columns.shape[1]]]
+        return of_samples.repeat(1, self.contrast.column_views)
 
     @cached_property
     def num_negatives(self) -> int | Tensor:

@@ -34,11 +34,10 @@ class ByTensors:
 
 
 def check(kernel: Kernel, visit: Visit, seed: int) -> None:
-    rows, dtype = len(visit.log_scores), visit.log_scores.dtype
+    rows, dtype = len(visit.logits), visit.logits.dtype
     compiled = kernel.move(visit, counted(rows, seed, dtype))
     move = kernel.move(visit, ByTensors(counted(rows, seed, dtype)))
     assert torch.equal(compiled.state, move.state)
-    assert torch.equal(compiled.kept_in, move.kept_in)
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
     assert float(compiled.acceptance) == pytest.approx(float(move.acceptance), rel=1e-5, abs=1e-6)
     for name in ("weights", "carried_weights"):
@@ -55,19 +54,21 @@ def test_compiled_moves_are_those_by_tensors(kernel: Kernel, visit: Visit, seed:
 def batch(rows: int, n: int, chains: int, dtype: torch.dtype, *, column_first: bool) -> Visit:
     """A visit as a batch makes it: each row has two proposals that are none, and some chains are empty."""
     generator = torch.Generator().manual_seed(rows * n + chains)
-    scores = torch.randn(2, n, rows, dtype=torch.float64, generator=generator) * 3
+    scores = torch.randn(2 * n, rows, dtype=torch.float64, generator=generator) * 3
+    sets = torch.randperm(2 * n, generator=generator).view(2, n)
     own = torch.randint(n, (rows,), generator=generator)
-    scores[:, own, torch.arange(rows)] = -torch.inf
+    scores[sets[:, own], torch.arange(rows)] = -torch.inf
     carried_ids = torch.randint(EMPTY, 4 * n, (rows, chains), generator=generator)
     carried = torch.randn(rows, chains, dtype=torch.float64, generator=generator) * 3
     carried[carried_ids == EMPTY] = -torch.inf
-    scores = scores.to(dtype).permute(2, 0, 1)
+    scores = scores.to(dtype).T
     return Visit(
         scores if column_first else scores.contiguous(),
+        sets,
         carried.to(dtype),
         torch.randint(2, (rows, chains), generator=generator),
         carried_ids,
-        torch.arange(2 * n).view(2, n),
+        torch.randperm(2 * n, generator=generator),
     )
 
 

@@ -50,18 +50,19 @@ def visits(draw: st.DrawFn) -> Visit:
     shared, own = draw(st.integers(1, 6)), draw(st.integers(0, 2))
     scale, with_positive = draw(st.sampled_from([0.0, 1.0, 14.3, 300.0])), draw(st.booleans())
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    scores = scale * torch.randn(rows, sets, shared + own, dtype=torch.float64, generator=generator)
+    columns = torch.arange(sets * shared).view(sets, shared)
+    scores = scale * torch.randn(rows, sets * shared + own, dtype=torch.float64, generator=generator)
     no_proposal = torch.rand(rows, sets, shared, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
     no_proposal[:, :, 0] = False
-    scores[:, :, :shared][no_proposal] = -torch.inf
-    shared_ids = torch.arange(sets * shared).view(sets, shared)
+    scores[:, : sets * shared][no_proposal.flatten(1)] = -torch.inf
+    column_ids = torch.randperm(sets * shared, generator=generator)
     own_ids = 100 + torch.arange(rows * own).view(rows, own)
 
     carried_ids = torch.full((rows, chains), EMPTY)
     carried_score = torch.full((rows, chains), -torch.inf, dtype=torch.float64)
     if with_positive:
-        scores[:, :, 0] = scores[:, :1, 0]
-        carried_score[:] = scores[:, 0, :1]
+        scores[:, columns[:, 0]] = scores[:, :1].clone()
+        carried_score[:] = scores[:, :1]
     kinds = torch.randint(4, (rows, chains), generator=generator)
     for row in range(rows):
         for chain in range(chains):
@@ -69,39 +70,42 @@ def visits(draw: st.DrawFn) -> Visit:
             if kinds[row, chain] == 0:
                 carried_ids[row, chain] = 900 + chain
                 carried_score[row, chain] = scale * torch.randn((), generator=generator)
-            elif kinds[row, chain] < 3 and k >= with_positive and scores[row, s, k] > -torch.inf:
-                carried_ids[row, chain] = shared_ids[s, k] if k < shared else own_ids[row, k - shared]
-                carried_score[row, chain] = scores[row, s, k]
+                continue
+            column = s * shared + k if k < shared else sets * shared + k - shared
+            if 0 < kinds[row, chain] < 3 and k >= with_positive and scores[row, column] > -torch.inf:
+                carried_ids[row, chain] = column_ids[column] if k < shared else own_ids[row, k - shared]
+                carried_score[row, chain] = scores[row, column]
     keep_in = torch.randint(sets, (rows, chains), generator=generator)
-    return Visit(scores, carried_score, keep_in, carried_ids, shared_ids, own_ids if own else None)
+    everywhere = sets * shared + torch.arange(own).expand(sets, -1)
+    in_sets = torch.cat([columns, everywhere], 1)[:, torch.randperm(shared + own, generator=generator)]
+    return Visit(scores, in_sets, carried_score, keep_in, carried_ids, column_ids, own_ids if own else None)
 
 
 @pytest.mark.parametrize("name", EVERY)
 @settings(max_examples=50, deadline=None)
 @given(visit=visits(), seed=st.integers(0, 2**31))
 def test_a_move_keeps_to_the_contract(name: str, visit: Visit, seed: int) -> None:
-    kernel, (rows, num_sets, n) = EVERY[name], visit.log_scores.shape
+    kernel, (rows, columns) = EVERY[name], visit.logits.shape
     before = {field: value.clone() for field, value in vars(visit).items() if value is not None}
     move = kernel.move(visit, Exponentials(rows, seed))
     for field, value in before.items():
         assert torch.equal(getattr(visit, field), value), field
 
-    assert move.weights.shape == visit.log_scores.shape
-    assert move.carried_weights.shape == move.state.shape == move.kept_in.shape == visit.carried_score.shape
+    assert move.weights.shape == visit.logits.shape
+    assert move.carried_weights.shape == move.state.shape == visit.carried_score.shape
     assert move.acceptance.shape == ()
     assert 0 <= move.acceptance <= 1
     for row in range(rows):
-        weights, carried_weights = move.weights[row].flatten().tolist(), move.carried_weights[row].tolist()
+        weights, carried_weights = move.weights[row].tolist(), move.carried_weights[row].tolist()
         assert min(weights + carried_weights) >= 0
         assert sum(weights) + sum(carried_weights) / len(carried_weights) == pytest.approx(1, abs=1e-12)
-        for weight, score in zip(weights, visit.log_scores[row].flatten().tolist(), strict=True):
+        for weight, score in zip(weights, visit.logits[row].tolist(), strict=True):
             assert weight == 0 or score > -torch.inf
         for chain, weight in enumerate(carried_weights):
-            state, kept_in = int(move.state[row, chain]), int(move.kept_in[row, chain])
-            assert -1 <= state < n
-            assert 0 <= kept_in < num_sets
+            state = int(move.state[row, chain])
+            assert -1 <= state < columns
             if state >= 0:
-                assert visit.log_scores[row, kept_in, state] > -torch.inf
+                assert visit.logits[row, state] > -torch.inf
             if visit.carried_score[row, chain] == -torch.inf:
                 assert state >= 0
                 assert weight == 0
@@ -153,17 +157,16 @@ def test_the_softmax_is_invariant(name: str) -> None:
     )
     start = torch.multinomial(TARGET.expand(rows, -1), chains, replacement=True, generator=generator)
     carried_ids = state_of.argsort(1).gather(1, start)
-    shared_ids = torch.arange(SETS * SET_SIZE).view(SETS, SET_SIZE)
-    proposed = state_of[:, shared_ids]
+    column_ids = torch.arange(SETS * SET_SIZE)
+    proposed = state_of[:, column_ids]
     keep_in = torch.randint(SETS, (rows, chains), generator=generator)
-    visit = Visit(SCORE[proposed], SCORE[start], keep_in, carried_ids, shared_ids)
+    sets = column_ids.view(SETS, SET_SIZE)
+    visit = Visit(SCORE[proposed], sets, SCORE[start], keep_in, carried_ids, column_ids)
     move = EVERY[name].move(visit, Exponentials(rows, 6))
 
-    chosen = proposed.gather(1, move.kept_in[:, :, None].expand(-1, -1, SET_SIZE))
-    chosen = chosen.gather(2, move.state.clamp(min=0)[:, :, None])[:, :, 0]
-    end = torch.where(move.state < 0, start, chosen)
+    end = torch.where(move.state < 0, start, proposed.gather(1, move.state.clamp(min=0)))
     ends = torch.nn.functional.one_hot(end, STATES).double().mean(1)  # (rows, states)
-    weights = torch.zeros_like(ends).scatter_add_(1, proposed.flatten(1), move.weights.flatten(1))
+    weights = torch.zeros_like(ends).scatter_add_(1, proposed, move.weights)
     weights.scatter_add_(1, start, move.carried_weights / chains)
 
     laws = TARGET, TARGET

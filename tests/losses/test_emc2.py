@@ -71,18 +71,18 @@ def test_shares_of_a_row_sum_to_one(
 
     def spy(self: Metropolis | Isir, visit: Visit, draws: Draws) -> Move:
         moved = move(self, visit, draws)  # type: ignore[arg-type]
-        shares.append((visit.log_scores == -torch.inf, moved.weights.clone(), moved.carried_weights))
+        shares.append((visit.logits == -torch.inf, moved.weights.clone(), moved.carried_weights))
         return moved
 
     monkeypatch.setattr(type(loss_fn.kernel), "move", spy)
     for z1, z2, index in batches(10, own_chains, seed=0):
         loss_fn(z1, z2, index, encode=lambda ids: torch.randn(len(ids), D, dtype=torch.float64))
     assert len(shares) == 10
-    for own, in_sets, at_carried in shares:
-        total = in_sets.sum((1, 2)) + at_carried.sum(1) / 2
+    for own, in_batch, at_carried in shares:
+        total = in_batch.sum(1) + at_carried.sum(1) / 2
         torch.testing.assert_close(total, torch.ones(2 * B, dtype=torch.float64))
         assert own.sum() == 2 * B * 2
-        assert (in_sets[own] == 0).all()
+        assert (in_batch[own] == 0).all()
 
 
 def test_a_stale_score_does_not_hold_its_chain() -> None:

@@ -101,8 +101,7 @@ class Enumeration:
         ids = self.ids(batch)
         z1, z2 = self.table[ids].unbind(1) if self.own_chains else (self.table[ids], self.table[ids])
         loss_fn(z1, z2, ids, encode=self.table.__getitem__)
-        in_order = torch.empty(2 * self.size).index_copy(0, sets.flatten(), summed[0][0])
-        return self.state_of[loss_fn.chains.ids.data[0]], in_order, met[0][0]
+        return self.state_of[loss_fn.chains.ids.data[0]], summed[0][0], met[0][0]
 
 
 def without_replacement(

@@ -156,12 +156,35 @@ def _spend(hit: Any, clock: Any, after: Any, spent: Any) -> None:
 
 
 @_compiled()
-def _count_steps(scores: Any, s: Any, first: Any, count: Any) -> None:
+def _read(logits: Any, columns: Any, first: Any, x: Any) -> None:
+    """Put the proposals of a set into the lanes, rows from the ``first`` on, in the order of the steps."""
+    lanes = x.shape[1]
+    for k in range(columns.size):
+        for lane in range(lanes):
+            x[k, lane] = logits[columns[k], first + lane]
+
+
+@_compiled()
+def _write(spent: Any, share: Any, weights: Any, sets: Any, s: Any, first: Any) -> None:
+    """Give a set's weights to its columns; those that are in all sets add up."""
+    lanes, last = spent.shape[1], len(sets) - 1
+    for k in range(sets.shape[1]):
+        column = sets[s, k]
+        if s > 0 and sets[0, k] == sets[last, k]:
+            for lane in range(lanes):
+                weights[column, first + lane] += spent[k, lane] * share[lane]
+        else:
+            for lane in range(lanes):
+                weights[column, first + lane] = spent[k, lane] * share[lane]
+
+
+@_compiled()
+def _count_steps(logits: Any, columns: Any, first: Any, count: Any) -> None:
     zero, one = count.dtype.type(0), count.dtype.type(1)
     count[:] = zero
-    for k in range(scores.shape[1]):
+    for k in range(columns.size):
         for lane in range(count.size):
-            count[lane] += one if scores[s, k, first + lane] > -np.inf else zero
+            count[lane] += one if logits[columns[k], first + lane] > -np.inf else zero
 
 
 @_compiled()
@@ -178,22 +201,6 @@ def _wind(x: Any, burnt: Any, clock: Any, now: Any) -> None:
 
 
 @_compiled()
-def _read(scores: Any, s: Any, first: Any, x: Any) -> None:
-    lanes = x.shape[1]
-    for k in range(scores.shape[1]):
-        for lane in range(lanes):
-            x[k, lane] = scores[s, k, first + lane]
-
-
-@_compiled()
-def _write(spent: Any, share: Any, weights: Any, s: Any, first: Any) -> None:
-    lanes = spent.shape[1]
-    for k in range(weights.shape[1]):
-        for lane in range(lanes):
-            weights[s, k, first + lane] = spent[k, lane] * share[lane]
-
-
-@_compiled()
 def _count(hit: Any) -> Any:
     total = 0
     for k in range(len(hit)):
@@ -204,11 +211,11 @@ def _count(hit: Any) -> Any:
 
 @_compiled()
 def _walk(
-    log_scores: Any, carried_score: Any, keep_in: Any, counters: Any, burn_in: Any,
+    logits: Any, sets: Any, carried_score: Any, keep_in: Any, counters: Any, burn_in: Any,
     weights: Any, carried_weights: Any, state: Any, tally: Any, begin: Any, end: Any,
 ) -> None:  # fmt: skip
-    num_sets, n = log_scores.shape[:2]
-    num_chains, kind, padded = carried_score.shape[1], log_scores.dtype, (n + 3) // 4 * 4
+    num_sets, n = sets.shape
+    num_chains, kind, padded = carried_score.shape[1], logits.dtype, (n + 3) // 4 * 4
     for first in range(begin, end, _LANES):
         lanes = min(_LANES, end - first)
         low, high = np.empty(lanes, np.uint32), np.empty(lanes, np.uint32)
@@ -230,7 +237,7 @@ def _walk(
         burnt = np.empty((num_sets, lanes), kind)
         share[:] = 0
         for s in range(num_sets):
-            _count_steps(log_scores, s, first, stop)
+            _count_steps(logits, sets[s], first, stop)
             for lane in range(lanes):
                 burnt[s, lane] = np.floor(burn_in * stop[lane])
                 share[lane] += stop[lane] - burnt[s, lane]
@@ -238,7 +245,7 @@ def _walk(
         for lane in range(lanes):
             share[lane] = 1 / (share[lane] * num_chains)
         for s in range(num_sets):
-            _read(log_scores, s, first, x)
+            _read(logits, sets[s], first, x)
             _wind(x, burnt[s], clock, stop)
             spent[:] = 0
             for chain in range(num_chains):
@@ -252,8 +259,8 @@ def _walk(
                         last = n - 1
                         while last >= 0 and not hit[last, lane]:
                             last -= 1
-                        state[first + lane, chain] = last
-            _write(spent, share, weights, s, first)
+                        state[first + lane, chain] = sets[s, last] if last >= 0 else -1
+            _write(spent, share, weights, sets, s, first)
 
 
 @_compiled()
@@ -264,51 +271,75 @@ def _holds(ids: Any, one: Any) -> Any:
     return found > 0
 
 
-@_compiled()
-def _add_up(masses: Any, s: Any, first: Any, total: Any) -> None:
-    """Sum the masses of a set in each lane, a row."""
-    for lane in range(total.size):
-        total[lane] = 0
-    for k in range(masses.shape[1]):
-        for lane in range(total.size):
-            total[lane] += masses[s, k, first + lane]
+@_compiled(fastmath={"contract", "nsz"})
+def _exponentiate(x: Any, peak: Any) -> None:
+    """exp(x - peak) in each lane, in place; in float32 by a power of 2 and a polynomial, within 2e-7."""
+    n, lanes = x.shape
+    if x.itemsize == 8:
+        for k in range(n):
+            for lane in range(lanes):
+                x[k, lane] = np.exp(x[k, lane] - peak[lane])
+        return
+    for k in range(n):
+        for lane in range(lanes):
+            t = max(np.float32(x[k, lane] - peak[lane]) * np.float32(1.4426950408889634), np.float32(-126))
+            whole = np.int32(t)  # towards zero: t - whole is from -1 to 0
+            f = t - np.float32(whole)
+            p = np.float32(9.387879593e-04)
+            p = p * f + np.float32(9.188611531e-03)
+            p = p * f + np.float32(5.527972328e-02)
+            p = p * f + np.float32(2.401721900e-01)
+            p = p * f + np.float32(6.931422528e-01)
+            p = p * f + np.float32(9.999999251e-01)
+            power = np.float32(np.int32((whole + np.int32(127)) << np.int32(23)).view(np.float32))
+            x[k, lane] = p * power if x[k, lane] > -np.inf else np.float32(0)
 
 
 @_compiled()
-def _scale(masses: Any, s: Any, first: Any, factor: Any) -> None:
-    for k in range(masses.shape[1]):
-        for lane in range(factor.size):
-            masses[s, k, first + lane] *= factor[lane]
+def _sum_up(x: Any, peak: Any, mass: Any) -> None:
+    """Exponentiate in place, relative to the ``peak`` of each lane, and sum up."""
+    n, lanes = x.shape
+    for lane in range(lanes):
+        peak[lane], mass[lane] = -np.inf, 0
+    for k in range(n):
+        for lane in range(lanes):
+            peak[lane] = max(peak[lane], x[k, lane])
+    _exponentiate(x, peak)
+    for k in range(n):
+        for lane in range(lanes):
+            mass[lane] += x[k, lane]
 
 
 @_compiled()
-def _place(masses: Any, s: Any, first: Any, beyond: Any, reached: Any, place: Any) -> None:
+def _place(masses: Any, beyond: Any, reached: Any, place: Any) -> None:
     """In each lane, the first mass with which the sum of all up to it reaches ``beyond``."""
     for lane in range(place.size):
         reached[lane] = 0
         place[lane] = 0
-    for k in range(masses.shape[1]):
+    for k in range(len(masses)):
         for lane in range(place.size):
-            reached[lane] += masses[s, k, first + lane]
+            reached[lane] += masses[k, lane]
         for lane in range(place.size):
             place[lane] += np.int32(1) if reached[lane] < beyond[lane] else np.int32(0)
 
 
 @_compiled()
 def _resample(
-    masses: Any, peak: Any, carried_score: Any, keep_in: Any, carried_ids: Any, shared_ids: Any, own_ids: Any,
-    counters: Any, carried_weights: Any, state: Any, kept_in: Any, begin: Any, end: Any,
+    logits: Any, sets: Any, carried_score: Any, keep_in: Any, carried_ids: Any, column_ids: Any, own_ids: Any,
+    counters: Any, weights: Any, carried_weights: Any, state: Any, begin: Any, end: Any,
 ) -> None:  # fmt: skip
-    num_sets, n = masses.shape[:2]
-    num_chains, kind = carried_score.shape[1], masses.dtype
-    noise, inside = np.empty(2 * num_chains, np.float32), np.empty(num_sets, np.bool_)
+    num_sets, n = sets.shape
+    num_chains, kind = carried_score.shape[1], logits.dtype
+    noise = np.empty(2 * num_chains, np.float32)
+    ids = np.empty((num_sets, n), np.int64)
+    for s in range(num_sets):
+        for k in range(n):
+            ids[s, k] = column_ids[sets[s, k]] if sets[s, k] < column_ids.size else EMPTY
     for first in range(begin, end, _LANES):
         lanes = min(_LANES, end - first)
-        mass, factor = np.empty((num_sets, lanes), kind), np.zeros((num_sets, lanes), kind)
-        beyond = np.full((num_chains, num_sets, lanes), -np.inf).astype(kind)
-        reached, place = np.empty(lanes, kind), np.empty(lanes, np.int32)
-        for s in range(num_sets):
-            _add_up(masses, s, first, mass[s])
+        inside = np.empty((num_chains, lanes, num_sets), np.bool_)
+        options, kept_in = np.empty((num_chains, lanes), np.int64), np.empty((num_chains, lanes), np.int64)
+        uniform = np.empty((num_chains, lanes))
         for lane in range(lanes):
             row = first + lane
             _fill(noise, _key_of(counters, row))
@@ -316,39 +347,51 @@ def _resample(
                 one, count = carried_ids[row, chain], 0
                 of_row = one == EMPTY or (own_ids.shape[1] > 0 and _holds(own_ids[row], one))
                 for s in range(num_sets):
-                    inside[s] = of_row or _holds(shared_ids[s], one)
-                    count += inside[s]
-                all_sets = count == 0
-                count = num_sets if all_sets else count
-                number = keep_in[row, chain] % count  # of a candidate: those are all, or so few that each is as good
+                    inside[chain, lane, s] = of_row or _holds(ids[s], one)
+                    count += inside[chain, lane, s]
+                number = keep_in[row, chain] % (count if count else num_sets)  # those are all, or so few that each is
+                options[chain, lane], kept_in[chain, lane] = count, number  # as good
+                if count:
+                    for s in range(num_sets):
+                        if inside[chain, lane, s]:
+                            if number == 0:
+                                kept_in[chain, lane] = s
+                            number -= 1
                 rank = 0  # a sample's chains draw from different parts of (0, 1], in random order
                 for other in range(num_chains):
                     theirs, own = noise[num_chains + other], noise[num_chains + chain]
                     rank += theirs < own or (theirs == own and other < chain)
-                uniform = (np.exp(-np.float64(noise[chain])) + rank) / num_chains
-                for s in range(num_sets):
-                    if not (all_sets or inside[s]):
-                        continue
-                    score = -np.inf if inside[s] else carried_score[row, chain]
-                    stays = 1 / (1 + np.exp(np.log(np.float64(mass[s, lane])) + peak[s, row] - score))
-                    factor[s, lane] += (1 - stays) / mass[s, lane] / (count * num_chains)
-                    carried_weights[row, chain] += stays / count
-                    if number == 0:
-                        kept_in[row, chain], state[row, chain] = s, -1
-                        if uniform > stays:
-                            beyond[chain, s, lane] = (uniform - stays) / (1 - stays) * mass[s, lane]
-                    number -= 1
-        for chain in range(num_chains):
-            for s in range(num_sets):
-                _place(masses, s, first, beyond[chain, s], reached, place)
-                for lane in range(lanes):
-                    if beyond[chain, s, lane] >= 0:
-                        chosen = np.int64(place[lane])
-                        while chosen == n or masses[s, chosen, first + lane] == 0:  # by rounding, beyond them all
-                            chosen -= 1
-                        state[first + lane, chain] = chosen
+                uniform[chain, lane] = (np.exp(-np.float64(noise[chain])) + rank) / num_chains
+        x, peak, mass = np.empty((n, lanes), kind), np.empty(lanes, kind), np.empty(lanes, kind)
+        factor, reached, place = np.empty(lanes, kind), np.empty(lanes, kind), np.empty(lanes, np.int32)
+        beyond = np.empty((num_chains, lanes), kind)
         for s in range(num_sets):
-            _scale(masses, s, first, factor[s])
+            _read(logits, sets[s], first, x)
+            _sum_up(x, peak, mass)
+            factor[:], beyond[:] = 0, -np.inf
+            for lane in range(lanes):
+                log_mass = np.log(np.float64(mass[lane])) + peak[lane]
+                for chain in range(num_chains):
+                    count = options[chain, lane]
+                    if count and not inside[chain, lane, s]:
+                        continue
+                    score = -np.inf if inside[chain, lane, s] else carried_score[first + lane, chain]
+                    stays, count = 1 / (1 + np.exp(log_mass - score)), count if count else num_sets
+                    factor[lane] += (1 - stays) / mass[lane] / (count * num_chains)
+                    carried_weights[first + lane, chain] += stays / count
+                    if kept_in[chain, lane] == s:
+                        state[first + lane, chain] = -1
+                        if uniform[chain, lane] > stays:
+                            beyond[chain, lane] = (uniform[chain, lane] - stays) / (1 - stays) * mass[lane]
+            for chain in range(num_chains):
+                _place(x, beyond[chain], reached, place)
+                for lane in range(lanes):
+                    if beyond[chain, lane] >= 0:
+                        chosen = np.int64(place[lane])
+                        while chosen == n or x[chosen, lane] == 0:  # by rounding, beyond them all
+                            chosen -= 1
+                        state[first + lane, chain] = sets[s, chosen]
+            _write(x, factor, weights, sets, s, first)
 
 
 def counters(key: int, first: int, local: int, start: int, size: int) -> Any:
@@ -393,38 +436,33 @@ def draw(counters: Any, rows: int, count: int) -> Tensor:
 
 def metropolis(visit: Visit, counters: Any, burn_in: float) -> Move:
     """The move of `torch_emc2.kernels.Metropolis`, where the positive is no state."""
-    log_scores, (rows, chains) = _by_row_last(visit.log_scores), visit.carried_score.shape
-    weights, carried_weights = _room(visit, log_scores), log_scores.new_zeros(rows, chains)
-    state, tally = torch.empty(rows, chains, dtype=torch.int64), np.zeros(2, np.int64)
-    given = *_arrays(log_scores, visit.carried_score, visit.keep_in), counters, burn_in
-    _in_threads(_walk, (*given, *_arrays(weights, carried_weights, state)), (tally,), rows, log_scores.numel() * chains)
-    acceptance = weights.new_tensor(tally[0] / max(tally[1], 1))  # none where all scores are nan
-    return Move(weights.permute(2, 0, 1), carried_weights, state, visit.keep_in, acceptance)
+    weights, carried_weights, state, tally = _results(visit)
+    given = visit.logits.T, visit.sets, visit.carried_score, visit.keep_in
+    arrays = *_arrays(*given), counters, burn_in, *_arrays(weights, carried_weights, state)
+    _in_threads(_walk, arrays, (tally,), len(state), visit.sets.numel() * state.numel())
+    acceptance = weights.new_tensor(tally[0] / max(tally[1], 1))  # no step where no score is a number
+    return Move(weights.T, carried_weights, state, acceptance)
 
 
 def isir(visit: Visit, counters: Any) -> Move:
     """The move of `torch_emc2.kernels.Isir`."""
-    rows, chains = visit.carried_score.shape
-    log_scores = _by_row_last(visit.log_scores)
-    peak = log_scores.amax(1)
-    weights = torch.sub(log_scores, peak[:, None], out=_room(visit, log_scores)).exp_()
-    carried_weights = weights.new_zeros(rows, chains)
-    state, kept_in = torch.empty(2, rows, chains, dtype=torch.int64)
+    weights, carried_weights, state, _ = _results(visit)
     own_ids = visit.carried_ids[:, :0] if visit.own_ids is None else visit.own_ids
-    given = weights, peak, visit.carried_score, visit.keep_in, visit.carried_ids, visit.shared_ids, own_ids
-    arrays = *_arrays(*given), counters, *_arrays(carried_weights, state, kept_in)
-    _in_threads(_resample, arrays, (), rows, weights.numel())
-    return Move(weights.permute(2, 0, 1), carried_weights, state, kept_in, 1 - carried_weights.mean())
+    given = visit.logits.T, visit.sets, visit.carried_score, visit.keep_in, visit.carried_ids, visit.column_ids, own_ids
+    arrays = *_arrays(*given), counters, *_arrays(weights, carried_weights, state)
+    _in_threads(_resample, arrays, (), len(state), weights.numel())
+    return Move(weights.T, carried_weights, state, 1 - carried_weights.mean())
 
 
-def _by_row_last(scores: Tensor) -> Tensor:
-    """(rows, sets, n) as (sets, n, rows), which is how similarities lie in memory."""
-    return scores.permute(1, 2, 0).contiguous()
+def _results(visit: Visit) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Memory for a move's weights (columns, rows), carried weights and state (rows, chains), and the steps' tally.
 
-
-def _room(visit: Visit, like: Tensor) -> Tensor:
-    """Memory that is there is faster than new one, whose pages have yet to be mapped."""
-    return torch.empty_like(like) if visit.room is None else _by_row_last(visit.room)
+    What is there is faster than new memory, whose pages have yet to be mapped. Rows are neighbours in it, as they are
+    among similarities.
+    """
+    room = torch.empty_like(visit.logits) if visit.room is None else visit.room
+    carried_weights = torch.zeros_like(visit.carried_score)
+    return room.T.contiguous(), carried_weights, torch.empty_like(visit.keep_in), np.zeros(2, np.int64)
 
 
 def _arrays(*tensors: Tensor) -> Any:

@@ -25,54 +25,65 @@ class Visit:
     """One visit of every row's chains: sets of proposals, each with one view, by chance, of the same random samples.
 
     Attributes:
-        log_scores: (rows, sets, n) log scores of the proposals, in the order of the steps; -inf where there is none for
-            that row, but not in all of a set. Unnormalised.
+        logits: (rows, columns) log scores of the proposals; -inf where one is none for that row, but not in all of a
+            set. Unnormalised.
+        sets: (sets, n) int64 columns of each set, in the order of the steps. A column is in one set or, at the same
+            place, in all of them.
         carried_score: (rows, chains) log score of the state each chain comes in with; -inf where it has none.
         keep_in: (rows, chains) int64, a uniform draw of the set whose end a chain is to keep.
         carried_ids: (rows, chains) int64 ids of the states carried, or `EMPTY`.
-        shared_ids: (sets, s) int64 ids of proposals that all rows share.
-        own_ids: (rows, k) int64 ids of proposals that are the row's alone, in each of its sets; or None.
-        positive_place: (rows,) int64, the proposal of each set that is the row's positive, where that is a state; or
-            None. It is in every set, and weighed for that.
-        room: (rows, sets, n) memory that the move's weights may take, or None.
+        column_ids: (c,) int64 ids of the first c columns, which all rows share.
+        own_ids: (rows, columns - c) int64 ids of the others, which are the row's alone; or None.
+        positive_place: (rows,) int64, the place in each set of the column that is the row's positive, where that is a
+            state; or None. It is in every set, and weighed for that.
+        room: (rows, columns) memory that the move's weights may take, or None.
     """
 
-    log_scores: Tensor
+    logits: Tensor
+    sets: Tensor
     carried_score: Tensor
     keep_in: Tensor
     carried_ids: Tensor
-    shared_ids: Tensor
+    column_ids: Tensor
     own_ids: Tensor | None = None
     positive_place: Tensor | None = None
     room: Tensor | None = None
 
     @cached_property
+    def log_scores(self) -> Tensor:
+        """(rows, sets, n) the logits in the order of the steps."""
+        return self.logits[:, self.sets]
+
+    @cached_property
     def inside(self) -> Tensor:
         """(rows, sets, chains) whether the carried state is among a set's proposals; an empty chain's positive is."""
-        among = torch.stack([torch.isin(self.carried_ids, ids) for ids in self.shared_ids], 1)
+        ids = torch.full(self.logits.shape[1:], EMPTY, device=self.column_ids.device)
+        ids[: len(self.column_ids)] = self.column_ids
+        among = (self.carried_ids[:, None, :, None] == ids[self.sets][:, None]).any(3)
         others = self.carried_ids == EMPTY
         if self.own_ids is not None:
             others = others | (self.carried_ids[:, :, None] == self.own_ids[:, None]).any(2)
         return among | others[:, None]
+
+    def to_columns(self, weights: Tensor) -> Tensor:
+        """Give weights (rows, sets, n) to the columns: (rows, columns)."""
+        return torch.zeros_like(self.logits).index_add_(1, self.sets.flatten(), weights.flatten(1))
 
 
 class Move(NamedTuple):
     """Where the chains of a visit went.
 
     Attributes:
-        weights: (rows, sets, n) estimate of the target's probability of each proposal, mean over the row's chains.
+        weights: (rows, columns) estimate of the target's probability of each proposal, mean over the row's chains.
         carried_weights: (rows, chains) the same of each chain's carried state. With the row's mean of these a row's
             weights sum to one.
-        state: (rows, chains) int64, the proposal of the set ``kept_in`` at which each chain ends; -1 for its carried
-            state.
-        kept_in: (rows, chains) int64, the set that it was kept in.
+        state: (rows, chains) int64, the column at which each chain ends; -1 for its carried state.
         acceptance: () share of proposals that were accepted.
     """
 
     weights: Tensor
     carried_weights: Tensor
     state: Tensor
-    kept_in: Tensor
     acceptance: Tensor
 
 

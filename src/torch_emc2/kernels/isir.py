@@ -49,7 +49,9 @@ class Isir(Kernel):
             kept_in,
             uniform,
         )
-        return Move(done.weights, done.carried_weights, done.state, kept_in, 1 - done.carried_weights.mean())
+        column = visit.sets[kept_in, done.state]  # that of -1 is any
+        state = torch.where(done.state < 0, done.state, column)
+        return Move(visit.to_columns(done.weights), done.carried_weights, state, 1 - done.carried_weights.mean())
 
 
 class Resampling(NamedTuple):

@@ -49,20 +49,9 @@ class Metropolis(Kernel):
         if isinstance(draws, CountedDraws):
             walk_over = partial(draws.kernels.metropolis, counters=draws.counters(), burn_in=self.burn_in)
         else:
-            _, num_sets, n = visit.log_scores.shape
-            noise = draws.exponential(num_sets, visit.carried_score.shape[1], n)
+            noise = draws.exponential(len(visit.sets), visit.carried_score.shape[1], visit.sets.shape[1])
             walk_over = partial(_walk_over_sets, noise=noise, burn_in=self.burn_in)
-        if visit.positive_place is None:
-            return walk_over(visit)
-        place = visit.positive_place
-        scores, at_positive = _scatter_positive(visit, place, draws)
-        move = walk_over(replace(visit, log_scores=scores))
-        weights = (move.weights * ~at_positive).scatter_add_(
-            2, place[:, None, None].expand(-1, scores.shape[1], 1), (move.weights * at_positive).sum(2, keepdim=True)
-        )
-        row = torch.arange(len(place), device=place.device)[:, None]
-        moved = (move.state >= 0) & at_positive[row, move.kept_in, move.state]
-        return move._replace(weights=weights, state=torch.where(moved, place[:, None], move.state))
+        return walk_over(visit) if visit.positive_place is None else _with_positive(visit, walk_over, draws)
 
 
 def _walk_over_sets(visit: Visit, noise: Tensor, burn_in: float) -> Move:
@@ -74,13 +63,29 @@ def _walk_over_sets(visit: Visit, noise: Tensor, burn_in: float) -> Move:
     burnt = (burn_in * num_steps.double()).long()
     done = walk(scores, visit.carried_score.repeat_interleave(num_sets, 0), noise.flatten(0, 1), burnt)
     counted = (num_steps - burnt).view(rows, num_sets).sum(1, keepdim=True).to(scores.dtype)
+    weights = done.steps.view_as(visit.log_scores) / (num_chains * counted)[:, :, None]
+    step = done.state.view(rows, num_sets, num_chains).gather(1, visit.keep_in[:, None])[:, 0]
     return Move(
-        weights=done.steps.view_as(visit.log_scores) / (num_chains * counted)[:, :, None],
+        weights=visit.to_columns(weights),
         carried_weights=done.carried_steps.view(rows, num_sets, num_chains).sum(1) / counted,
-        state=done.state.view(rows, num_sets, num_chains).gather(1, visit.keep_in[:, None])[:, 0],
-        kept_in=visit.keep_in,
+        state=torch.where(step < 0, step, visit.sets[visit.keep_in, step]),
         acceptance=done.accepted / (num_steps.sum() * num_chains),
     )
+
+
+def _with_positive(visit: Visit, walk_over: Callable[[Visit], Move], draws: Draws) -> Move:
+    """Walk where the row's positive is a state."""
+    assert visit.positive_place is not None
+    steps, at_positive = _scatter_positive(visit, visit.positive_place, draws)
+    number = torch.arange(visit.sets.numel(), device=steps.device).view_as(visit.sets)
+    move = walk_over(replace(visit, logits=steps.flatten(1), sets=number, room=None))
+    walked = move.weights.view_as(steps)
+    own = visit.positive_place[:, None, None].expand(-1, len(visit.sets), 1)
+    weights = (walked * ~at_positive).scatter_add_(2, own, (walked * at_positive).sum(2, keepdim=True))
+    step = move.state.clamp(min=0)
+    of_positive = visit.sets.flatten()[step // visit.sets.shape[1] * visit.sets.shape[1] + own[:, 0]]
+    column = torch.where(at_positive.flatten(1).gather(1, step), of_positive, visit.sets.flatten()[step])
+    return move._replace(weights=visit.to_columns(weights), state=torch.where(move.state < 0, move.state, column))
 
 
 def _scatter_positive(visit: Visit, place: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:

@@ -189,7 +189,6 @@ class ContrastiveLoss(nn.Module, ABC):
     ) -> _Direction:
         """Weigh one direction's negatives, and sum."""
         weighing = self._weighing(contrast, temperature, encode)
-        contrast = weighing.contrast
         total, said = WeightedSum(contrast), Whole()
         for rows in parts(contrast, weighing.width):
             logits = rows.similarities(1 / temperature)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from torch_emc2.geometry import Contrast
 from torch_emc2.kernels import EMPTY, Kernel, Visit
+from torch_emc2.known import NO_ID
 from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.chain_memory import ChainMemory
 from torch_emc2.losses.draws import BatchDraws
 from torch_emc2.losses.met import Met, encode_met
-from torch_emc2.losses.proposals import Proposals
 from torch_emc2.losses.weighting import Conclusion, Scores, Weighing, Weights
 from torch_emc2.rows import Rows, known_own
 
@@ -67,8 +67,10 @@ class Visiting(Weighing):
         self.anchors, self.candidates, self.way, self.draws = anchors, candidates, way, draws
         self.temperature, self.encode = temperature, encode
         self.chances = draws.chances(way.num_chains)
-        self.proposals = Proposals(contrast, self.chances)
-        super().__init__(contrast := self.proposals.contrast)
+        self.ids = contrast.column_ids
+        if contrast.known is not None or contrast.num_hard:
+            self.ids = self.ids.masked_fill(contrast.copies, NO_ID)  # what comes a second time is no proposal
+        super().__init__(contrast)
 
         slots = anchors.slots.find(contrast.chain_ids)
         carried_by_all = anchors.chains.ids.read(slots).long()  # as every rank sees it
@@ -89,37 +91,50 @@ class Visiting(Weighing):
 
     def weigh(self, rows: Rows, scores: Scores) -> Weights:
         """Let the rows' chains meet the batch."""
-        proposals, carried, empty = self.proposals, rows.of(self.carried), rows.of(self.empty)
+        carried, empty = rows.of(self.carried), rows.of(self.empty)
         score = torch.zeros_like(carried, dtype=scores.logits.dtype)
         if self.similarity is not None:
             score = rows.of(self.similarity) / self.temperature
-        log_scores, own_place = proposals.log_scores(scores.logits), None
+        logits, place = self._in_sets(scores.logits), None
         if not self.way.weighs_positive:
             score = score.masked_fill_(empty, -torch.inf)
         else:
             at_positive = scores.log_positive[:, None] - math.log(self.contrast.column_views)  # which is in each set
             score = torch.where(empty, at_positive, score)
-            own_place = proposals.own_place(rows)
-            at = own_place[:, None, None].expand(-1, log_scores.shape[1], 1)
-            log_scores = log_scores.scatter(2, at, at_positive[:, :, None].expand_as(at))
-        own_ids, keep_in = rows.own_proposal_ids, rows.of(self.chances.keep_in)
+            logits = logits.scatter(1, rows.own_columns, at_positive.expand_as(rows.own_columns))
+            place = self.chances.place[rows.samples]
         visit = Visit(
-            log_scores, score, keep_in, carried, proposals.ids, own_ids, own_place, proposals.room(scores.masses)
+            logits,
+            self.chances.sets,
+            score,
+            rows.of(self.chances.keep_in),
+            carried,
+            self.ids,
+            rows.own_proposal_ids,
+            place,
+            room=scores.masses,
         )
-        move = self.way.kernel.move(visit, self.draws.of(rows.span))
+        weights, at_carried, state, acceptance = self.way.kernel.move(visit, self.draws.of(rows.span))
 
-        weights, at_carried, w_pos = proposals.to_columns(move.weights, scores.logits), move.carried_weights, None
+        w_pos = None
         if self.way.weighs_positive:
             w_pos = weights.gather(1, rows.own_columns).sum(1) + (at_carried * empty).mean(1)
             weights.scatter_(1, rows.own_columns, 0.0)
             at_carried = at_carried.masked_fill(empty, 0.0)
-        stays = move.state < 0
-        end = proposals.column(move.kept_in, move.state).masked_fill_(stays, 0)
-        ends = torch.where(stays, carried, rows.ids_at(end, own=self.way.weighs_positive))
-        kept: tuple[Tensor, ...] = ends, at_carried, move.acceptance.expand(len(carried))
+        stays, column = state < 0, state.clamp(min=0)
+        ends = torch.where(stays, carried, rows.ids_at(column, own=self.way.weighs_positive))
+        kept: tuple[Tensor, ...] = ends, at_carried, acceptance.expand(len(carried))
         if self.anchors.chains.similarities is not None:
-            kept = *kept, stays, torch.where(stays, score, scores.logits.gather(1, end)) * self.temperature
+            kept = *kept, stays, torch.where(stays, score, scores.logits.gather(1, column)) * self.temperature
         return Weights(weights, w_pos, kept=kept)
+
+    def _in_sets(self, logits: Tensor) -> Tensor:
+        """Weigh hard negatives, which are in each set, for that; a view of a sample is in one."""
+        contrast = self.contrast
+        if not contrast.num_hard:
+            return logits
+        samples = contrast.column_views * contrast.ranks.size
+        return torch.cat([logits[:, :samples], logits[:, samples:] - math.log(contrast.column_views)], 1)
 
     def conclude(self, kept: tuple[Tensor, ...]) -> Conclusion:
         """Weigh what was carried, and be ready to write where the chains ended."""

@@ -71,8 +71,6 @@ class WeightedSum:
         """Yield each tensor that has a gradient with its own, times ``scale``."""
         contrast, by_rows, by_columns = self._contrast, self.by_rows, self._by_columns
         assert by_columns is not None
-        if contrast.order is not None:
-            by_columns = torch.empty_like(by_columns).index_copy_(0, contrast.order, by_columns)
         if contrast.rows is contrast.candidate_vectors:
             by_columns.add_(by_rows)
         else:

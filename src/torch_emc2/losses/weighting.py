@@ -94,7 +94,7 @@ class Weighing(ABC):
     """One direction of a call, as an estimator sees it. All but `weigh` is called by all ranks alike; no gradient.
 
     Attributes:
-        contrast: what is contrasted with what; an estimator may put its columns in another order.
+        contrast: what is contrasted with what.
         width: what else a row is compared with, beside its columns: the more, the fewer rows at a time.
     """
 
