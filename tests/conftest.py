@@ -1,10 +1,15 @@
 """What several tests start from."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # what is compiled for one is interpreted, if it is told before it is first imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from outcomes import Outcome, outcome
 from torch_emc2.config import Config, read_config, to_yaml

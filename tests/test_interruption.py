@@ -545,7 +545,7 @@ def test_a_killed_worker_is_one_line_that_says_how_to_go_on(
     [
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), torch.OutOfMemoryError, "CUDA out of memory. Tried"),
         (MemoryError(), MemoryError, "MemoryError()"),
-        (RuntimeError("In worker 0.\nTraceback (most recent call last):\n x\nOSError: own"), RuntimeError, "OSError: own"),
+        (RuntimeError("In worker 0.\nTraceback (most recent call last):\nOSError: own"), RuntimeError, "OSError: own"),
         (ConnectionResetError(104, "reset"), RuntimeError, "DataLoader worker ended: [Errno 104] reset"),
         (EOFError(), RuntimeError, "DataLoader worker ended: EOFError()"),
     ],

@@ -289,8 +289,8 @@ def contrast(z1: Tensor, z2: Tensor) -> Contrast:
 
 @pytest.fixture
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws as they are on a GPU; those of compiled loops are tested in kernels/test_compiled.py."""
-    monkeypatch.setattr("torch_emc2.losses.draws.compiled_kernels", lambda: None)
+    """Draws as they are on a GPU; those of compiled loops are tested in kernels/test_numba.py."""
+    monkeypatch.setattr("torch_emc2.losses.draws.compiled_kernels", lambda device: None)
 
 
 @pytest.mark.usefixtures("without_numba")

@@ -13,21 +13,34 @@ from torch import Tensor
 from torch_emc2.ranks import Ranks
 from torch_emc2.seeds import mix_seed
 
-__all__ = ["CountedDraws", "compiled_kernels"]
+__all__ = ["CountedDraws", "compiled_kernels", "drawn_by"]
 
 
 @cache
-def compiled_kernels() -> ModuleType | None:
-    """Import the compiled moves when they are first needed; None without numba, which is optional."""
+def compiled_kernels(device: str) -> ModuleType | None:
+    """Import the moves compiled for a kind of device when they are first needed; None where there are none.
+
+    On the CPU they need numba, which is optional; on a GPU Triton, which comes with torch.
+    """
     try:
-        from torch_emc2.kernels import _compiled
+        if device == "cpu":
+            from torch_emc2.kernels import _numba as compiled
+        elif device == "cuda" and torch.cuda.is_available():
+            from torch_emc2.kernels import _triton as compiled  # type: ignore[no-redef]
+        else:
+            return None
     except ImportError:
         return None
-    return _compiled
+    return compiled
+
+
+def drawn_by() -> dict[str, bool]:
+    """Tell, by name, what draws otherwise than torch does: ranks must be alike in it."""
+    return {f"moves compiled for {device}": compiled_kernels(device) is not None for device in ("cpu", "cuda")}
 
 
 class CountedDraws:
-    """Draws of some rows of a batch on the CPU; see `Draws`.
+    """Draws of some rows of a batch; see `Draws`.
 
     Args:
         kernels: the compiled moves, which draw for themselves.
@@ -41,7 +54,7 @@ class CountedDraws:
     def __init__(self, kernels: ModuleType, key: int, first: int, rows: int, ranks: Ranks, dtype: torch.dtype) -> None:
         self.kernels = kernels
         self._key, self._place = key, (first, ranks.local, ranks.start, ranks.size)
-        self._rows, self._dtype = rows, dtype
+        self._rows, self._dtype, self._device = rows, dtype, ranks.device
         self._times = 0
 
     def counters(self) -> Any:
@@ -51,5 +64,5 @@ class CountedDraws:
 
     def exponential(self, *shape: int) -> Tensor:
         """Draw Exp(1) numbers (rows, \\*shape)."""
-        drawn: Tensor = self.kernels.draw(self.counters(), self._rows, math.prod(shape))
+        drawn: Tensor = self.kernels.draw(self.counters(), self._rows, math.prod(shape), self._device)
         return drawn.to(self._dtype).view(self._rows, *shape)

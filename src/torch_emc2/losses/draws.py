@@ -40,7 +40,7 @@ class Chances(NamedTuple):
 class BatchDraws:
     """What chance decides for one direction of a batch, on each kind of device.
 
-    On the CPU, where numba is installed, all draws are made by compiled loops; equal in law.
+    Where moves are compiled, on the CPU by numba and on a GPU by Triton, so are all draws; equal in law.
 
     Args:
         contrast: the direction; both of two towers draw differently.
@@ -52,7 +52,7 @@ class BatchDraws:
         self._contrast = contrast
         self._key = mix_seed(mix_seed(seed, contrast.anchors) if contrast.anchors else seed, call)
         self._device = contrast.rows.device
-        self._kernels = compiled_kernels() if self._device.type == "cpu" else None
+        self._kernels = compiled_kernels(self._device.type)
 
     def of(self, rows: slice) -> Draws:
         """Return the draws of some of this rank's rows."""
@@ -66,7 +66,8 @@ class BatchDraws:
         contrast, ranks = self._contrast, self._contrast.ranks
         views, coins = contrast.column_views, (contrast.row_views + 1) * ranks.size * num_chains
         if self._kernels is not None:
-            sets, place, thrown = self._kernels.proposals(self._key, ranks.size, contrast.num_hard, views, coins)
+            sizes = ranks.size, contrast.num_hard, views, coins
+            sets, place, thrown = self._kernels.proposals(self._key, *sizes, self._device)
         else:
             generator = torch.Generator(self._device).manual_seed(mix_seed(self._key, _ORDER))
             count = ranks.size + contrast.num_hard

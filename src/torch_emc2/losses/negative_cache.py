@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
-from torch_emc2.kernels.counted import compiled_kernels
+from torch_emc2.kernels.counted import drawn_by
 from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.draws import BatchDraws
 from torch_emc2.losses.settings import PositiveWeight, require_int
@@ -85,7 +85,7 @@ class NegativeCacheLoss(StatefulLoss):
 
     def _alike(self) -> dict[str, object]:
         own = {name: getattr(self, name) for name in ("dim", "refresh_fraction", "views_per_sample", "seed")}
-        return {**super()._alike(), **own, "numba, which draws otherwise": compiled_kernels() is not None}
+        return {**super()._alike(), **own, **drawn_by()}
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
         if contrast.rows.shape[1] != self.dim:

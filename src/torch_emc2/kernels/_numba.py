@@ -418,18 +418,21 @@ def _shuffle(key: Any, size: Any, sets: Any, place: Any, coins: Any) -> None:
         coins[k] = _below(views, k, key)
 
 
-def proposals(key: int, size: int, num_hard: int, views: int, coins: int) -> tuple[Tensor, Tensor, Tensor]:
+def proposals(
+    key: int, size: int, num_hard: int, views: int, coins: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """The sets and places of `torch_emc2.losses.draws.Chances`, and ``coins`` draws of a view."""
     count = size + num_hard
-    sets, place = torch.empty(views, count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
-    thrown = torch.empty(coins, dtype=torch.int64)
+    memory = torch.empty((views + 1) * count + coins, dtype=torch.int64, device=device)
+    sets, place, thrown = torch.split(memory, [views * count, count, coins])
+    sets = sets.view(views, count)
     _shuffle(np.uint64(key), size, sets.numpy(), place.numpy(), thrown.numpy())
     return sets, place, thrown
 
 
-def draw(counters: Any, rows: int, count: int) -> Tensor:
+def draw(counters: Any, rows: int, count: int, device: torch.device) -> Tensor:
     """Exp(1) numbers (rows, count), float32, of `CountedDraws.counters`."""
-    out = torch.empty(rows, count)
+    out = torch.empty(rows, count, device=device)
     _draw(counters, out.numpy())
     return out
 

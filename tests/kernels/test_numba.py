@@ -17,11 +17,11 @@ CPU = torch.device("cpu")
 
 
 def test_the_compiled_moves_are_under_test() -> None:
-    assert compiled_kernels() is not None, "numba is part of the dev extra: without it they are not tested"
+    assert compiled_kernels("cpu") is not None, "numba is part of the dev extra: without it they are not tested"
 
 
 def counted(rows: int, seed: int, dtype: torch.dtype, *, first: int = 0, ranks: Ranks | None = None) -> CountedDraws:
-    kernels = compiled_kernels()
+    kernels = compiled_kernels("cpu")
     assert kernels is not None
     return CountedDraws(kernels, seed, first, rows, ranks or Ranks((rows,), 0, CPU), dtype)
 
@@ -118,12 +118,12 @@ def test_draws_are_exponential_finite_and_independent() -> None:
 
 
 def test_orders_views_and_coins_are_fair() -> None:
-    kernels = compiled_kernels()
+    kernels = compiled_kernels("cpu")
     assert kernels is not None
     places, views, thrown = torch.zeros(4, 4), torch.zeros(4, 3), torch.zeros(3)
     times = 6000
     for key in range(times):
-        sets, place, coins = kernels.proposals(key * 0x9E3779B97F4A7C15 % 2**64, 3, 1, 3, 5)
+        sets, place, coins = kernels.proposals(key * 0x9E3779B97F4A7C15 % 2**64, 3, 1, 3, 5, CPU)
         assert sets.shape == (3, 4)
         sample = torch.where(sets < 9, sets % 3, 3)
         assert (sample == sample[0]).all()
@@ -141,7 +141,7 @@ def test_orders_views_and_coins_are_fair() -> None:
 
 def test_compiles_where_no_folder_may_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     caching = pytest.importorskip("numba.core.caching")
-    compiled = compiled_kernels()
+    compiled = compiled_kernels("cpu")
     assert compiled is not None
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])  # numba's way to look for a place
     again = compiled._compiled()(compiled._count.py_func)
@@ -150,7 +150,7 @@ def test_compiles_where_no_folder_may_be_written(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("fails_at", [0, 100])
 def test_what_a_thread_raises_is_raised(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = compiled_kernels()
+    compiled = compiled_kernels("cpu")
     assert compiled is not None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
 

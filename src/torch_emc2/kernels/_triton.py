@@ -1,0 +1,351 @@
+"""The moves of both kernels, compiled for a GPU by Triton: chance included, with the draws of `_numba`.
+
+A row is a lane: rows are neighbours in memory, as they are among similarities. A Metropolis walk is a loop over its
+proposals, since all that follows from a step is in registers, and as many walk at once as there are rows, sets and
+chains.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_emc2.kernels.base import Move, Visit
+
+__all__ = ["counters", "draw", "isir", "metropolis", "proposals"]
+
+_LANES = 32
+_FEW_LANES = 16  # where each lane is a column of a tile
+_TILE = 32
+_BLOCK = 128
+_CHANCE = ["low", "high", "first", "local", "start", "size"]  # which change with each call: no reason to compile anew
+
+
+@triton.jit
+def _bits(counter, low, high):
+    h = (counter.to(tl.uint32) * 0x9E3779B1) ^ low
+    h = (h ^ (h >> 16)) * 0x21F0AAAD
+    h = (h ^ (h >> 15)) ^ high
+    h = h * 0x735A2D97
+    return h ^ (h >> 15)
+
+
+@triton.jit
+def _exponential(counter, low, high):
+    scaled = (_bits(counter, low, high) >> 1).to(tl.int32).to(tl.float32) + 0.5
+    raw = scaled.to(tl.int32, bitcast=True)
+    exponent = ((raw >> 23) - 158).to(tl.float32)
+    t = (raw & 0x7FFFFF).to(tl.float32) * 1.1920928955078125e-07
+    p = t * -0.0064535442 + 0.0360884937
+    p = p * t - 0.0953293897
+    p = p * t + 0.1676540711
+    p = p * t - 0.2407338084
+    p = p * t + 0.3317990258
+    p = p * t - 0.4998741238
+    p = p * t + 0.9999964239
+    return tl.maximum(-(exponent * 0.6931471806 + p * t), 0.0)
+
+
+@triton.jit
+def _mixed(low, high, row):
+    """Key of a row of the whole batch, or of another purpose, in halves."""
+    key = (high.to(tl.uint32).to(tl.uint64) << 32) | low.to(tl.uint32).to(tl.uint64)
+    state = key + (row + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB
+    state = state ^ (state >> 31)
+    return (state & 0xFFFFFFFF).to(tl.uint32), (state >> 32).to(tl.uint32)
+
+
+@triton.jit
+def _key_of(row, low, high, first, local, start, size):
+    row += first
+    return _mixed(low, high, row // local * size + start + row % local)
+
+
+@triton.jit
+def _below(limit, counter, low, high):
+    bits = _bits(counter, low, high).to(tl.uint64)
+    return ((bits * limit.to(tl.uint64)) >> 32).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=_CHANCE)
+def _draw(out, count, low, high, first, local, start, size, BLOCK: tl.constexpr):
+    row, k = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    of_row, and_this = _key_of(row, low, high, first, local, start, size)
+    tl.store(out + row.to(tl.int64) * count + k, _exponential(k, of_row, and_this), k < count)
+
+
+@triton.jit
+def _rank_of(k, low, high):
+    bits = _bits(2 * k, low, high).to(tl.uint64)
+    return (bits << 32) | _bits(2 * k + 1, low, high).to(tl.uint64)
+
+
+@triton.jit(do_not_specialize=["low", "high"])
+def _shuffle(
+    sets, place, coins, low, high, size, count, views, num_coins, BLOCK: tl.constexpr
+):  # fmt: skip
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low, high = low.to(tl.uint32), high.to(tl.uint32)
+    mine, before = _rank_of(k, low, high), tl.zeros([BLOCK], tl.int64)
+    for start in range(0, count, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        theirs = _rank_of(other, low, high)
+        earlier = (theirs[None, :] < mine[:, None]) | (
+            (theirs[None, :] == mine[:, None]) & (other[None, :] < k[:, None])
+        )
+        before += tl.sum((earlier & (other < count)[None, :]).to(tl.int64), 1)
+    tl.store(place + k, before, k < count)
+    view = _below(views, 2 * count + k, low, high)
+    for s in range(views):
+        column = k + tl.where(k < size, (view + s) % views, views - 1) * size
+        tl.store(sets + s * count + before, column, k < count)
+    low, high = _mixed(low, high, k * 0)
+    for start in range(0, num_coins, BLOCK * tl.num_programs(0)):
+        coin = start + k
+        tl.store(coins + coin, _below(views, coin, low, high), coin < num_coins)
+
+
+@triton.jit(do_not_specialize=_CHANCE)
+def _walk(
+    logits, by_row, by_column, sets, carried_score, keep_in, low, high, first, local, start, size,
+    weights, weight_by_row, weight_by_column, carried_steps, counted, state, tally, rows, n,
+    CHAINS: tl.constexpr, BURN_IN: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    s, chain, there = tl.program_id(1), tl.program_id(2), row < rows
+    low, high = _key_of(row, low, high, first, local, start, size)
+    row = row.to(tl.int64)
+    sets += s * n
+    logits += row * by_row
+    weights += row * weight_by_row
+
+    num_steps = tl.zeros([LANES], tl.int32)
+    for begin in range(0, n, TILE):
+        k = begin + tl.arange(0, TILE)
+        column = tl.load(sets + k, k < n, other=0)
+        x = tl.load(
+            logits[None, :] + (column * by_column)[:, None], (k < n)[:, None] & there[None, :], other=-float("inf")
+        )
+        num_steps += tl.sum((x > -float("inf")).to(tl.int32), 0)
+    burnt = (tl.full([LANES], BURN_IN, tl.float64) * num_steps.to(tl.float64)).to(tl.int32)
+
+    now = tl.load(carried_score + row * CHAINS + chain, there, other=0)
+    at, since = tl.full([LANES], -1, tl.int64), tl.zeros([LANES], tl.int32)
+    accepted, carried, steps = since, since, since
+    counter = (s * CHAINS + chain) * n
+    for k in range(n):
+        column = tl.load(sets + k)
+        x = tl.load(logits + column * by_column, there, other=-float("inf"))
+        hit = x + _exponential(tl.zeros([LANES], tl.int32) + (counter + k), low, high) > now
+        clock = tl.maximum(steps - burnt, 0)
+        spent = clock - since
+        tl.atomic_add(
+            weights + at * weight_by_column,
+            spent.to(weights.dtype.element_ty),
+            hit & (at >= 0) & (spent > 0),
+            sem="relaxed",
+        )
+        carried = tl.where(hit & (at < 0), spent, carried)
+        since, at, now = tl.where(hit, clock, since), tl.where(hit, column, at), tl.where(hit, x, now)
+        steps += (x > -float("inf")).to(tl.int32)
+        accepted += hit.to(tl.int32)
+    spent = tl.maximum(steps - burnt, 0) - since
+    tl.atomic_add(
+        weights + at * weight_by_column,
+        spent.to(weights.dtype.element_ty),
+        there & (at >= 0) & (spent > 0),
+        sem="relaxed",
+    )
+    carried = tl.where(at < 0, spent, carried)
+    tl.atomic_add(carried_steps + row * CHAINS + chain, carried.to(carried_steps.dtype.element_ty), there)
+    tl.atomic_add(counted + row, (num_steps - burnt).to(counted.dtype.element_ty), there & (chain == 0))
+    kept = tl.load(keep_in + row * CHAINS + chain, there, other=-1)
+    tl.store(state + row * CHAINS + chain, at, there & (kept == s))
+    tl.atomic_add(tally, tl.sum(accepted.to(tl.int64), 0))
+    tl.atomic_add(tally + 1, tl.sum(num_steps.to(tl.int64), 0))
+
+
+@triton.jit(do_not_specialize=_CHANCE)
+def _resample(
+    logits, by_row, by_column, sets, carried_score, keep_in, carried_ids, column_ids, own_ids,
+    low, high, first, local, start, size, weights, weight_by_row, weight_by_column, carried_weights, state,
+    rows, n, num_ids, num_own,
+    SETS: tl.constexpr, CHAINS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    low, high = _key_of(row, low, high, first, local, start, size)
+    row, there = row.to(tl.int64), row < rows
+    logits += row * by_row
+    weights += row * weight_by_row
+    chain = tl.arange(0, WIDTH)
+    of_chain = row[:, None] * CHAINS + chain[None, :]
+    is_chain = there[:, None] & (chain < CHAINS)[None, :]
+
+    one = tl.load(carried_ids + of_chain, is_chain, other=0)
+    inside = tl.zeros([LANES, WIDTH], tl.int32)  # a bit for each set that holds the carried state
+    for s in tl.static_range(SETS):
+        held = tl.zeros([LANES, WIDTH], tl.int32)
+        for begin in range(0, n, TILE):
+            k = begin + tl.arange(0, TILE)
+            column = tl.load(sets + s * n + k, k < n, other=num_ids)
+            ids = tl.load(column_ids + column, column < num_ids, other=-1)
+            held = held | tl.max((ids[:, None, None] == one[None, :, :]).to(tl.int32), 0)
+        inside = inside | (held << s)
+    everywhere = one == -1
+    for own in range(num_own):
+        everywhere = everywhere | (one == tl.load(own_ids + row * num_own + own, there, other=0)[:, None])
+    inside = tl.where(everywhere, (1 << SETS) - 1, inside)
+    count = tl.zeros([LANES, WIDTH], tl.int32)
+    for s in tl.static_range(SETS):
+        count += (inside >> s) & 1
+    options = tl.where(count == 0, (1 << SETS) - 1, inside)
+    count = tl.where(count == 0, SETS, count)
+    number = (tl.load(keep_in + of_chain, is_chain, other=0) % count).to(tl.int32)
+    kept_in = tl.zeros([LANES, WIDTH], tl.int32)
+    for s in tl.static_range(SETS):
+        option = (options >> s) & 1
+        kept_in = tl.where((option == 1) & (number == 0), s, kept_in)
+        number -= option
+
+    low, high = low[:, None], high[:, None]  # a sample's chains draw from different parts of (0, 1], in random order
+    order = _exponential(CHAINS + chain[None, :] + tl.zeros([LANES, 1], tl.int32), low, high)
+    theirs, mine = order[:, None, :], order[:, :, None]
+    before = (theirs < mine) | ((theirs == mine) & (chain[None, None, :] < chain[None, :, None]))
+    rank = tl.sum((before & (chain < CHAINS)[None, None, :]).to(tl.float64), 2)
+    noise = _exponential(chain[None, :] + tl.zeros([LANES, 1], tl.int32), low, high)
+    uniform = (tl.exp(-noise.to(tl.float64)) + rank) / CHAINS
+
+    score = tl.load(carried_score + of_chain, is_chain, other=0).to(tl.float64)
+    at_carried = tl.zeros([LANES, WIDTH], tl.float64)
+    end = tl.full([LANES, WIDTH], -1, tl.int64)
+    for s in tl.static_range(SETS):
+        peak = tl.full([LANES], -float("inf"), logits.dtype.element_ty)
+        for begin in range(0, n, TILE):
+            x = _read(logits, by_column, sets + s * n, begin, n, there, TILE)
+            peak = tl.maximum(peak, tl.max(x, 0))
+        peak = tl.where(there, peak, 0.0)
+        mass = tl.zeros([LANES], logits.dtype.element_ty)
+        for begin in range(0, n, TILE):
+            x = _read(logits, by_column, sets + s * n, begin, n, there, TILE)
+            mass += tl.sum(tl.exp(x - peak[None, :]), 0)
+        mass = tl.where(there, mass, 1.0)
+        log_mass = tl.log(mass.to(tl.float64)) + peak
+        held, option = ((inside >> s) & 1) == 1, is_chain & (((options >> s) & 1) == 1)
+        stays = tl.where(held, 0.0, 1 / (1 + tl.exp(log_mass[:, None] - score)))
+        at_carried += tl.where(option, stays / count, 0.0)
+        share = tl.where(option, (1 - stays) / mass.to(tl.float64)[:, None] / (count * CHAINS), 0.0)
+        factor = tl.sum(share, 1).to(mass.dtype)
+        moves = option & (kept_in == s) & (uniform > stays)
+        beyond = tl.where(moves, (uniform - stays) / (1 - stays) * mass.to(tl.float64)[:, None], 0.0).to(mass.dtype)
+        place = tl.full([LANES, WIDTH], 2147483647, tl.int32)
+        last, reached = tl.zeros([LANES], tl.int32), tl.zeros([LANES], mass.dtype)
+        for begin in range(0, n, TILE):
+            k = begin + tl.arange(0, TILE)
+            scores = tl.exp(_read(logits, by_column, sets + s * n, begin, n, there, TILE) - peak[None, :])
+            so_far = reached[None, :] + tl.cumsum(scores, 0)
+            found = (so_far[:, :, None] >= beyond[None, :, :]) & (scores > 0)[:, :, None]
+            place = tl.minimum(place, tl.min(tl.where(found, k[:, None, None], 2147483647), 0))
+            last = tl.maximum(last, tl.max(tl.where(scores > 0, k[:, None], 0), 0))
+            reached += tl.sum(scores, 0)
+            column = tl.load(sets + s * n + k, k < n, other=0)
+            target = weights[None, :] + (column * weight_by_column)[:, None]
+            is_one = (k < n)[:, None] & there[None, :]
+            again = (tl.load(sets + k, k < n, other=0) == tl.load(sets + (SETS - 1) * n + k, k < n, other=1)) & (s > 0)
+            given = tl.load(target, is_one & again[:, None], other=0.0)
+            tl.store(target, given + scores * factor[None, :], is_one)
+        place = tl.minimum(place, last[:, None])  # by rounding, beyond them all
+        end = tl.where(moves, tl.load(sets + s * n + place, moves, other=0), end)
+    tl.store(carried_weights + of_chain, at_carried.to(carried_weights.dtype.element_ty), is_chain)
+    tl.store(state + of_chain, end, is_chain)
+
+
+@triton.jit
+def _read(logits, by_column, columns, begin, n, there, TILE: tl.constexpr):
+    """A tile (TILE, lanes) of the proposals of a set, in the order of the steps."""
+    k = begin + tl.arange(0, TILE)
+    column = tl.load(columns + k, k < n, other=0)
+    return tl.load(
+        logits[None, :] + (column * by_column)[:, None], (k < n)[:, None] & there[None, :], other=-float("inf")
+    )
+
+
+def counters(key: int, first: int, local: int, start: int, size: int) -> tuple[int, ...]:
+    """What rows draw from: the call's key, the first one's number among this rank's, where those lie in the batch."""
+    return *_halves(key), first, local, start, size
+
+
+def _halves(key: int) -> tuple[int, int]:
+    """32 bits each, as numbers that all are of one type."""
+    low, high = ((half ^ 1 << 31) - (1 << 31) for half in (key & 0xFFFFFFFF, key >> 32))
+    return low, high
+
+
+def proposals(
+    key: int, size: int, num_hard: int, views: int, coins: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sets and places of `torch_emc2.losses.draws.Chances`, and ``coins`` draws of a view."""
+    count = size + num_hard
+    memory = torch.empty((views + 1) * count + coins, dtype=torch.int64, device=device)
+    sets, place, thrown = torch.split(memory, [views * count, count, coins])
+    with _on(device):
+        _shuffle[(triton.cdiv(count, _BLOCK),)](
+            sets, place, thrown, *_halves(key), size, count, views, coins, BLOCK=_BLOCK
+        )
+    return sets.view(views, count), place, thrown
+
+
+def draw(counters: Any, rows: int, count: int, device: torch.device) -> Tensor:
+    """Exp(1) numbers (rows, count), float32, of `CountedDraws.counters`."""
+    out = torch.empty(rows, count, device=device)
+    with _on(device):
+        _draw[(rows, triton.cdiv(count, _BLOCK))](out, count, *counters, BLOCK=_BLOCK)
+    return out
+
+
+def metropolis(visit: Visit, counters: Any, burn_in: float) -> Move:
+    """The move of `torch_emc2.kernels.Metropolis`, where the positive is no state."""
+    logits, weights, (rows, chains) = visit.logits, _room(visit), visit.keep_in.shape
+    num_sets, n = visit.sets.shape
+    weights.zero_()
+    steps = logits.new_zeros(rows * (chains + 1))
+    carried_steps, counted = steps[: rows * chains].view(rows, chains), steps[rows * chains :]
+    state, tally = torch.empty_like(visit.keep_in), visit.keep_in.new_zeros(2)
+    with _on(logits.device):
+        _walk[(triton.cdiv(rows, _LANES), num_sets, chains)](
+            logits, *logits.stride(), visit.sets.contiguous(), visit.carried_score.contiguous(),
+            visit.keep_in.contiguous(), *counters, weights, *weights.stride(), carried_steps, counted, state, tally,
+            rows, n, CHAINS=chains, BURN_IN=burn_in, LANES=_LANES, TILE=_TILE, num_warps=1,
+        )  # fmt: skip
+    share = counted.reciprocal_()[:, None]
+    return Move(weights.mul_(share / chains), carried_steps.mul_(share), state, tally[0] / tally[1])
+
+
+def isir(visit: Visit, counters: Any) -> Move:
+    """The move of `torch_emc2.kernels.Isir`."""
+    logits, weights, (rows, chains) = visit.logits, _room(visit), visit.keep_in.shape
+    num_sets, n = visit.sets.shape
+    carried_weights, state = torch.empty_like(visit.carried_score), torch.empty_like(visit.keep_in)
+    own_ids = visit.carried_ids[:, :0] if visit.own_ids is None else visit.own_ids.contiguous()
+    with _on(logits.device):
+        _resample[(triton.cdiv(rows, _FEW_LANES),)](
+            logits, *logits.stride(), visit.sets.contiguous(), visit.carried_score.contiguous(),
+            visit.keep_in.contiguous(), visit.carried_ids.contiguous(), visit.column_ids, own_ids, *counters,
+            weights, *weights.stride(), carried_weights, state, rows, n, len(visit.column_ids), own_ids.shape[1],
+            SETS=num_sets, CHAINS=chains, WIDTH=triton.next_power_of_2(chains), LANES=_FEW_LANES, TILE=_TILE,
+        )  # fmt: skip
+    return Move(weights, carried_weights, state, 1 - carried_weights.mean())
+
+
+def _room(visit: Visit) -> Tensor:
+    return torch.empty_like(visit.logits) if visit.room is None else visit.room
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,92 @@
+"""The moves for a GPU against those for the CPU, with the same draws; without a GPU in Triton's interpreter."""
+
+import importlib
+import math
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kernels.test_every_kernel import visits
+from kernels.test_numba import batch
+from torch_emc2.kernels import Isir, Kernel, Metropolis, Visit
+from torch_emc2.kernels.counted import CountedDraws, compiled_kernels
+from torch_emc2.ranks import Ranks
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def triton_kernels() -> ModuleType:
+    pytest.importorskip("triton")
+    return importlib.import_module("torch_emc2.kernels._triton")
+
+
+def check(kernel: Kernel, visit: Visit, seed: int, triton_kernels: ModuleType) -> None:
+    rows, dtype = len(visit.logits), visit.logits.dtype
+    there = Visit(*(None if each is None else each.to(DEVICE) for each in vars(visit).values()))
+    numba_kernels = compiled_kernels("cpu")
+    assert numba_kernels is not None
+    want = kernel.move(visit, CountedDraws(numba_kernels, seed, 0, rows, Ranks((rows,), 0, CPU), dtype))
+    got = kernel.move(there, CountedDraws(triton_kernels, seed, 0, rows, Ranks((rows,), 0, DEVICE), dtype))
+    assert torch.equal(got.state.cpu(), want.state)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
+    assert float(got.acceptance) == pytest.approx(float(want.acceptance), rel=1e-5, abs=1e-6)
+    for name in ("weights", "carried_weights"):
+        torch.testing.assert_close(getattr(got, name).cpu(), getattr(want, name), **close)
+
+
+@pytest.mark.parametrize("kernel", [Metropolis(), Metropolis(0.3), Isir()])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(visit=visits(), seed=st.integers(0, 2**63))
+def test_moves_are_those_of_the_cpu(kernel: Kernel, visit: Visit, seed: int, triton_kernels: ModuleType) -> None:
+    check(kernel, visit, seed, triton_kernels)
+
+
+@pytest.mark.parametrize("kernel", [Metropolis(), Isir()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "n", "chains"), [(2, 2, 1), (32, 31, 1), (35, 33, 3)])
+def test_whole_batches(
+    rows: int, n: int, chains: int, dtype: torch.dtype, kernel: Kernel, triton_kernels: ModuleType
+) -> None:
+    for column_first in (False, True):
+        check(kernel, batch(rows, n, chains, dtype, column_first=column_first), n, triton_kernels)
+
+
+def test_parts_and_ranks_draw_what_they_draw_on_the_cpu(triton_kernels: ModuleType) -> None:
+    for sizes, rank, first, rows in [((7,), 0, 4, 6), ((3, 4), 1, 0, 8)]:
+        drawn: list[Any] = []
+        for kernels, device in ((compiled_kernels("cpu"), CPU), (triton_kernels, DEVICE)):
+            assert kernels is not None
+            draws = CountedDraws(kernels, 2**63 + 5, first, rows, Ranks(sizes, rank, device), torch.float64)
+            drawn.append([draws.exponential(3, 60).cpu() for _ in range(2)])
+        torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=2e-6)
+
+
+def test_orders_views_and_coins_are_fair(triton_kernels: ModuleType) -> None:
+    places, views, thrown, times = torch.zeros(4, 4), torch.zeros(3, 3), torch.zeros(3), 600
+    for key in range(times):
+        drawn = triton_kernels.proposals(key * 0x9E3779B97F4A7C15 % 2**64, 3, 1, 3, 5, DEVICE)
+        sets, place, coins = (each.cpu() for each in drawn)
+        sample = torch.where(sets < 9, sets % 3, 3)
+        assert (sample == sample[0]).all()
+        assert torch.equal(sample[0][place], torch.arange(4))
+        assert sorted(sets[:, sample[0] < 3].flatten().tolist()) == list(range(9))
+        assert (sets[:, place[3]] == 9).all()
+        places[torch.arange(4), place] += 1
+        views[torch.arange(3), sets[0, place[:3]] // 3] += 1
+        thrown += torch.bincount(coins, minlength=3)
+    for counts, options, count in ((places, 4, times), (views, 3, times), (thrown / 5, 3, times)):
+        share = 1 / options
+        assert (counts / count - share).abs().max() < 5 * math.sqrt(share / count)
+
+
+def test_a_large_order_is_one(triton_kernels: ModuleType) -> None:
+    sets, place, coins = triton_kernels.proposals(7, 300, 0, 2, 1000, DEVICE)
+    assert sorted(sets.flatten().tolist()) == list(range(600))
+    assert torch.equal(sets[0][place].cpu() % 300, torch.arange(300))
+    assert coins.double().mean().item() == pytest.approx(0.5, abs=0.08)
