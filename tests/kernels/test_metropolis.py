@@ -75,7 +75,7 @@ def test_walks_count_the_steps_of_the_loop(
 
     result = walk(log_scores, carried_score, noise, burnt)
 
-    steps, carried_steps, all_accepted = torch.zeros_like(log_scores), torch.zeros_like(carried_score), 0
+    steps, carried_steps, all_accepted = torch.zeros_like(log_scores), torch.zeros_like(carried_score), [0] * len(entry)
     for row in range(len(entry)):
         for chain in range(num_chains):
             at, score, step = -1, carried_score[row, chain], 0
@@ -84,7 +84,7 @@ def test_walks_count_the_steps_of_the_loop(
                     continue
                 if log_scores[row, k] + noise[row, chain, k] > score:
                     at, score = k, log_scores[row, k]
-                    all_accepted += 1
+                    all_accepted[row] += 1
                 counted = step >= burnt[row]
                 if at < 0:
                     carried_steps[row, chain] += counted
@@ -94,7 +94,7 @@ def test_walks_count_the_steps_of_the_loop(
             assert result.state[row, chain] == at
     assert torch.equal(result.steps, steps)
     assert torch.equal(result.carried_steps, carried_steps)
-    assert result.accepted == all_accepted
+    assert result.accepted.tolist() == all_accepted
 
 
 def test_walks_take_scores_with_a_gradient() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -201,18 +202,16 @@ def _wind(x: Any, burnt: Any, clock: Any, now: Any) -> None:
 
 
 @_compiled()
-def _count(hit: Any) -> Any:
-    total = 0
+def _count(hit: Any, accepted: Any) -> None:
     for k in range(len(hit)):
-        for lane in range(hit.shape[1]):
-            total += hit[k, lane]
-    return total
+        for lane in range(accepted.size):
+            accepted[lane] += hit[k, lane]
 
 
 @_compiled()
 def _walk(
     logits: Any, sets: Any, carried_score: Any, keep_in: Any, counters: Any, burn_in: Any,
-    weights: Any, carried_weights: Any, state: Any, tally: Any, begin: Any, end: Any,
+    weights: Any, carried_weights: Any, state: Any, acceptance: Any, begin: Any, end: Any,
 ) -> None:  # fmt: skip
     num_sets, n = sets.shape
     num_chains, kind, padded = carried_score.shape[1], logits.dtype, (n + 3) // 4 * 4
@@ -234,14 +233,14 @@ def _walk(
             np.empty(lanes, kind),
             np.empty(lanes, kind),
         )
-        burnt = np.empty((num_sets, lanes), kind)
+        burnt, accepted = np.empty((num_sets, lanes), kind), np.zeros(lanes, np.int32)
         share[:] = 0
         for s in range(num_sets):
             _count_steps(logits, sets[s], first, stop)
             for lane in range(lanes):
                 burnt[s, lane] = np.floor(burn_in * stop[lane])
                 share[lane] += stop[lane] - burnt[s, lane]
-                tally[1] += np.int64(stop[lane]) * num_chains
+                acceptance[first + lane] += stop[lane] * num_chains
         for lane in range(lanes):
             share[lane] = 1 / (share[lane] * num_chains)
         for s in range(num_sets):
@@ -252,7 +251,7 @@ def _walk(
                 at[:], after[:] = carried_score[first : first + lanes, chain], stop
                 _accept(x, (s * num_chains + chain) * n, low, high, at, hit)
                 _spend(hit, clock, after, spent)
-                tally[0] += _count(hit)
+                _count(hit, accepted)
                 for lane in range(lanes):
                     carried_weights[first + lane, chain] += after[lane] * share[lane] * num_chains
                     if keep_in[first + lane, chain] == s:
@@ -261,6 +260,8 @@ def _walk(
                             last -= 1
                         state[first + lane, chain] = sets[s, last] if last >= 0 else -1
             _write(spent, share, weights, sets, s, first)
+        for lane in range(lanes):
+            acceptance[first + lane] = accepted[lane] / acceptance[first + lane]
 
 
 @_compiled()
@@ -326,7 +327,7 @@ def _place(masses: Any, beyond: Any, reached: Any, place: Any) -> None:
 @_compiled()
 def _resample(
     logits: Any, sets: Any, carried_score: Any, keep_in: Any, carried_ids: Any, column_ids: Any, own_ids: Any,
-    counters: Any, weights: Any, carried_weights: Any, state: Any, begin: Any, end: Any,
+    counters: Any, weights: Any, carried_weights: Any, state: Any, acceptance: Any, begin: Any, end: Any,
 ) -> None:  # fmt: skip
     num_sets, n = sets.shape
     num_chains, kind = carried_score.shape[1], logits.dtype
@@ -392,6 +393,8 @@ def _resample(
                             chosen -= 1
                         state[first + lane, chain] = sets[s, chosen]
             _write(x, factor, weights, sets, s, first)
+        for row in range(first, first + lanes):
+            acceptance[row] = 1 - carried_weights[row].mean()
 
 
 def counters(key: int, first: int, local: int, start: int, size: int) -> Any:
@@ -439,54 +442,47 @@ def draw(counters: Any, rows: int, count: int, device: torch.device) -> Tensor:
 
 def metropolis(visit: Visit, counters: Any, burn_in: float) -> Move:
     """The move of `torch_emc2.kernels.Metropolis`, where the positive is no state."""
-    weights, carried_weights, state, tally = _results(visit)
+    weights, *others = results = _results(visit)
     given = visit.logits.T, visit.sets, visit.carried_score, visit.keep_in
-    arrays = *_arrays(*given), counters, burn_in, *_arrays(weights, carried_weights, state)
-    _in_threads(_walk, arrays, (tally,), len(state), visit.sets.numel() * state.numel())
-    acceptance = weights.new_tensor(tally[0] / max(tally[1], 1))  # no step where no score is a number
-    return Move(weights.T, carried_weights, state, acceptance)
+    arrays = *_arrays(*given), counters, burn_in, *_arrays(*results)
+    _in_threads(_walk, arrays, len(visit.logits), visit.sets.numel() * visit.keep_in.numel())
+    return Move(weights.T, *others)
 
 
 def isir(visit: Visit, counters: Any) -> Move:
     """The move of `torch_emc2.kernels.Isir`."""
-    weights, carried_weights, state, _ = _results(visit)
+    weights, *others = results = _results(visit)
     own_ids = visit.carried_ids[:, :0] if visit.own_ids is None else visit.own_ids
     given = visit.logits.T, visit.sets, visit.carried_score, visit.keep_in, visit.carried_ids, visit.column_ids, own_ids
-    arrays = *_arrays(*given), counters, *_arrays(weights, carried_weights, state)
-    _in_threads(_resample, arrays, (), len(state), weights.numel())
-    return Move(weights.T, carried_weights, state, 1 - carried_weights.mean())
+    _in_threads(_resample, (*_arrays(*given), counters, *_arrays(*results)), len(visit.logits), visit.logits.numel())
+    return Move(weights.T, *others)
 
 
-def _results(visit: Visit) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """Memory for a move's weights (columns, rows), carried weights and state (rows, chains), and the steps' tally.
+def _results(visit: Visit) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for what a move returns, the weights turned: rows are neighbours in it, as they are among similarities.
 
-    What is there is faster than new memory, whose pages have yet to be mapped. Rows are neighbours in it, as they are
-    among similarities.
+    What is there is faster than new memory, whose pages have yet to be mapped.
     """
     room = torch.empty_like(visit.logits) if visit.room is None else visit.room
-    carried_weights = torch.zeros_like(visit.carried_score)
-    return room.T.contiguous(), carried_weights, torch.empty_like(visit.keep_in), np.zeros(2, np.int64)
+    rows, chains = visit.keep_in.shape
+    numbers = visit.logits.new_zeros(rows * (chains + 1))
+    carried_weights, acceptance = numbers[: rows * chains].view(rows, chains), numbers[rows * chains :]
+    return room.T.contiguous(), carried_weights, visit.keep_in.new_empty(rows, chains), acceptance
 
 
 def _arrays(*tensors: Tensor) -> Any:
     return (tensor.contiguous().numpy() for tensor in tensors)
 
 
-def _in_threads(
-    function: Callable[..., None], arguments: tuple[Any, ...], sums: tuple[Any, ...], rows: int, steps: int
-) -> None:
+def _in_threads(function: Callable[..., None], arguments: tuple[Any, ...], rows: int, steps: int) -> None:
     """Call it on all rows; where that is worth it, on parts of them in as many threads as torch has."""
     count = min(torch.get_num_threads(), steps // _WORTH_A_THREAD, rows)
     if count < 2:
-        function(*arguments, *sums, 0, rows)
+        function(*arguments, 0, rows)
         return
     edges = [rows * number // count for number in range(count + 1)]
-    shares = [tuple(np.zeros_like(each) for each in sums) for _ in range(count)]
     with ThreadPoolExecutor(count - 1) as threads:  # which waits for all, whatever one raises
-        calls = [(*arguments, *share, begin, end) for share, begin, end in zip(shares, edges, edges[1:], strict=False)]
-        others = [threads.submit(function, *call) for call in calls[1:]]
-        function(*calls[0])
+        others = [threads.submit(function, *arguments, *span) for span in pairwise(edges[1:])]
+        function(*arguments, *edges[:2])
     for other in others:
         other.result()
-    for number, total in enumerate(sums):
-        total += sum(share[number] for share in shares)

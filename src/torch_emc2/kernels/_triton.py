@@ -19,9 +19,8 @@ from torch_emc2.kernels.base import Move, Visit
 
 __all__ = ["counters", "draw", "isir", "metropolis", "proposals"]
 
-_LANES = 32
-_FEW_LANES = 16  # where each lane is a column of a tile
-_TILE = 32
+_LANES, _TILE = 32, 32
+_FEW_LANES, _LONG_TILE = 16, 64  # where programs are as many as blocks of rows, and no more
 _BLOCK = 128
 _CHANCE = ["low", "high", "first", "local", "start", "size"]  # which change with each call: no reason to compile anew
 
@@ -112,12 +111,47 @@ def _shuffle(
         tl.store(coins + coin, _below(views, coin, low, high), coin < num_coins)
 
 
+@triton.jit
+def _proposal(logits, by_column, columns, k, n, there):
+    """Column and score of a set's proposal for each lane."""
+    column = tl.load(columns + k, k < n, other=0)
+    return column, tl.load(logits + column * by_column, there & (k < n), other=-float("inf"))
+
+
+@triton.jit
+def _eight(logits, by_column, columns, k, n, there):
+    """Proposals read ahead: a walk waits for memory more than for anything."""
+    a, p = _proposal(logits, by_column, columns, k, n, there)
+    b, q = _proposal(logits, by_column, columns, k + 1, n, there)
+    c, r = _proposal(logits, by_column, columns, k + 2, n, there)
+    d, s = _proposal(logits, by_column, columns, k + 3, n, there)
+    e, t = _proposal(logits, by_column, columns, k + 4, n, there)
+    f, u = _proposal(logits, by_column, columns, k + 5, n, there)
+    g, v = _proposal(logits, by_column, columns, k + 6, n, there)
+    h, w = _proposal(logits, by_column, columns, k + 7, n, there)
+    return a, p, b, q, c, r, d, s, e, t, f, u, g, v, h, w
+
+
+@triton.jit
+def _step(column, x, counter, low, high, burnt, weights, by_column, now, at, since, carried, steps, accepted):
+    """Go a step; where a chain moves on, count the time that it was where it comes from."""
+    hit = x + _exponential(counter, low, high) > now
+    clock = tl.maximum(steps - burnt, 0)
+    spent = clock - since
+    leaves = hit & (at >= 0) & (spent > 0)
+    tl.atomic_add(weights + at * by_column, spent.to(weights.dtype.element_ty), leaves, sem="relaxed")
+    carried = tl.where(hit & (at < 0), spent, carried)
+    since, at, now = tl.where(hit, clock, since), tl.where(hit, column, at), tl.where(hit, x, now)
+    return now, at, since, carried, steps + (x > -float("inf")).to(tl.int32), accepted + hit.to(tl.int32)
+
+
 @triton.jit(do_not_specialize=_CHANCE)
 def _walk(
     logits, by_row, by_column, sets, carried_score, keep_in, low, high, first, local, start, size,
-    weights, weight_by_row, weight_by_column, carried_steps, counted, state, tally, rows, n,
+    weights, weight_by_row, weight_by_column, carried_steps, counted, accepted_steps, all_steps, state, rows, n,
     CHAINS: tl.constexpr, BURN_IN: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """Walk over a set, and count steps: whole numbers, whose sums are the same in whatever order they come."""
     row = tl.program_id(0) * LANES + tl.arange(0, LANES)
     s, chain, there = tl.program_id(1), tl.program_id(2), row < rows
     low, high = _key_of(row, low, high, first, local, start, size)
@@ -125,57 +159,63 @@ def _walk(
     sets += s * n
     logits += row * by_row
     weights += row * weight_by_row
+    kind = weights.dtype.element_ty
 
     num_steps = tl.zeros([LANES], tl.int32)
     for begin in range(0, n, TILE):
-        k = begin + tl.arange(0, TILE)
-        column = tl.load(sets + k, k < n, other=0)
-        x = tl.load(
-            logits[None, :] + (column * by_column)[:, None], (k < n)[:, None] & there[None, :], other=-float("inf")
-        )
+        x = _read(logits, by_column, sets, begin, n, there, TILE)
         num_steps += tl.sum((x > -float("inf")).to(tl.int32), 0)
     burnt = (tl.full([LANES], BURN_IN, tl.float64) * num_steps.to(tl.float64)).to(tl.int32)
 
     now = tl.load(carried_score + row * CHAINS + chain, there, other=0)
     at, since = tl.full([LANES], -1, tl.int64), tl.zeros([LANES], tl.int32)
-    accepted, carried, steps = since, since, since
-    counter = (s * CHAINS + chain) * n
-    for k in range(n):
-        column = tl.load(sets + k)
-        x = tl.load(logits + column * by_column, there, other=-float("inf"))
-        hit = x + _exponential(tl.zeros([LANES], tl.int32) + (counter + k), low, high) > now
-        clock = tl.maximum(steps - burnt, 0)
-        spent = clock - since
-        tl.atomic_add(
-            weights + at * weight_by_column,
-            spent.to(weights.dtype.element_ty),
-            hit & (at >= 0) & (spent > 0),
-            sem="relaxed",
-        )
-        carried = tl.where(hit & (at < 0), spent, carried)
-        since, at, now = tl.where(hit, clock, since), tl.where(hit, column, at), tl.where(hit, x, now)
-        steps += (x > -float("inf")).to(tl.int32)
-        accepted += hit.to(tl.int32)
+    carried, steps, accepted = since, since, since
+    c = since + (s * CHAINS + chain) * n  # the draw's number
+    for k in range(0, n, 8):
+        ahead = _eight(logits, by_column, sets, k, n, there)
+        for i in tl.static_range(8):
+            now, at, since, carried, steps, accepted = _step(
+                ahead[2 * i], ahead[2 * i + 1], c + k + i, low, high, burnt, weights, weight_by_column,
+                now, at, since, carried, steps, accepted,
+            )  # fmt: skip
     spent = tl.maximum(steps - burnt, 0) - since
-    tl.atomic_add(
-        weights + at * weight_by_column,
-        spent.to(weights.dtype.element_ty),
-        there & (at >= 0) & (spent > 0),
-        sem="relaxed",
-    )
+    stays = there & (at >= 0) & (spent > 0)
+    tl.atomic_add(weights + at * weight_by_column, spent.to(kind), stays, sem="relaxed")
     carried = tl.where(at < 0, spent, carried)
-    tl.atomic_add(carried_steps + row * CHAINS + chain, carried.to(carried_steps.dtype.element_ty), there)
-    tl.atomic_add(counted + row, (num_steps - burnt).to(counted.dtype.element_ty), there & (chain == 0))
+    tl.atomic_add(carried_steps + row * CHAINS + chain, carried.to(kind), there, sem="relaxed")
+    tl.atomic_add(counted + row, (num_steps - burnt).to(kind), there & (chain == 0), sem="relaxed")
+    tl.atomic_add(accepted_steps + row, accepted.to(kind), there, sem="relaxed")
+    tl.atomic_add(all_steps + row, num_steps.to(kind), there, sem="relaxed")
     kept = tl.load(keep_in + row * CHAINS + chain, there, other=-1)
     tl.store(state + row * CHAINS + chain, at, there & (kept == s))
-    tl.atomic_add(tally, tl.sum(accepted.to(tl.int64), 0))
-    tl.atomic_add(tally + 1, tl.sum(num_steps.to(tl.int64), 0))
+
+
+@triton.jit
+def _divide(
+    weights, weight_by_row, weight_by_column, carried_steps, counted, accepted_steps, all_steps, rows, columns,
+    CHAINS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Make shares of the counts, in place."""
+    row = tl.program_id(1).to(tl.int64) * LANES + tl.arange(0, LANES)
+    column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    there = row < rows
+    share = 1 / tl.load(counted + row, there, other=1)
+    target = weights + row[None, :] * weight_by_row + column[:, None] * weight_by_column
+    is_one = there[None, :] & (column < columns)[:, None]
+    tl.store(target, tl.load(target, is_one, other=0) * (share / CHAINS)[None, :], is_one)
+    if tl.program_id(0) == 0:
+        chain = tl.arange(0, WIDTH)
+        target = carried_steps + row[:, None] * CHAINS + chain[None, :]
+        is_one = there[:, None] & (chain < CHAINS)[None, :]
+        tl.store(target, tl.load(target, is_one, other=0) * share[:, None], is_one)
+        accepted = tl.load(accepted_steps + row, there, other=0) / tl.load(all_steps + row, there, other=1)
+        tl.store(accepted_steps + row, accepted, there)
 
 
 @triton.jit(do_not_specialize=_CHANCE)
 def _resample(
     logits, by_row, by_column, sets, carried_score, keep_in, carried_ids, column_ids, own_ids,
-    low, high, first, local, start, size, weights, weight_by_row, weight_by_column, carried_weights, state,
+    low, high, first, local, start, size, weights, weight_by_row, weight_by_column, carried_weights, state, acceptance,
     rows, n, num_ids, num_own,
     SETS: tl.constexpr, CHAINS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -264,6 +304,8 @@ def _resample(
         end = tl.where(moves, tl.load(sets + s * n + place, moves, other=0), end)
     tl.store(carried_weights + of_chain, at_carried.to(carried_weights.dtype.element_ty), is_chain)
     tl.store(state + of_chain, end, is_chain)
+    moved = 1 - tl.sum(tl.where(is_chain, at_carried, 0.0), 1) / CHAINS
+    tl.store(acceptance + row, moved.to(acceptance.dtype.element_ty), there)
 
 
 @triton.jit
@@ -311,36 +353,41 @@ def draw(counters: Any, rows: int, count: int, device: torch.device) -> Tensor:
 
 def metropolis(visit: Visit, counters: Any, burn_in: float) -> Move:
     """The move of `torch_emc2.kernels.Metropolis`, where the positive is no state."""
-    logits, weights, (rows, chains) = visit.logits, _room(visit), visit.keep_in.shape
+    logits, weights, (rows, chains) = visit.logits, _room(visit).zero_(), visit.keep_in.shape
     num_sets, n = visit.sets.shape
-    weights.zero_()
-    steps = logits.new_zeros(rows * (chains + 1))
-    carried_steps, counted = steps[: rows * chains].view(rows, chains), steps[rows * chains :]
-    state, tally = torch.empty_like(visit.keep_in), visit.keep_in.new_zeros(2)
+    counts = torch.split(logits.new_zeros(rows * (chains + 3)), [rows * chains, rows, rows, rows])
+    carried_steps, _, accepted, _ = counts
+    state, blocks = visit.keep_in.new_empty(rows, chains), triton.cdiv(rows, _LANES)
     with _on(logits.device):
-        _walk[(triton.cdiv(rows, _LANES), num_sets, chains)](
+        _walk[(blocks, num_sets, chains)](
             logits, *logits.stride(), visit.sets.contiguous(), visit.carried_score.contiguous(),
-            visit.keep_in.contiguous(), *counters, weights, *weights.stride(), carried_steps, counted, state, tally,
-            rows, n, CHAINS=chains, BURN_IN=burn_in, LANES=_LANES, TILE=_TILE, num_warps=1,
+            visit.keep_in.contiguous(), *counters, weights, *weights.stride(), *counts, state, rows, n,
+            CHAINS=chains, BURN_IN=burn_in, LANES=_LANES, TILE=_TILE, num_warps=1,
         )  # fmt: skip
-    share = counted.reciprocal_()[:, None]
-    return Move(weights.mul_(share / chains), carried_steps.mul_(share), state, tally[0] / tally[1])
+        _divide[(triton.cdiv(logits.shape[1], _TILE), blocks)](
+            weights, *weights.stride(), *counts, rows, logits.shape[1],
+            CHAINS=chains, WIDTH=triton.next_power_of_2(chains), LANES=_LANES, TILE=_TILE,
+        )  # fmt: skip
+    return Move(weights, carried_steps.view(rows, chains), state, accepted)
 
 
 def isir(visit: Visit, counters: Any) -> Move:
     """The move of `torch_emc2.kernels.Isir`."""
     logits, weights, (rows, chains) = visit.logits, _room(visit), visit.keep_in.shape
     num_sets, n = visit.sets.shape
-    carried_weights, state = torch.empty_like(visit.carried_score), torch.empty_like(visit.keep_in)
+    numbers = torch.split(logits.new_empty(rows * (chains + 1)), [rows * chains, rows])
+    carried_weights, acceptance = numbers
+    state = visit.keep_in.new_empty(rows, chains)
     own_ids = visit.carried_ids[:, :0] if visit.own_ids is None else visit.own_ids.contiguous()
     with _on(logits.device):
         _resample[(triton.cdiv(rows, _FEW_LANES),)](
             logits, *logits.stride(), visit.sets.contiguous(), visit.carried_score.contiguous(),
             visit.keep_in.contiguous(), visit.carried_ids.contiguous(), visit.column_ids, own_ids, *counters,
-            weights, *weights.stride(), carried_weights, state, rows, n, len(visit.column_ids), own_ids.shape[1],
-            SETS=num_sets, CHAINS=chains, WIDTH=triton.next_power_of_2(chains), LANES=_FEW_LANES, TILE=_TILE,
+            weights, *weights.stride(), carried_weights, state, acceptance,
+            rows, n, len(visit.column_ids), own_ids.shape[1],
+            SETS=num_sets, CHAINS=chains, WIDTH=triton.next_power_of_2(chains), LANES=_FEW_LANES, TILE=_LONG_TILE,
         )  # fmt: skip
-    return Move(weights, carried_weights, state, 1 - carried_weights.mean())
+    return Move(weights, carried_weights.view(rows, chains), state, acceptance)
 
 
 def _room(visit: Visit) -> Tensor:

@@ -78,7 +78,7 @@ class Move(NamedTuple):
         carried_weights: (rows, chains) the same of each chain's carried state. With the row's mean of these a row's
             weights sum to one.
         state: (rows, chains) int64, the column at which each chain ends; -1 for its carried state.
-        acceptance: () share of proposals that were accepted.
+        acceptance: (rows,) share of each row's proposals that were accepted.
     """
 
     weights: Tensor

@@ -51,7 +51,7 @@ class Isir(Kernel):
         )
         column = visit.sets[kept_in, done.state]  # that of -1 is any
         state = torch.where(done.state < 0, done.state, column)
-        return Move(visit.to_columns(done.weights), done.carried_weights, state, 1 - done.carried_weights.mean())
+        return Move(visit.to_columns(done.weights), done.carried_weights, state, 1 - done.carried_weights.mean(1))
 
 
 class Resampling(NamedTuple):

@@ -65,11 +65,12 @@ def _walk_over_sets(visit: Visit, noise: Tensor, burn_in: float) -> Move:
     counted = (num_steps - burnt).view(rows, num_sets).sum(1, keepdim=True).to(scores.dtype)
     weights = done.steps.view_as(visit.log_scores) / (num_chains * counted)[:, :, None]
     step = done.state.view(rows, num_sets, num_chains).gather(1, visit.keep_in[:, None])[:, 0]
+    accepted = done.accepted.view(rows, num_sets).sum(1).to(scores.dtype)
     return Move(
         weights=visit.to_columns(weights),
         carried_weights=done.carried_steps.view(rows, num_sets, num_chains).sum(1) / counted,
         state=torch.where(step < 0, step, visit.sets[visit.keep_in, step]),
-        acceptance=done.accepted / (num_steps.sum() * num_chains),
+        acceptance=accepted / (num_chains * num_steps.view(rows, num_sets).sum(1)),
     )
 
 
@@ -118,7 +119,7 @@ class Walk(NamedTuple):
         steps: (rows, N) counted steps spent at each proposal, summed over a row's chains.
         carried_steps: (rows, chains) counted steps spent at the carried state.
         state: (rows, chains) int64 proposal each chain ends at, -1 for the carried state.
-        accepted: () int64 number of proposals accepted by all chains.
+        accepted: (rows,) int64 number of proposals accepted by a row's chains.
     """
 
     steps: Tensor
@@ -187,7 +188,7 @@ def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, burnt: Tensor
     counted = is_step & (is_step.cumsum(1) > burnt[:, None])
     x, counts = (tensor.repeat_interleave(num_chains, 0) for tensor in (log_scores, counted))
     path, _ = metropolis_hastings(x, carried_score.flatten(), noise.flatten(0, 1))
-    accepted = (path == torch.arange(num_proposals, device=path.device)).sum()
+    accepted = (path == torch.arange(num_proposals, device=path.device)).view(rows, -1).sum(1)
     steps = x.new_zeros(len(path), num_proposals + 1).scatter_add_(1, path + 1, counts.to(x.dtype))
     steps, state = steps.view(rows, num_chains, -1), path[:, -1].view(rows, num_chains)
     return Walk(steps[..., 1:].sum(1), steps[..., 0], state, accepted)

@@ -92,8 +92,9 @@ class Visiting(Weighing):
     def weigh(self, rows: Rows, scores: Scores) -> Weights:
         """Let the rows' chains meet the batch."""
         carried, empty = rows.of(self.carried), rows.of(self.empty)
-        score = torch.zeros_like(carried, dtype=scores.logits.dtype)
-        if self.similarity is not None:
+        if self.similarity is None:  # no chain carries anything yet
+            score = torch.zeros_like(carried, dtype=scores.logits.dtype)
+        else:
             score = rows.of(self.similarity) / self.temperature
         logits, place = self._in_sets(scores.logits), None
         if not self.way.weighs_positive:
@@ -123,7 +124,7 @@ class Visiting(Weighing):
             at_carried = at_carried.masked_fill(empty, 0.0)
         stays, column = state < 0, state.clamp(min=0)
         ends = torch.where(stays, carried, rows.ids_at(column, own=self.way.weighs_positive))
-        kept: tuple[Tensor, ...] = ends, at_carried, acceptance.expand(len(carried))
+        kept: tuple[Tensor, ...] = ends, at_carried, acceptance
         if self.anchors.chains.similarities is not None:
             kept = *kept, stays, torch.where(stays, score, scores.logits.gather(1, column)) * self.temperature
         return Weights(weights, w_pos, kept=kept)
