@@ -165,8 +165,9 @@ def _agree(
 def _gather_side(vectors: Tensor, ids: Tensor | None, ranks: Ranks, name: str, num_samples: int | None) -> _Side:
     repeated = False
     if ids is not None:
-        ids = ranks.gather(ids)
-        numbers = ids.flatten().tolist()
+        ids = ids if ranks.world_size == 1 else ranks.gather(ids.to(ranks.device))
+        numbers = ids.flatten().tolist()  # if it is on a GPU, the host waits for it
+        ids = ids.to(ranks.device, non_blocking=True)
         validate_range(name, numbers, num_samples)  # of all ranks, on all ranks: they fail together
         repeated = len(set(numbers)) < len(numbers)
     return _Side(vectors, ranks.gather_rows_with_gradient(vectors), ids, repeated)

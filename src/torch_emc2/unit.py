@@ -26,8 +26,8 @@ def unit_vectors(z: Tensor, name: Callable[[int], str]) -> Tensor:
     """
     unit, length = _Normalised.apply(z if z.dtype in (torch.float32, torch.float64) else z.float())
     if length.numel():
-        shortest, longest = torch.aminmax(length)
-        if not (float(shortest) > _SHORTEST and float(longest) < torch.inf):
+        shortest, longest = torch.stack(torch.aminmax(length)).tolist()  # one wait for a GPU
+        if not (shortest > _SHORTEST and longest < torch.inf):
             _refuse(z.detach(), length, name)
     return unit  # type: ignore[no-any-return]
 

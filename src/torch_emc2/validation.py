@@ -23,7 +23,7 @@ class Inputs:
         size: samples b.
         views: of a sample on each side.
         vectors: of each side (views · b, d) unit vectors, view by view.
-        ids: of each side (b,) or (b, views) int64, or None.
+        ids: of each side (b,) or (b, views) int64, where they were given; or None.
         hard: hard negatives, (k, d) unit vectors for all rows or (b, k, d) a sample, or None.
         hard_ids: (k,) or (b, k) int64, -1 where they have none; or None.
         same: (b, b) bool, or None.
@@ -71,11 +71,11 @@ def validate_inputs(
         z = unit_vectors(torch.cat([x, y]), lambda row: f"{'xy'[row // size]}[{row % size}]")
         vectors = (z,) if towers == 1 else torch.split(z, size)
     if index is not None:
-        index = _validate_index("index", index, size, views).to(x.device)
+        index = _validate_index("index", index, size, views)
     if y_index is not None and towers == 1:
         raise ValueError("y_index is for towers=2; with towers=1 give index (b, views), an id a view")
     if y_index is not None:
-        y_index = _validate_index("y_index", y_index, size, views).to(x.device)
+        y_index = _validate_index("y_index", y_index, size, views)
     hard_ids = None
     if hard is not None:
         hard, hard_ids = _validate_hard(hard, hard_index, size, dim, x)

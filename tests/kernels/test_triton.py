@@ -2,6 +2,9 @@
 
 import importlib
 import math
+import os
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -89,3 +92,33 @@ def test_a_large_order_is_one(triton_kernels: ModuleType) -> None:
     assert sorted(sets.flatten().tolist()) == list(range(600))
     assert torch.equal(sets[0][place].cpu() % 300, torch.arange(300))
     assert coins.double().mean().item() == pytest.approx(0.5, abs=0.08)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from torch_emc2.kernels import _triton
+
+KINDS = {
+    "*kind": "logits weights carried_score carried_steps counted accepted_steps all_steps carried_weights acceptance",
+    "*i64": "sets place coins keep_in carried_ids column_ids own_ids state",
+    "*fp32": "out",
+}
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
+SIZES = {"BLOCK": 128, "TILE": 32, "LANES": 16, "SETS": 2, "CHAINS": 3, "WIDTH": 4, "BURN_IN": 0.5}
+for name in ("_draw", "_shuffle", "_walk", "_divide", "_resample"):
+    function = getattr(_triton, name)
+    for kind in ("fp32", "fp64"):
+        signature = {each: KIND_OF.get(each, "i32").replace("kind", kind) for each in function.arg_names}
+        signature |= {each: "constexpr" for each in function.arg_names if each in SIZES}
+        constants = {(function.arg_names.index(each),): SIZES[each] for each in signature if each in SIZES}
+        source = ASTSource(fn=function, signature=signature, constexprs=constants)
+        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"], name
+"""
+
+
+def test_all_compiles_for_a_gpu(triton_kernels: ModuleType) -> None:
+    """Also where there is none; the interpreter bears what the compiler does not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment)

@@ -88,13 +88,13 @@ def _rank_of(k, low, high):
 
 @triton.jit(do_not_specialize=["low", "high"])
 def _shuffle(
-    sets, place, coins, low, high, size, count, views, num_coins, BLOCK: tl.constexpr
+    sets, place, coins, low, high, size, count, views, num_coins, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low, high = low.to(tl.uint32), high.to(tl.uint32)
     mine, before = _rank_of(k, low, high), tl.zeros([BLOCK], tl.int64)
-    for start in range(0, count, BLOCK):
-        other = start + tl.arange(0, BLOCK)
+    for start in range(0, count, TILE):
+        other = start + tl.arange(0, TILE)
         theirs = _rank_of(other, low, high)
         earlier = (theirs[None, :] < mine[:, None]) | (
             (theirs[None, :] == mine[:, None]) & (other[None, :] < k[:, None])
@@ -205,9 +205,9 @@ def _divide(
     tl.store(target, tl.load(target, is_one, other=0) * (share / CHAINS)[None, :], is_one)
     if tl.program_id(0) == 0:
         chain = tl.arange(0, WIDTH)
-        target = carried_steps + row[:, None] * CHAINS + chain[None, :]
-        is_one = there[:, None] & (chain < CHAINS)[None, :]
-        tl.store(target, tl.load(target, is_one, other=0) * share[:, None], is_one)
+        of_chain = carried_steps + row[:, None] * CHAINS + chain[None, :]
+        is_chain = there[:, None] & (chain < CHAINS)[None, :]
+        tl.store(of_chain, tl.load(of_chain, is_chain, other=0) * share[:, None], is_chain)
         accepted = tl.load(accepted_steps + row, there, other=0) / tl.load(all_steps + row, there, other=1)
         tl.store(accepted_steps + row, accepted, there)
 
@@ -338,7 +338,7 @@ def proposals(
     sets, place, thrown = torch.split(memory, [views * count, count, coins])
     with _on(device):
         _shuffle[(triton.cdiv(count, _BLOCK),)](
-            sets, place, thrown, *_halves(key), size, count, views, coins, BLOCK=_BLOCK
+            sets, place, thrown, *_halves(key), size, count, views, coins, BLOCK=_BLOCK, TILE=_TILE
         )
     return sets.view(views, count), place, thrown
 

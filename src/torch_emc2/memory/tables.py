@@ -60,7 +60,7 @@ class SampleTable:
     def erase(self, slots: Tensor) -> None:
         """Let the entries of ``slots`` (k,) be as before they were first written."""
         at = slots.to(self.data.device)
-        self.data.index_fill_(0, at[at < len(self.data)], self.fill)
+        self.data.index_fill_(0, at[at < len(self.data)] if self.grows else at, self.fill)
 
     def share_memory(self) -> Tensor:
         """Move the entries to shared CPU memory, where they stay, and return them: worker processes see every write."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -85,6 +86,10 @@ class ContrastiveData(L.LightningDataModule):
         loader = make_loader(self.dataset, sampler, config.batch_size, config.data.num_workers, pin_memory=pin)
         loader.worker_init_fn = _outlive_sigterm
         return loader
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave ids where the host can read them without waiting for a GPU."""
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)._replace(index=batch.index)
 
     def on_after_batch_transfer(self, batch: Batch | Undrawn, dataloader_idx: int) -> Batch:
         """Draw views that are drawn on the device."""

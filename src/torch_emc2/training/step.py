@@ -91,7 +91,7 @@ class ContrastiveModule(L.LightningModule):
             loss: Tensor = self.loss(z1, z2, batch.index, encode=encode)
         except ValueError as error:
             broken = ~torch.stack([z1, z2]).isfinite().all(2).all(0)
-            rows = f"; {self._samples(batch.index[broken])}" if broken.any() else ""
+            rows = f"; {self._samples(batch.index[broken.cpu()])}" if broken.any() else ""
             error.args = (f"step {self.trainer.global_step}: {error}{rows}",)
             raise
         if batch_idx % self.config.accumulate == 0:
