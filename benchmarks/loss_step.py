@@ -1,8 +1,9 @@
 """Time one forward and backward pass of every loss on random embeddings, and its ratio to InfoNCE in the same run.
 
-    python benchmarks/loss_step.py [--device cuda] [--batch-sizes 32 256 1024]
+    python benchmarks/loss_step.py [--device cuda] [--batch-sizes 32 256 1024] [--model resnet18 --image-size 64]
 
-The losses take turns, so that whatever else the machine does meets all of them alike; the medians are printed.
+With a model, of timm, the pass is through it too: what a training step pays for its loss. The losses take turns, so that
+whatever else the machine does meets all of them alike; the medians are printed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +34,42 @@ def cross_entropy(z1: Tensor, z2: Tensor, index: Tensor, temperature: float = 0.
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z) // 2))
 
 
+def embeddings(args: argparse.Namespace, device: torch.device) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Return what gives two views' embeddings that are there already."""
+
+    @cache
+    def leaves(batch_size: int) -> tuple[Tensor, Tensor]:
+        z1, z2 = torch.randn(2, batch_size, args.dim, device=device).unbind()
+        return z1.requires_grad_(), z2.requires_grad_()
+
+    return leaves
+
+
+def encoder(args: argparse.Namespace, device: torch.device) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Return what embeds two views' images anew."""
+    import timm
+
+    model = timm.create_model(args.model, num_classes=args.dim).to(device, memory_format=torch.channels_last)
+
+    @cache
+    def images(batch_size: int) -> Tensor:
+        return torch.randn(2 * batch_size, 3, args.image_size, args.image_size, device=device)
+
+    def embed(batch_size: int) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16):
+            z1, z2 = model(images(batch_size)).float().split(batch_size)
+        return z1, z2
+
+    return embed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 256, 1024])
     parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--model", help="embed random images by it, in bfloat16")
+    parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=20.0, help="for each batch size")
     parser.add_argument("--losses", nargs="+", help="by their names in the table, InfoNCE among them; default: all")
     args = parser.parse_args()
@@ -67,13 +99,11 @@ def main() -> None:
         **further,
     }
     losses = {name: loss_fn for name, loss_fn in losses.items() if not args.losses or name in args.losses}
+    embed = embeddings(args, device) if args.model is None else encoder(args, device)
     for batch_size in args.batch_sizes:
         times: dict[str, list[float]] = {name: [] for name in losses}
         start, calls = time.perf_counter(), 0
         while calls < 3 or time.perf_counter() - start < args.seconds:
-            z1, z2 = torch.randn(2, batch_size, args.dim, device=device).unbind()
-            z1.requires_grad_()
-            z2.requires_grad_()
             index = torch.randperm(NUM_SAMPLES)[:batch_size].to(device)
             for name, loss_fn in random.sample(
                 list(losses.items()), len(losses)
@@ -81,7 +111,7 @@ def main() -> None:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 before = time.perf_counter()
-                loss_fn(z1, z2, index).backward()
+                loss_fn(*embed(batch_size), index).backward()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 times[name].append(time.perf_counter() - before)

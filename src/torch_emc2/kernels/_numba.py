@@ -215,24 +215,18 @@ def _walk(
 ) -> None:  # fmt: skip
     num_sets, n = sets.shape
     num_chains, kind, padded = carried_score.shape[1], logits.dtype, (n + 3) // 4 * 4
+    lanes = 0
     for first in range(begin, end, _LANES):
-        lanes = min(_LANES, end - first)
+        if lanes != min(_LANES, end - first):  # else the memory is there, and mapped
+            lanes = min(_LANES, end - first)
+            x, clock = np.full((padded, lanes), -np.inf, kind), np.empty((padded, lanes), kind)
+            spent, hit = np.empty((padded, lanes), kind), np.empty((padded, lanes), np.uint8)
+            # As one array's rows they would not become vectors.
+            at, after = np.empty(lanes, kind), np.empty(lanes, kind)
+            stop, share = np.empty(lanes, kind), np.empty(lanes, kind)
         low, high = np.empty(lanes, np.uint32), np.empty(lanes, np.uint32)
         for lane in range(lanes):
             low[lane], high[lane] = _halves(_key_of(counters, first + lane))
-        x, clock, spent = (
-            np.full((padded, lanes), -np.inf, kind),
-            np.empty((padded, lanes), kind),
-            np.empty((padded, lanes), kind),
-        )
-        hit = np.empty((padded, lanes), np.uint8)
-        # As one array's rows they would not become vectors.
-        at, after, stop, share = (
-            np.empty(lanes, kind),
-            np.empty(lanes, kind),
-            np.empty(lanes, kind),
-            np.empty(lanes, kind),
-        )
         burnt, accepted = np.empty((num_sets, lanes), kind), np.zeros(lanes, np.int32)
         share[:] = 0
         for s in range(num_sets):
@@ -336,8 +330,12 @@ def _resample(
     for s in range(num_sets):
         for k in range(n):
             ids[s, k] = column_ids[sets[s, k]] if sets[s, k] < column_ids.size else EMPTY
+    lanes = 0
     for first in range(begin, end, _LANES):
-        lanes = min(_LANES, end - first)
+        if lanes != min(_LANES, end - first):
+            lanes = min(_LANES, end - first)
+            x, peak, mass = np.empty((n, lanes), kind), np.empty(lanes, kind), np.empty(lanes, kind)
+            factor, reached, place = np.empty(lanes, kind), np.empty(lanes, kind), np.empty(lanes, np.int32)
         inside = np.empty((num_chains, lanes, num_sets), np.bool_)
         options, kept_in = np.empty((num_chains, lanes), np.int64), np.empty((num_chains, lanes), np.int64)
         uniform = np.empty((num_chains, lanes))
@@ -363,8 +361,6 @@ def _resample(
                     theirs, own = noise[num_chains + other], noise[num_chains + chain]
                     rank += theirs < own or (theirs == own and other < chain)
                 uniform[chain, lane] = (np.exp(-np.float64(noise[chain])) + rank) / num_chains
-        x, peak, mass = np.empty((n, lanes), kind), np.empty(lanes, kind), np.empty(lanes, kind)
-        factor, reached, place = np.empty(lanes, kind), np.empty(lanes, kind), np.empty(lanes, np.int32)
         beyond = np.empty((num_chains, lanes), kind)
         for s in range(num_sets):
             _read(logits, sets[s], first, x)
