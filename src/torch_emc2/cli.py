@@ -96,10 +96,10 @@ def _train(argv: list[str]) -> None:
 
 def _list_fields() -> None:
     from torch_emc2.config import config_parser
-    from torch_emc2.losses.registry import ESTIMATORS
+    from torch_emc2.settings.losses import LOSSES
 
     print("usage: emc2 train PRESET_OR_YAML [--FIELD VALUE …] [--resume]; emc2 presets lists the presets\n")
-    print(f"LOSS: {', '.join(ESTIMATORS)}, or a class of your own as package.module:Class\n")
+    print(f"LOSS: {', '.join(LOSSES)}, or a class of your own as package.module:Class\n")
     config_parser("emc2 train PRESET_OR_YAML").print_help()
 
 
@@ -177,7 +177,7 @@ def _embed(argv: list[str]) -> None:
 
 
 def _experiment(argv: list[str]) -> None:
-    from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES
+    from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES, base_config
 
     parser = argparse.ArgumentParser(
         prog="emc2 experiment",
@@ -197,6 +197,7 @@ def _experiment(argv: list[str]) -> None:
             print(f"{name:16s} {experiment.title}")
         return
     args, overrides = parser.parse_known_args(argv)
+    base_config(args.dataset or EXPERIMENTS[args.name].dataset, args.scale, overrides)  # refuses what is no setting
     from torch_emc2.experiments.run import read_tuned, run_experiment
 
     folder = run_experiment(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from torch_emc2.data import BadImageError, DataError, Decoding, decode_image
+from torch_emc2.data import BadImageError, Decoding, decode_image
 
 
 def _on(colours, alpha, background):
@@ -318,5 +318,5 @@ def test_sixteen_bit_colour_that_fills_its_range_is_taken(tmp_path):
     ],
 )
 def test_wrong_decodings_are_named(wrong, named):
-    with pytest.raises(DataError, match=named):
+    with pytest.raises(ValueError, match=named):
         Decoding(**wrong)

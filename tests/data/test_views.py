@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from torch_emc2.data import Augmentation, DataError, evaluation_transform, seeded_view, view_seed, views
+from torch_emc2.data import Augmentation, evaluation_transform, seeded_view, view_seed, views
 from torch_emc2.data.views import _blurred, reflected_taps, shift_hue
 
 integers = st.integers(0, 2**40)
@@ -158,7 +158,7 @@ def test_evaluation_cuts_the_middle_out_of_large_images():
     ],
 )
 def test_wrong_settings_are_named(wrong, named):
-    with pytest.raises(DataError, match=named):
+    with pytest.raises(ValueError, match=named):
         Augmentation(**{"size": 32} | wrong)
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from torch_emc2.config import Config
 from torch_emc2.experiments.cells import Cell, Row, run_cells
-from torch_emc2.experiments.definitions import EXPERIMENTS, METHODS, SCALES, Tuned, Variant, base_config
+from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES, Tuned, Variant, base_config, methods
 from torch_emc2.experiments.figure import accuracy_panels, draw_panels, gradient_panels, group, markdown, sweep_panels
 from torch_emc2.experiments.measure import read_curve
 from torch_emc2.files import whole_file
@@ -68,8 +68,8 @@ def run_experiment(
     for kind, value, known in (("experiment", name, EXPERIMENTS), ("scale", scale, SCALES)):
         if value not in known:
             raise ValueError(f"no {kind} {value!r}; there are {', '.join(known)}")
-    if unknown := set(tuned or {}) - set(METHODS):
-        raise ValueError(f"tuned names methods {sorted(unknown)}; there are {', '.join(METHODS)}")
+    if unknown := set(tuned or {}) - set(methods()):
+        raise ValueError(f"tuned names methods {sorted(unknown)}; there are {', '.join(methods())}")
     if jobs < 1 or not seeds:
         raise ValueError(f"jobs must be at least 1 and seeds not empty, got {jobs} and {list(seeds)}")
     experiment, size = EXPERIMENTS[name], SCALES[scale]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -19,12 +19,11 @@ from torch_emc2.losses.stateful import StatefulLoss
 from torch_emc2.losses.visiting import Visiting, Way
 from torch_emc2.losses.weighting import Weighing
 from torch_emc2.memory.chains import EMPTY, ChainTable
+from torch_emc2.settings.losses import Carry
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 
-__all__ = ["Carry", "EMC2Loss"]
-
-Carry = Literal["encode", "encode_if_used", "cache", "defer", "drop"]
+__all__ = ["EMC2Loss"]
 
 
 class EMC2Loss(StatefulLoss):

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch_emc2.config import Config, recorded_config, to_yaml
 from torch_emc2.files import load_checkpoint, one_line, whole_file
-from torch_emc2.losses.outside import is_outside
+from torch_emc2.settings.losses import is_outside
 
 __all__ = [
     "finished_epochs",
