@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 
 from torch_emc2.config_tree import load_tree, refuse_extremes, refuse_groups, validate_tree
 from torch_emc2.settings.images import Augmentation, Decoding
-from torch_emc2.settings.losses import LOSSES, group_of, is_outside, require_name, require_positive_weight
+from torch_emc2.settings.losses import LOSSES, group_of, is_outside, require_loss, require_positive_weight
 from torch_emc2.settings.model import ModelConfig
 
 __all__ = ["Config", "DataConfig", "config_parser", "presets", "read_config", "recorded_config", "to_yaml"]
@@ -176,7 +176,7 @@ class Config(_Groups):  # type: ignore[misc]
     def __post_init__(self) -> None:
         self.out = os.path.expanduser(self.out)
         refuse_extremes(asdict(self))
-        require_name(self.loss)
+        require_loss(self.loss)
         if self.positive_weight is not None:
             self.positive_weight = require_positive_weight(self.positive_weight, sizes=())
         positive = ("batch_size", "epochs", "temperature", "accumulate", "log_every_steps")

@@ -22,7 +22,6 @@ from torch_emc2.settings.model import ModelConfig, Norm
 __all__ = [
     "SMALL_IMAGE",
     "Encoder",
-    "ModelConfig",
     "Norm",
     "adapt_backbone",
     "build_encoder",

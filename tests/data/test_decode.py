@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from torch_emc2.data import BadImageError, Decoding, decode_image
+from torch_emc2.data import BadImageError, decode_image
+from torch_emc2.settings.images import Decoding
 
 
 def _on(colours, alpha, background):

@@ -16,9 +16,9 @@ from torch_emc2.config import Config, read_config, to_yaml
 from torch_emc2.experiments.definitions import methods as methods_by_title
 from torch_emc2.kernels import Isir, Metropolis
 from torch_emc2.losses import ContrastiveLoss
-from torch_emc2.losses.registry import ESTIMATORS, EMC2Config, Given, NegativeCacheConfig, SogCLRConfig, find, variants
+from torch_emc2.losses.registry import ESTIMATORS, Given, find, variants
 from torch_emc2.losses.stateful import StatefulLoss
-from torch_emc2.settings.losses import LOSSES
+from torch_emc2.settings.losses import LOSSES, EMC2Config, NegativeCacheConfig, SogCLRConfig
 from torch_emc2.training import build_loss
 
 ROWS = ESTIMATORS.values()

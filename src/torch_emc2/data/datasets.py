@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_emc2.data.decode import Decoding
 from torch_emc2.data.errors import DataError
 from torch_emc2.data.folders import ImageFolder, find_images, read_folder
 from torch_emc2.data.images import ArrayImages, FileImages, ImageDataset, RecordImages
 from torch_emc2.files import one_line
 from torch_emc2.held_out import held_out_fifth
+from torch_emc2.settings.images import Decoding
 
 __all__ = ["Split", "open_dataset", "open_splits"]
 

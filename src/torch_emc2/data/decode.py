@@ -20,7 +20,6 @@ from torch_emc2.settings.images import Decoding, parse_range
 
 __all__ = [
     "FULL_16_BIT",
-    "Decoding",
     "Depth",
     "decode",
     "decode_image",

@@ -13,7 +13,6 @@ from torch_emc2.seeds import mix_seed
 from torch_emc2.settings.images import Augmentation
 
 __all__ = [
-    "Augmentation",
     "RandomView",
     "Transform",
     "evaluation_transform",
@@ -27,7 +26,10 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class RandomView:
-    """The draws are torchvision's; its kernels are called directly, which saves half of the time on small images."""
+    """Maps uint8 (c, h, w), c of 1 or 3, to a random view: float32 (c, size, size) in [0, 1].
+
+    The draws are torchvision's; its kernels are called directly, which saves half of the time on small images.
+    """
 
     def __init__(self, augmentation: Augmentation) -> None:
         self.augmentation = augmentation

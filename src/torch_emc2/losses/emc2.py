@@ -11,15 +11,15 @@ from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
 from torch_emc2.kernels import KERNELS, Kernel
 from torch_emc2.kernels.counted import drawn_by
+from torch_emc2.losses.arguments import NumSamples, require_int
 from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.chain_memory import ChainMemory
 from torch_emc2.losses.draws import BatchDraws
-from torch_emc2.losses.settings import NumSamples, PositiveWeight, require_int
 from torch_emc2.losses.stateful import StatefulLoss
 from torch_emc2.losses.visiting import Visiting, Way
 from torch_emc2.losses.weighting import Weighing
 from torch_emc2.memory.chains import EMPTY, ChainTable
-from torch_emc2.settings.losses import Carry
+from torch_emc2.settings.losses import Carry, PositiveWeight
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 

@@ -21,17 +21,14 @@ from torch_emc2.settings.losses import (
     SogCLRConfig,
     group_of,
     is_outside,
-    require_name,
+    require_loss,
 )
 
 __all__ = [
     "ESTIMATORS",
-    "EMC2Config",
     "Estimator",
     "Given",
     "Method",
-    "NegativeCacheConfig",
-    "SogCLRConfig",
     "find",
     "variants",
 ]
@@ -231,7 +228,7 @@ def find(name: str) -> Estimator:
     Raises:
         ValueError: there is no such estimator, or no such class.
     """
-    require_name(name)
+    require_loss(name)
     if not is_outside(name):
         return ESTIMATORS[name]
     loss = load_outside(name)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import ImageColor
 
@@ -58,12 +56,6 @@ class Augmentation:
     def blur_width(self) -> int:
         """Of the kernel, in pixels."""
         return max(3, self.size // 10 | 1)
-
-    def transform(self) -> Callable[[Any], Any]:
-        """Return what maps uint8 (c, h, w), c of 1 or 3, to a random view: float32 (c, size, size) in [0, 1]."""
-        from torch_emc2.data.views import RandomView
-
-        return RandomView(self)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ __all__ = [
     "SogCLRConfig",
     "group_of",
     "is_outside",
-    "require_name",
+    "require_loss",
     "require_positive_weight",
 ]
 
@@ -103,7 +103,7 @@ def is_outside(name: str) -> bool:
     return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name) is not None
 
 
-def require_name(name: str) -> None:
+def require_loss(name: str) -> None:
     """Raise ValueError for what can be no loss's name; nothing is imported."""
     if name not in LOSSES and not is_outside(name):
         raise ValueError(

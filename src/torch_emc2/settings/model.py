@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["MOST_LAYERS", "ModelConfig", "Norm"]
+__all__ = ["ModelConfig", "Norm"]
 
 Norm = Literal["batch", "group", "none"]
 
-MOST_LAYERS = 100
+_MOST_LAYERS = 100
 
 
 @dataclass
@@ -37,5 +37,5 @@ class ModelConfig:
         for name, least in (("hidden_dim", 1), ("out_dim", 1), ("hidden_layers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.hidden_layers > MOST_LAYERS:
-            raise ValueError(f"hidden_layers must be at most {MOST_LAYERS}, got {self.hidden_layers}")
+        if self.hidden_layers > _MOST_LAYERS:
+            raise ValueError(f"hidden_layers must be at most {_MOST_LAYERS}, got {self.hidden_layers}")

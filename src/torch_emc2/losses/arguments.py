@@ -1,4 +1,4 @@
-"""Settings of losses: validated, and what they come to in a batch."""
+"""Arguments of losses: validated, and what they come to in a batch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from torch_emc2.rows import Rows
-from torch_emc2.settings.losses import PositiveWeight, require_positive_weight
+from torch_emc2.settings.losses import PositiveWeight
 from torch_emc2.validation import Towers
 
 __all__ = [
     "NumSamples",
-    "PositiveWeight",
     "log_positive_weight",
     "require_int",
-    "require_positive_weight",
     "require_sizes",
 ]
 
