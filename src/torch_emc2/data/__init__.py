@@ -12,7 +12,6 @@ from torch_emc2.data.images import ArrayImages, FileImages, ImageDataset, identi
 from torch_emc2.data.loader import Batch, ContrastiveDataset, EpochSampler, FiniteDataset, make_loader
 from torch_emc2.data.undrawn import Undrawn, UndrawnDataset
 from torch_emc2.data.views import RandomView, evaluation_transform, seeded_view, view_seed
-from torch_emc2.settings.images import Augmentation, Decoding
 
 __all__ = [
     "ArrayImages",

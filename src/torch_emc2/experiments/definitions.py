@@ -9,9 +9,22 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import yaml
+
 from torch_emc2.config import Config, read_config
 
-__all__ = ["EXPERIMENTS", "SCALES", "Experiment", "Scale", "Tuned", "Variant", "base_config", "methods", "override"]
+__all__ = [
+    "EXPERIMENTS",
+    "SCALES",
+    "Experiment",
+    "Scale",
+    "Tuned",
+    "Variant",
+    "base_config",
+    "methods",
+    "override",
+    "read_tuned",
+]
 
 Tuned = Mapping[str, Mapping[str, float]]
 """For each method the fields that a search chose for it, such as ``{"InfoNCE": {"temperature": 0.1}}``."""
@@ -113,6 +126,18 @@ def base_config(dataset: str, scale: str, overrides: list[str]) -> Config:
         preset = "stl10-b32"
     overrides = [*SCALES[scale].overrides, "--data.name", dataset, *overrides]
     return read_config(preset, overrides, prog="emc2 experiment")
+
+
+def read_tuned(file: Path) -> Tuned:
+    """Read the best.yaml of a search.
+
+    Raises:
+        ValueError: it is none.
+    """
+    content: Any = yaml.safe_load(file.read_text())
+    if not isinstance(content, dict) or not all(isinstance(fields, dict) for fields in content.values()):
+        raise ValueError(f"{str(file)!r} is not a search's best.yaml: it must map methods to fields")
+    return content
 
 
 def override(config: Any, fields: Mapping[str, Any]) -> Any:

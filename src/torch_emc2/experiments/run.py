@@ -7,7 +7,6 @@ import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -19,7 +18,7 @@ from torch_emc2.experiments.figure import accuracy_panels, draw_panels, gradient
 from torch_emc2.experiments.measure import read_curve
 from torch_emc2.files import whole_file
 
-__all__ = ["read_tuned", "run_experiment"]
+__all__ = ["run_experiment"]
 
 _ACCURACY = {
     "probe": ("linear probe, %", 100.0, 2),
@@ -107,18 +106,6 @@ def run_experiment(
     with whole_file(folder / "table.md") as file:
         file.write_text(f"{experiment.title}. {_circumstances(rows, dataset, scale, overrides, tuned)}\n\n{table}")
     return folder
-
-
-def read_tuned(file: Path) -> Tuned:
-    """Read the best.yaml of a search.
-
-    Raises:
-        ValueError: it is none.
-    """
-    content: Any = yaml.safe_load(file.read_text())
-    if not isinstance(content, dict) or not all(isinstance(fields, dict) for fields in content.values()):
-        raise ValueError(f"{str(file)!r} is not a search's best.yaml: it must map methods to fields")
-    return content
 
 
 def _folder_name(dataset: str) -> str:

@@ -1,13 +1,26 @@
-"""What can be set of images: how files become pixels, and pixels random views."""
+"""What can be set of images: which they are, how files become pixels, and pixels random views."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
 from PIL import ImageColor
 
-__all__ = ["Augmentation", "Decoding", "parse_range"]
+__all__ = ["DATA_SETS", "Augmentation", "Decoding", "parse_range", "require_data"]
+
+DATA_SETS = ("digits", "fashion-mnist", "cifar10", "stl10", "imagenet100")
+
+
+def require_data(name: str) -> None:
+    """Raise ValueError for what is no data set's name, and for a folder that is not there."""
+    if name.startswith("folder:"):
+        path = os.path.expanduser(name.removeprefix("folder:"))
+        if not os.path.isdir(path):  # Path's own raises where the name is too long
+            raise ValueError(f"{path!r} is not a folder; give one that holds images, as folder:PATH")
+    elif name not in DATA_SETS:
+        raise ValueError(f"unknown data set {name!r}; use one of {', '.join(DATA_SETS)}, folder:PATH")
 
 
 @dataclass(frozen=True)
