@@ -64,7 +64,7 @@ WRONG = {
     "quickstart --data.name folder:nowhere": "'nowhere' is not a folder",
     "presets quickstart --lss dcl": "--lss",
     "presets nothing": "'nothing' is neither a preset",
-    "evaluate": "required: run; emc2 evaluate --help lists what there is",
+    "evaluate": "required: run (see emc2 evaluate --help)",
     "evaluate nowhere": "'nowhere' is not a run's folder",
     "evaluate begun": "the run in 'begun' is not finished: emc2 train begun/config.yaml --resume goes on",
     "evaluate done --data mnist": "unknown data set 'mnist'",
@@ -304,6 +304,7 @@ def test_an_interrupt_ends_with_a_line_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runs, "evaluate_run", ctrl_c_again)
+    Path(tiny.out, "head.safetensors").touch()  # as if it had come to its end
     assert main(["evaluate", tiny.out]) == 130
     assert capsys.readouterr().err == "emc2: interrupted\n"
 

@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise it as the user's to mend."""
-        raise ValueError(f"{message}; {self.prog} --help lists what there is")
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def _telling(read: Callable[[str], T]) -> Callable[[str], T]:

@@ -60,7 +60,7 @@ def _tell_of_compiling(module: str) -> None:
 
 @cache
 def _tell_once() -> None:
-    _LOG.info("Compiling the chains' moves for this processor: some seconds, where numba can keep them only once")
+    _LOG.info("Compiling the chains' moves for this processor: some seconds, once where numba can keep them")
 
 
 class CountedDraws:
