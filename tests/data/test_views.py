@@ -145,24 +145,6 @@ def test_evaluation_cuts_the_middle_out_of_large_images():
     assert torch.equal(view, expected)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        ({"size": 1}, "got 1"),
-        ({"flip": 1.5}, "flip .* got 1.5"),
-        ({"grey_p": -0.1}, "grey_p .* got -0.1"),
-        ({"crop_scale": (0.5, 0.2)}, r"crop_scale .*0.5, 0.2"),
-        ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
-        ({"blur_sigma": (0.0, 2.0)}, "blur_sigma"),
-        ({"jitter": (0.1, 0.1, 0.1, 0.6)}, "hue at most 0.5"),
-        ({"jitter": (-0.1, 0.1, 0.1, 0.1)}, "jitter"),
-    ],
-)
-def test_wrong_settings_are_named(wrong, named):
-    with pytest.raises(ValueError, match=named):
-        Augmentation(**{"size": 32} | wrong)
-
-
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (1000, 130), (130, 1040)])
 def test_evaluation_of_ordinary_shapes_cuts_no_ends_off(height, width):
     image = _image(3, height, width)
