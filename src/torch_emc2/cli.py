@@ -81,13 +81,15 @@ def _train(argv: list[str]) -> None:
     if preset.startswith("-"):
         raise ValueError(f"the preset or YAML file comes first, got {preset}")
     from torch_emc2.config import read_config
+    from torch_emc2.locks import only_writer
     from torch_emc2.run_folder import refuse_used
     from torch_emc2.settings.images import require_data
 
     config = read_config(preset, rest)  # all that can be wrong, before the rest is imported, which takes seconds
     require_data(config.data.name)
     if not resume and config.devices == 1:  # of several processes others would find what the first has begun
-        refuse_used(Path(config.out))
+        with only_writer(Path(config.out)):
+            refuse_used(Path(config.out))
     from lightning.pytorch.utilities import rank_zero_only
 
     from torch_emc2.training import train
