@@ -30,7 +30,7 @@ def test_compiling_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
     def of_another(x: float) -> float:
         return x + 1
 
-    kernels = compiled_kernels()
+    kernels = compiled_kernels("cpu")
     assert kernels is not None
     moved.__module__ = kernels.__name__
     counted_module._tell_once.cache_clear()

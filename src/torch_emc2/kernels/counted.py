@@ -48,14 +48,14 @@ def _tell_of_compiling(module: str) -> None:
     """Say so where numba compiles something of a module, not where it has it from before."""
     from numba.core import event
 
-    class Compiling(event.Listener):  # type: ignore[misc]  # untyped
+    class Compiling(event.Listener):
         def on_start(self, event: Any) -> None:
             if event.data["dispatcher"].py_func.__module__ == module:
                 _tell_once()
 
         def on_end(self, event: Any) -> None: ...
 
-    event.register("numba:compile", Compiling())
+    event.register("numba:compile", Compiling())  # type: ignore[no-untyped-call]
 
 
 @cache
