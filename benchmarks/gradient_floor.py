@@ -17,7 +17,8 @@ from torch import Tensor
 from torch_emc2.diagnostics import clustered_embeddings
 from torch_emc2.exact import global_contrastive_loss
 from torch_emc2.losses import ContrastiveLoss
-from torch_emc2.losses.registry import ESTIMATORS, EMC2Config, Given
+from torch_emc2.losses.registry import ESTIMATORS, Given
+from torch_emc2.settings.losses import EMC2Config
 
 TEMPERATURE = 0.2
 SAMPLES = 64

@@ -1,4 +1,4 @@
-"""CPU time and memory until the command answers, and of the import beyond torch's own.
+"""CPU time and memory until the command answers, of the import beyond torch's own, and of what is compiled at first.
 
     python benchmarks/start_up.py [--turns 7]
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "emc2 nonsense": [*EMC2, "nonsense"],
     "emc2 train nothing": [*EMC2, "train", "nothing"],
     "emc2 train quickstart --batch_size x": [*EMC2, "train", "quickstart", "--batch_size", "x"],
+    "emc2 evaluate nowhere": [*EMC2, "evaluate", "nowhere"],
     "emc2 train --help": [*EMC2, "train", "--help"],
     "python -c 'import torch'": [sys.executable, "-c", "import torch"],
 }
@@ -34,6 +35,13 @@ for name in torch_emc2.__all__:
     getattr(torch_emc2, name)
 print(time.process_time() - start)
 """
+FIRST = """
+import time, torch, torch_emc2
+loss_fn = torch_emc2.EMC2Loss(64, carry="cache")
+start = time.process_time()
+loss_fn(*torch.randn(2, 32, 128), torch.arange(32))
+print(time.process_time() - start)
+"""
 
 
 def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
@@ -43,8 +51,8 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
     return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
-def beyond(environment: dict[str, str]) -> float:
-    done = subprocess.run([sys.executable, "-c", BEYOND], env=environment, capture_output=True, text=True, check=True)
+def told(code: str, environment: dict[str, str]) -> float:
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
@@ -60,12 +68,16 @@ def main() -> None:
         for turn in range(args.turns + 1):  # the first writes the bytecode
             for name, command in COMMANDS.items():
                 measured[name] += [run(command, environment)] * (turn > 0)
-            imports += [beyond(environment)] * (turn > 0)
+            imports += [told(BEYOND, environment)] * (turn > 0)
+        environment["NUMBA_CACHE_DIR"] = str(Path(folder) / "numba")
+        compiles, loads = (told(FIRST, environment) for _ in range(2))
     print(f"Python {platform.python_version()}, {platform.machine()}\n\n| | CPU seconds | MB |\n|---|--:|--:|")
     for name, runs in measured.items():
         seconds, megabytes = (statistics.median(values) for values in zip(*runs, strict=True))
         print(f"| `{name}` | {seconds:.2f} | {megabytes:.0f} |")
     print(f"| all names of `torch_emc2`, beyond `import torch` | {statistics.median(imports):.3f} | |")
+    print(f"| the first call of `EMC2Loss`, once: it is compiled | {compiles:.1f} | |")
+    print(f"| in every other process | {loads:.1f} | |")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from torch_emc2.config import Config, read_config
-from torch_emc2.data import ImageDataset, open_dataset
+from torch_emc2.data import ImageDataset, RandomView, open_dataset
 from torch_emc2.models import build_encoder
 from torch_emc2.training import train
 
@@ -220,7 +220,7 @@ class TwoViews(Dataset[tuple[Tensor, Tensor, int]]):
     """A sample at a time, as most libraries have it."""
 
     def __init__(self, images: ImageDataset, config: Config) -> None:
-        self.images, self.transform = images, config.data.augmentation.transform()
+        self.images, self.transform = images, RandomView(config.data.augmentation)
 
     def __len__(self) -> int:
         return len(self.images)

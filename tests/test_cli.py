@@ -42,56 +42,114 @@ def test_usage(argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch:
     assert capsys.readouterr().out.startswith("usage: emc2 COMMAND")
 
 
-@pytest.mark.parametrize(
-    ("words", "status"),
-    [
-        ("--help", 0),
-        ("learn", 2),
-        ("train --batch_size x", 2),
-        ("evaluate", 2),
-        ("evaluate run --baseline-s", 2),
-        ("diagnose run --samples many", 2),
-        ("embed run photos", 2),
-    ],
-)
-def test_no_one_waits_for_torch_to_be_told_of_a_wrong_word(words: str, status: int) -> None:
+WRONG = {
+    "learn": "no command 'learn'",
+    "train nothing": "'nothing' is neither a preset",
+    "train quickstart --batch_size x": "batch_size",
+    "train quickstart --batch_size 1": "batch_size must be at least 2, got 1",
+    "train quickstart --lss dcl": "--lss",
+    "train quickstart --loss x": "loss must be one of",
+    "train quickstart --emc2.kernel gibbs": "gibbs",
+    "train quickstart --emc2.carry cached": "cached",
+    "train quickstart --model.hidden_dim 0": "hidden_dim must be at least 1, got 0",
+    "train quickstart --data.background pinkish": "background must be a colour",
+    "train quickstart --data.name cifar11": "unknown data set 'cifar11'; use one of digits, fashion-mnist, cifar10,",
+    "train quickstart --data.name folder:nowhere": "'nowhere' is not a folder",
+    "train quickstart --devices 0": "devices must be at least 1, or auto for all there are, got 0",
+    "train quickstart --data.num_workers -1": "num_workers must be from 0 to 1024, got -1",
+    "train quickstart --out used": "used is not empty: --resume goes on",
+    "train --loss dcl quickstart": "the preset or YAML file comes first, got --loss",
+    "quickstart --devices 2": "quickstart has one device, got 2: emc2 train quickstart takes more",
+    "quickstart --data.augmentation.size 1": "size must be at least 2 pixels, got 1",
+    "quickstart --data.name folder:nowhere": "'nowhere' is not a folder",
+    "presets quickstart --lss dcl": "--lss",
+    "presets nothing": "'nothing' is neither a preset",
+    "evaluate": "required: run (see emc2 evaluate --help)",
+    "evaluate nowhere": "'nowhere' is not a run's folder",
+    "evaluate begun": "the run in 'begun' is not finished: emc2 train begun/config.yaml --resume goes on",
+    "evaluate done --data mnist": "unknown data set 'mnist'",
+    "evaluate done --value-range 9,1": "value_range must be as 0,4095 or 1%,99%, the lower value first, got '9,1'",
+    "evaluate done --baseline-s": "unrecognized arguments: --baseline-s",
+    "diagnose nowhere": "'nowhere' is not a run's folder",
+    "diagnose done --samples 1": "--samples: must be a whole number, at least 2, got '1'",
+    "diagnose done --epochs many": "--epochs: must be a whole number, at least 1, got 'many'",
+    "embed nowhere used -o out.parquet": "'nowhere' is not a run's folder",
+    "embed done photos -o out.parquet": "there is no 'photos'",
+    "embed done used": "required: -o/--out",
+    "embed done used -o out.csv": "out.csv will be a Parquet file: give it a name that ends in .parquet",
+    "embed done used -o out.parquet --on-bad-image keep": "invalid choice: 'keep'",
+    "experiment chain": "invalid choice: 'chain'",
+    "experiment chains --epochs none": "epochs",
+    "experiment chains --jobs 0": "--jobs: must be a whole number, at least 1, got '0'",
+    "experiment chains --seeds -1": "seeds",
+    "experiment chains --dataset mnist": "unknown data set 'mnist'",
+    "experiment chains --tuned used/notes.txt": "is not a search's best.yaml",
+}
+RIGHT = ("--help", "train --help", "evaluate --help", "experiment", "presets", "presets quickstart --epochs 3")
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, list[str]]]:
+    """Of each command, all in one process: status, what it wrote to stderr, heavy packages that were imported."""
+    folder = tmp_path_factory.mktemp("told")
+    for run in ("begun", "done"):
+        (folder / run).mkdir()
+        (folder / run / "config.yaml").write_text(to_yaml(Config()))
+    (folder / "done" / "head.safetensors").touch()
+    (folder / "used").mkdir()
+    (folder / "used" / "notes.txt").write_text("own")
     code = """
-import atexit, sys
+import contextlib, io, json, sys
 from torch_emc2.cli import main
-atexit.register(lambda: print("\\n", *sys.modules))
-sys.exit(main(sys.argv[1:]))
+heavy = {"torch", "torchvision", "numpy", "timm", "lightning", "sklearn", "numba", "matplotlib", "pyarrow"}
+told = {}
+for words in json.load(sys.stdin):
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            status = main(words.split())
+        except SystemExit as stop:
+            status = stop.code
+    told[words] = status, err.getvalue(), sorted(heavy & {*sys.modules})
+print(json.dumps(told))
 """
-    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
-    imported = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
-    assert done.returncode == status
-    assert "torch_emc2" in imported
-    assert not imported & {"torch", "torchvision", "numpy", "timm", "lightning", "sklearn", "numba", "matplotlib"}
+    words = json.dumps([*WRONG, *RIGHT])
+    done = subprocess.run([sys.executable, "-c", code], input=words, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "runs").exists()  # nothing is in the way of another try
+    result: dict[str, tuple[int, str, list[str]]] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_word_is_told_of_in_one_line_before_torch_is_imported(
+    words: str, told: dict[str, tuple[int, str, list[str]]]
+) -> None:
+    status, err, heavy = told[words]
+    assert (status, heavy) == (2, [])
+    (line,) = err.splitlines()
+    assert line.startswith("emc2: error: ")
+    assert WRONG[words] in line
+
+
+@pytest.mark.parametrize("words", RIGHT)
+def test_what_only_tells_does_without_torch(words: str, told: dict[str, tuple[int, str, list[str]]]) -> None:
+    assert told[words] == [0, "", []]
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["learn"], "no command 'learn'"),
-        (["train", "nothing"], "'nothing' is neither a preset"),
-        (["train", "quickstart", "--lss", "x"], "--lss"),
-        (["train", "quickstart", "--loss", "x"], "loss"),
-        (["train", "quickstart", "--data.name", "folder:nowhere"], "'nowhere' is not a folder"),
         (["train", "quickstart", "--model.backbone", "resnet_18"], "resnet18"),
         (["train", "quickstart", "--accelerator", "abacus"], "abacus"),
-        (["train", "quickstart", "--devices", "0"], "devices must be at least 1, or auto for all there are, got 0"),
         (["train", "quickstart", "--accelerator", "cpu", "--devices", "1000000"], "do not fill one global batch"),
-        (["train", "quickstart", "--data.num_workers", "-1"], "num_workers must be from 0 to 1024, got -1"),
         (["train", "quickstart", "--data.limit", "5"], "5 samples do not fill one global batch of 64"),
-        (["quickstart", "--devices", "2"], "quickstart has one device, got 2: emc2 train quickstart takes more"),
-        (["train", "--loss", "dcl", "quickstart"], "the preset or YAML file comes first, got --loss"),
-        (["presets", "quickstart", "--lss", "dcl"], "--lss"),
-        (["evaluate", "nowhere"], "not a run's folder"),
-        (["diagnose", "nowhere"], "not a run's folder"),
-        (["diagnose", "nowhere", "--samples", "1"], "samples must be at least 2, got 1"),
-        (["embed", "nowhere", "photos", "-o", "out.parquet"], "not a run's folder"),
+        (
+            ["experiment", "chains", "--scale", "smoke", "--loss", "dcl"],
+            "--loss is what chains sets",
+        ),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(
+def test_what_only_the_images_the_machine_or_a_library_can_tell_is_one_line_too(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -134,11 +192,11 @@ def test_quickstart_train_evaluate_embed(
     assert main(["quickstart", *TINY]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    first, *_, last = out.splitlines()
+    first, *_, last = lines = [line for line in out.splitlines() if not line.startswith("Compiling ")]
     assert first.startswith("Epoch 1/1: loss ")
     assert last.startswith("Written: runs/quickstart/evaluation.json, runs/quickstart/neighbours.png, ")
-    assert all(len(line) <= 80 for line in out.splitlines()[:-1])
-    header, *table = out.splitlines()[3:-2]
+    assert all(len(line) <= 80 for line in lines[:-1])
+    header, *table = lines[3:-2]
     assert header.split() == ["trained", "untrained", "raw", "pixels"]
     numbers = json.loads((tmp_path / "runs" / "quickstart" / "evaluation.json").read_text())["numbers"]
     assert [line.split()[0] for line in table] == list(numbers["trained"])
@@ -246,6 +304,7 @@ def test_an_interrupt_ends_with_a_line_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runs, "evaluate_run", ctrl_c_again)
+    Path(tiny.out, "head.safetensors").touch()  # as if it had come to its end
     assert main(["evaluate", tiny.out]) == 130
     assert capsys.readouterr().err == "emc2: interrupted\n"
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from torch_emc2.config import Config, presets, read_config, to_yaml
-from torch_emc2.data import Augmentation
-from torch_emc2.losses.registry import EMC2Config
+from torch_emc2.settings.images import Augmentation
+from torch_emc2.settings.losses import EMC2Config
 
 
 @pytest.mark.parametrize("name", presets())

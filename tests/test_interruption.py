@@ -25,10 +25,10 @@ from outcomes import Outcome, assert_same, interrupt, outcome, photos, started
 from torch_emc2.cli import main
 from torch_emc2.config import Config, read_config, to_yaml
 from torch_emc2.losses.registry import ESTIMATORS
+from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_used
 from torch_emc2.runs.finished import load_run
 from torch_emc2.training import ContrastiveModule, run_images, train
-from torch_emc2.training.resume import refuse_another, refuse_used, validate_checkpoint
-from torch_emc2.training.run_folder import keep_finished, prepare_folder
+from torch_emc2.training.resume import refuse_another, validate_checkpoint
 
 
 @pytest.mark.parametrize("loss", ESTIMATORS)

@@ -3,15 +3,8 @@ import timm
 import torch
 from torch import nn
 
-from torch_emc2.models import (
-    ModelConfig,
-    adapt_backbone,
-    build_encoder,
-    load_backbone,
-    load_encoder,
-    save_backbone,
-    save_encoder,
-)
+from torch_emc2.models import adapt_backbone, build_encoder, load_backbone, load_encoder, save_backbone, save_encoder
+from torch_emc2.settings.model import ModelConfig
 
 
 def images(channels=3, size=32, count=4):

@@ -1,5 +1,6 @@
 """What a user meets first: the import, the README's code, the examples in docstrings, the files in the wheel."""
 
+import ast
 import doctest
 import importlib
 import math
@@ -39,6 +40,17 @@ assert compiled_kernels("cpu") is None
 assert (with_scan.chains.ids.data >= 0).all()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "src/torch_emc2/settings").glob("*.py")), ids=lambda file: file.name)
+def test_settings_import_nothing_of_the_package_nor_torch(file: Path) -> None:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("torch_emc2" if node.level else str(node.module).partition(".")[0])
+    assert names - sys.stdlib_module_names <= {"PIL"}
 
 
 def test_names_are_those_of_where_they_are_made() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -82,8 +81,15 @@ def _train(argv: list[str]) -> None:
     if preset.startswith("-"):
         raise ValueError(f"the preset or YAML file comes first, got {preset}")
     from torch_emc2.config import read_config
+    from torch_emc2.locks import only_writer
+    from torch_emc2.run_folder import refuse_used
+    from torch_emc2.settings.images import require_data
 
-    config = read_config(preset, rest)  # before the rest is imported, which takes seconds
+    config = read_config(preset, rest)  # all that can be wrong, before the rest is imported, which takes seconds
+    require_data(config.data.name)
+    if not resume and config.devices == 1:  # of several processes others would find what the first has begun
+        with only_writer(Path(config.out)):
+            refuse_used(Path(config.out))
     from lightning.pytorch.utilities import rank_zero_only
 
     from torch_emc2.training import train
@@ -96,20 +102,22 @@ def _train(argv: list[str]) -> None:
 
 def _list_fields() -> None:
     from torch_emc2.config import config_parser
-    from torch_emc2.losses.registry import ESTIMATORS
+    from torch_emc2.settings.losses import LOSSES
 
     print("usage: emc2 train PRESET_OR_YAML [--FIELD VALUE …] [--resume]; emc2 presets lists the presets\n")
-    print(f"LOSS: {', '.join(ESTIMATORS)}, or a class of your own as package.module:Class\n")
+    print(f"LOSS: {', '.join(LOSSES)}, or a class of your own as package.module:Class\n")
     config_parser("emc2 train PRESET_OR_YAML").print_help()
 
 
 def _quickstart(argv: list[str]) -> None:
     from torch_emc2.config import read_config
+    from torch_emc2.settings.images import require_data
 
     start = time.monotonic()
     config = read_config("quickstart", argv, prog="emc2 quickstart")
     if config.devices != 1:
         raise ValueError(f"quickstart has one device, got {config.devices}: emc2 train quickstart takes more")
+    require_data(config.data.name)
     config.out = _free(config.out)
     from torch_emc2.evaluation import to_text
     from torch_emc2.runs import evaluate_run
@@ -123,13 +131,15 @@ def _quickstart(argv: list[str]) -> None:
 
 
 def _evaluate(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    from torch_emc2.cli_arguments import Parser, data_set, finished_run, value_range
+
+    parser = Parser(
         prog="emc2 evaluate",
         description="Linear probe and k-NN of a run's encoder, and numbers and a picture that need no labels.",
     )
-    parser.add_argument("run", type=_path)
-    parser.add_argument("--data", metavar="NAME", help="another data set than the run's, such as folder:PATH")
-    parser.add_argument("--value-range", help=_VALUE_RANGE)
+    parser.add_argument("run", type=finished_run)
+    parser.add_argument("--data", type=data_set, metavar="NAME", help="another data set than the run's, as folder:PATH")
+    parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)
     parser.add_argument("--baselines", action="store_true", help="the untrained encoder and raw pixels beside it")
     args = parser.parse_args(argv)
     from torch_emc2.evaluation import to_text
@@ -141,14 +151,16 @@ def _evaluate(argv: list[str]) -> None:
 
 
 def _diagnose(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    from torch_emc2.cli_arguments import Parser, finished_run, whole
+
+    parser = Parser(
         prog="emc2 diagnose", description="How wrong each estimator's gradient is at a run's weights, and why."
     )
-    parser.add_argument("run", type=_path)
-    parser.add_argument("--samples", type=int, default=512, help="random training images, two views each")
-    parser.add_argument("--batch-size", type=int, help="by default the run's")
-    parser.add_argument("--epochs", type=int, default=64, help="largest number of epochs whose gradients are averaged")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and views")
+    parser.add_argument("run", type=finished_run)
+    parser.add_argument("--samples", type=whole(2), default=512, help="random training images, two views each")
+    parser.add_argument("--batch-size", type=whole(2), help="by default the run's")
+    parser.add_argument("--epochs", type=whole(1), default=64, help="largest number of epochs that are averaged")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the choice of images and views")
     args = parser.parse_args(argv)
     from torch_emc2.evaluation.estimators import to_markdown
     from torch_emc2.runs import diagnose_run
@@ -159,12 +171,14 @@ def _diagnose(argv: list[str]) -> None:
 
 
 def _embed(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="emc2 embed", description="Embed images: a row a path.")
-    parser.add_argument("run", type=_path)
-    parser.add_argument("paths", type=_path, nargs="+", metavar="FOLDER_OR_IMAGE")
-    parser.add_argument("-o", "--out", type=_path, required=True, help="Parquet file to write")
+    from torch_emc2.cli_arguments import Parser, finished_run, images, parquet, value_range
+
+    parser = Parser(prog="emc2 embed", description="Embed images: a row a path.")
+    parser.add_argument("run", type=finished_run)
+    parser.add_argument("paths", type=images, nargs="+", metavar="FOLDER_OR_IMAGE")
+    parser.add_argument("-o", "--out", type=parquet, required=True, help="Parquet file to write")
     parser.add_argument("--on-bad-image", choices=("raise", "skip"), help="by default the run's setting")
-    parser.add_argument("--value-range", help=_VALUE_RANGE)
+    parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)
     args = parser.parse_args(argv)
     from torch_emc2.data import shown
     from torch_emc2.runs import embed_images
@@ -177,27 +191,30 @@ def _embed(argv: list[str]) -> None:
 
 
 def _experiment(argv: list[str]) -> None:
-    from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES
+    from torch_emc2.cli_arguments import Parser, data_set, path, whole
+    from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES, base_config, read_tuned
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="emc2 experiment",
         description="Run what is not finished of an experiment, and write results.csv, table.md and figure.png.",
         epilog="Further --FIELD VALUE are those of emc2 train, for every run. Experiments: "
         + "; ".join(f"{name}: {experiment.title}" for name, experiment in EXPERIMENTS.items()),
     )
     parser.add_argument("name", choices=EXPERIMENTS, metavar="NAME")
-    parser.add_argument("--dataset", help="any that emc2 train knows; by default the experiment's own")
+    parser.add_argument("--dataset", type=data_set, help="any that emc2 train knows; by default the experiment's own")
     parser.add_argument("--scale", choices=SCALES, default="full")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--tuned", type=_path, help="best.yaml of the experiment search")
-    parser.add_argument("--out", type=_path, default=Path("results"))
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=whole(1), default=1, help="runs at a time")
+    parser.add_argument("--tuned", type=path, help="best.yaml of the experiment search")
+    parser.add_argument("--out", type=path, default=Path("results"))
     if not argv:
         for name, experiment in EXPERIMENTS.items():
             print(f"{name:16s} {experiment.title}")
         return
     args, overrides = parser.parse_known_args(argv)
-    from torch_emc2.experiments.run import read_tuned, run_experiment
+    base_config(args.dataset or EXPERIMENTS[args.name].dataset, args.scale, overrides)  # refuses what is no setting
+    tuned = None if args.tuned is None else read_tuned(args.tuned)
+    from torch_emc2.experiments.run import run_experiment
 
     folder = run_experiment(
         args.name,
@@ -206,7 +223,7 @@ def _experiment(argv: list[str]) -> None:
         seeds=args.seeds,
         out=args.out,
         jobs=args.jobs,
-        tuned=None if args.tuned is None else read_tuned(args.tuned),
+        tuned=tuned,
         overrides=overrides,
     )
     print((folder / "table.md").read_text())
@@ -273,11 +290,6 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _path(text: str) -> Path:
-    """Give a path as a shell would have: one that follows an equals sign keeps its ~."""
-    return Path(os.path.expanduser(text))
 
 
 def _free(folder: str) -> str:

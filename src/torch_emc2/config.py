@@ -14,11 +14,9 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from torch_emc2.config_tree import load_tree, refuse_extremes, refuse_groups, validate_tree
-from torch_emc2.data import Augmentation, Decoding
-from torch_emc2.losses.outside import is_outside
-from torch_emc2.losses.registry import ESTIMATORS, require_name
-from torch_emc2.losses.settings import require_positive_weight
-from torch_emc2.models import ModelConfig
+from torch_emc2.settings.images import Augmentation, Decoding
+from torch_emc2.settings.losses import LOSSES, group_of, is_outside, require_loss, require_positive_weight
+from torch_emc2.settings.model import ModelConfig
 
 __all__ = ["Config", "DataConfig", "config_parser", "presets", "read_config", "recorded_config", "to_yaml"]
 
@@ -112,7 +110,7 @@ class OptimizerConfig:
             raise ValueError(f"clip must be positive, or null for none, got {self.clip}")
 
 
-# A group of settings for each estimator that has any, as the registry has them, in their place among the fields.
+# A group of settings for each estimator that has any, in their place among the fields.
 _Groups: Any = make_dataclass(
     "_Groups",
     [
@@ -120,9 +118,9 @@ _Groups: Any = make_dataclass(
             (name, Any, None) for name in ("data", "model", "loss", "temperature", "positive_weight")
         ),  # which `Config` declares
         *(
-            (row.group, row.settings, field(default_factory=row.settings))
-            for row in ESTIMATORS.values()
-            if row.settings is not None
+            (group_of(name), settings, field(default_factory=settings))
+            for name, settings in LOSSES.items()
+            if settings is not None
         ),
     ],
 )
@@ -178,7 +176,7 @@ class Config(_Groups):  # type: ignore[misc]
     def __post_init__(self) -> None:
         self.out = os.path.expanduser(self.out)
         refuse_extremes(asdict(self))
-        require_name(self.loss)
+        require_loss(self.loss)
         if self.positive_weight is not None:
             self.positive_weight = require_positive_weight(self.positive_weight, sizes=())
         positive = ("batch_size", "epochs", "temperature", "accumulate", "log_every_steps")

@@ -5,9 +5,9 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -17,12 +17,11 @@ from timm.layers.norm_act import BatchNormAct2d, GroupNormAct
 from torch import Tensor, nn
 
 from torch_emc2.files import one_line, whole_file
+from torch_emc2.settings.model import ModelConfig, Norm
 
 __all__ = [
-    "MOST_LAYERS",
     "SMALL_IMAGE",
     "Encoder",
-    "ModelConfig",
     "Norm",
     "adapt_backbone",
     "build_encoder",
@@ -32,41 +31,7 @@ __all__ = [
     "save_encoder",
 ]
 
-Norm = Literal["batch", "group", "none"]
-
-MOST_LAYERS = 100
 SMALL_IMAGE = 64  # pixels; up to here a stride-2 convolution and a pooling would throw away too much
-
-
-@dataclass
-class ModelConfig:
-    """What the encoder is made of.
-
-    Attributes:
-        backbone: any name that `timm.create_model` takes.
-        norm: keep the batch norms, or put group norms or nothing in their place. Other norm layers are left alone.
-        stem: "small" is SimCLR's for CIFAR: a 3x3 first convolution with stride 1 and no max pool. "auto" takes it for
-            images of at most 64 pixels where the backbone has such a stem to change (the ResNets), else "standard".
-        hidden_dim: width of the head's hidden layers.
-        out_dim: width of the embedding.
-        hidden_layers: number of hidden layers of the head; 0 makes it linear.
-        feature: what a probe sees: the pooled backbone output, or the head's first hidden layer after its ReLU.
-    """
-
-    backbone: str = "resnet18"
-    norm: Norm = "batch"
-    stem: Literal["auto", "standard", "small"] = "auto"
-    hidden_dim: int = 512
-    out_dim: int = 128
-    hidden_layers: int = 1
-    feature: Literal["backbone", "hidden"] = "backbone"
-
-    def __post_init__(self) -> None:
-        for name, least in (("hidden_dim", 1), ("out_dim", 1), ("hidden_layers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.hidden_layers > MOST_LAYERS:
-            raise ValueError(f"hidden_layers must be at most {MOST_LAYERS}, got {self.hidden_layers}")
 
 
 class Encoder(nn.Module):

@@ -6,8 +6,9 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from torch_emc2.data import Augmentation, BatchedViews, seeded_view, view_seed
+from torch_emc2.data import BatchedViews, RandomView, seeded_view, view_seed
 from torch_emc2.data.batched import _uniform
+from torch_emc2.settings.images import Augmentation
 
 
 def _images(count, channels, height, width):
@@ -97,7 +98,7 @@ def test_views_have_the_statistics_of_those_one_at_a_time(channels):
     count, augmentation = 3000, Augmentation(16, blur_p=0.5)
     image = _images(1, channels, 32, 24)[0]
     together = BatchedViews(augmentation)(image.expand(count, -1, -1, -1), _seeds(count))
-    alone = torch.stack([seeded_view(augmentation.transform(), image, 3, 1, i, 1) for i in range(count)])
+    alone = torch.stack([seeded_view(RandomView(augmentation), image, 3, 1, i, 1) for i in range(count)])
     features = {
         "mean": lambda x: x.mean((1, 2, 3)),
         "contrast": lambda x: x.std((1, 2, 3)),

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from torch_emc2.data import BadImageError, Check, Decoding, check, check_files, decode_image, shown
+from torch_emc2.data import BadImageError, Check, check, check_files, decode_image, shown
+from torch_emc2.settings.images import Decoding
 
 
 def _noise(seed=0):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from torch_emc2.data import DataError, Decoding, datasets, open_dataset, open_splits, read_folder
+from torch_emc2.data import DataError, datasets, open_dataset, open_splits, read_folder
+from torch_emc2.settings.images import Decoding
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from outcomes import break_inside
-from torch_emc2.data import ArrayImages, BadImageError, Decoding, FileImages, ImageDataset, decode_image, decoded_once
+from torch_emc2.data import ArrayImages, BadImageError, FileImages, ImageDataset, decode_image, decoded_once
 from torch_emc2.data import decoded as module
+from torch_emc2.settings.images import Decoding
 
 
 @pytest.fixture

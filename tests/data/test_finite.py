@@ -14,20 +14,20 @@ from PIL import Image
 
 from torch_emc2.data import (
     ArrayImages,
-    Augmentation,
     BadImageError,
     ContrastiveDataset,
     DataError,
-    Decoding,
     EpochSampler,
     FileImages,
     FiniteDataset,
     ImageDataset,
+    RandomView,
     finite,
     finite_views,
     make_loader,
     seeded_view,
 )
+from torch_emc2.settings.images import Augmentation, Decoding
 
 COUNT, VIEWS, SEED = 9, 4, 5
 AUGMENTATION = Augmentation(10)
@@ -50,7 +50,7 @@ def views(tmp_path_factory):
 
 def _expected(sample, view):
     """By the plain loop, rounded to the 256 values of a byte."""
-    drawn = seeded_view(AUGMENTATION.transform(), _images().image(sample), SEED, 0, sample, view)
+    drawn = seeded_view(RandomView(AUGMENTATION), _images().image(sample), SEED, 0, sample, view)
     return np.floor(drawn.numpy().astype(np.float64) * 255 + 0.5).astype(np.uint8)
 
 
@@ -257,7 +257,7 @@ def test_bad_images_are_skipped_and_counted_as_by_the_ordinary_data_set(tmp_path
     views = _make(tmp_path / "views", images, on_bad_image="skip")
     for opened in (views, _make(tmp_path / "views", images, on_bad_image="skip")):
         finite_batch = FiniteDataset(opened, seed=0).__getitems__([(0, i) for i in range(6)])
-        ordinary = ContrastiveDataset(images, AUGMENTATION.transform(), seed=0, on_bad_image="skip")
+        ordinary = ContrastiveDataset(images, RandomView(AUGMENTATION), seed=0, on_bad_image="skip")
         batch = ordinary.__getitems__([(0, i) for i in range(6)])
         assert (finite_batch.index[:, 0] // VIEWS).tolist() == batch.index.tolist() == [0, 2, 3, 5]
         assert finite_batch.skipped == batch.skipped == 2

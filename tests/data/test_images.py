@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from torch._utils import ExceptionWrapper
 
-from torch_emc2.data import ArrayImages, BadImageError, DataError, Decoding, FileImages, ImageDataset, identity
+from torch_emc2.data import ArrayImages, BadImageError, DataError, FileImages, ImageDataset, identity
 from torch_emc2.data.images import RecordImages
+from torch_emc2.settings.images import Decoding
 
 
 def test_error_of_a_worker_stays_one_line():

@@ -6,16 +6,17 @@ from PIL import Image
 
 from torch_emc2.data import (
     ArrayImages,
-    Augmentation,
     BadImageError,
     ContrastiveDataset,
     DataError,
     EpochSampler,
     FileImages,
     ImageDataset,
+    RandomView,
     make_loader,
     seeded_view,
 )
+from torch_emc2.settings.images import Augmentation
 
 COUNT, BATCH = 22, 4
 
@@ -32,7 +33,7 @@ def _carried_ids():
 
 
 def _dataset(**kwargs):
-    return ContrastiveDataset(_images(), Augmentation(10).transform(), seed=5, **kwargs)
+    return ContrastiveDataset(_images(), RandomView(Augmentation(10)), seed=5, **kwargs)
 
 
 def _same(a, b):
@@ -41,7 +42,7 @@ def _same(a, b):
 
 def test_a_batch_holds_the_views_of_its_samples_and_of_their_carried_ones():
     carried_ids = _carried_ids()
-    dataset, images, transform = _dataset(carried_ids=carried_ids), _images(), Augmentation(10).transform()
+    dataset, images, transform = _dataset(carried_ids=carried_ids), _images(), RandomView(Augmentation(10))
     batch = dataset.__getitems__([(3, 20), (3, 1), (3, 9)])
     assert batch.index.tolist() == [20, 1, 9]
     assert batch.index.dtype == batch.carried_ids.dtype == torch.int64
@@ -112,7 +113,7 @@ def _files(folder, bad):
 
 def test_bad_images_are_skipped_and_counted(tmp_path):
     images = _files(tmp_path, bad=(1, 4))
-    dataset = ContrastiveDataset(images, Augmentation(10).transform(), seed=0, on_bad_image="skip")
+    dataset = ContrastiveDataset(images, RandomView(Augmentation(10)), seed=0, on_bad_image="skip")
     batch = dataset.__getitems__([(0, i) for i in range(6)])
     assert batch.index.tolist() == [0, 2, 3, 5]
     assert batch.skipped == 2
@@ -123,7 +124,7 @@ def test_bad_images_are_skipped_and_counted(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_images_raise_one_line_through_the_loader(tmp_path, workers):
-    dataset = ContrastiveDataset(_files(tmp_path, bad=(2,)), Augmentation(10).transform(), seed=0)
+    dataset = ContrastiveDataset(_files(tmp_path, bad=(2,)), RandomView(Augmentation(10)), seed=0)
     with pytest.raises(BadImageError) as caught:
         list(make_loader(dataset, EpochSampler(6, 3, seed=0), 3, workers))
     assert str(caught.value).startswith(f"cannot read image {str(tmp_path / '2.png')!r}")

@@ -6,7 +6,6 @@ from PIL import Image
 
 from torch_emc2.data import (
     ArrayImages,
-    Augmentation,
     BatchedViews,
     DataError,
     EpochSampler,
@@ -16,6 +15,7 @@ from torch_emc2.data import (
     make_loader,
     view_seed,
 )
+from torch_emc2.settings.images import Augmentation
 
 AUGMENTATION = Augmentation(10)
 

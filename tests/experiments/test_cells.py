@@ -23,9 +23,9 @@ from PIL import Image
 
 from torch_emc2.config import Config
 from torch_emc2.experiments.cells import Cell, run_cells
-from torch_emc2.experiments.definitions import EXPERIMENTS
+from torch_emc2.experiments.definitions import EXPERIMENTS, read_tuned
 from torch_emc2.experiments.measure import AccuracyCurve, GradientCurve, read_curve
-from torch_emc2.experiments.run import read_tuned, run_experiment
+from torch_emc2.experiments.run import run_experiment
 from torch_emc2.locks import only_writer
 from torch_emc2.runs import evaluate_run
 from torch_emc2.training import train

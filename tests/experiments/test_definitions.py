@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from torch_emc2.data import DataError
-from torch_emc2.experiments.definitions import EXPERIMENTS, METHODS, SCALES, base_config, override
+from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES, base_config, methods, override
 from torch_emc2.kernels import Metropolis
 from torch_emc2.training import build_loss
 
@@ -76,7 +76,7 @@ def test_sizes_are_those_of_the_images_and_compared_at_equal_samples() -> None:
 
 def test_every_method_is_searched_alike() -> None:
     base = base_config("fashion-mnist", "small", [])
-    tried: dict[str, set[tuple[float, float]]] = {name: set() for name in METHODS}
+    tried: dict[str, set[tuple[float, float]]] = {name: set() for name in methods()}
     for series, _, config in EXPERIMENTS["search"].variants(base, {}):
         tried[series].add((config.optimizer.lr, config.temperature))
     assert set.union(*tried.values()) == {(1e-3, heat) for heat in (0.05, 0.1, 0.2)} | {
@@ -95,9 +95,9 @@ def test_what_a_search_chose_is_used() -> None:
 
 def test_a_method_is_its_own_whatever_the_base_or_a_search_has() -> None:
     base = base_config("digits", "smoke", ["--emc2.burn_in", "0.3"])
-    tuned: dict[str, dict[str, Any]] = {name: {"temperature": 0.3, "loss": "own_module:Class"} for name in METHODS}
+    tuned: dict[str, dict[str, Any]] = {name: {"temperature": 0.3, "loss": "own_module:Class"} for name in methods()}
     configs = {series: config for series, _, config in EXPERIMENTS["small-batch"].variants(base, tuned)}
-    assert [config.loss for config in configs.values()] == [METHODS[name]["loss"] for name in configs]
+    assert [config.loss for config in configs.values()] == [methods()[name]["loss"] for name in configs]
     assert {config.temperature for config in configs.values()} == {0.3}
     own = {name: (config.emc2.kernel, config.emc2.burn_in) for name, config in configs.items() if "EMC" in name}
     assert own == {"EMC²": ("metropolis", 0.3), "EMC², isir": ("isir", None)}

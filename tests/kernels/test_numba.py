@@ -1,7 +1,9 @@
 """The compiled moves against the same moves by tensors, with the same draws; and what they draw."""
 
+import logging
 import math
 
+import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from kernels.test_every_kernel import visits
 from torch_emc2.kernels import EMPTY, Isir, Kernel, Metropolis, Visit
+from torch_emc2.kernels import counted as counted_module
 from torch_emc2.kernels.counted import CountedDraws, compiled_kernels
 from torch_emc2.ranks import Ranks
 
@@ -18,6 +21,25 @@ CPU = torch.device("cpu")
 
 def test_the_compiled_moves_are_under_test() -> None:
     assert compiled_kernels("cpu") is not None, "numba is part of the dev extra: without it they are not tested"
+
+
+def test_compiling_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    def moved(x: float) -> float:
+        return x + 1
+
+    def of_another(x: float) -> float:
+        return x + 1
+
+    kernels = compiled_kernels("cpu")
+    assert kernels is not None
+    moved.__module__ = kernels.__name__
+    counted_module._tell_once.cache_clear()
+    caplog.set_level(logging.INFO, "torch_emc2")
+    assert numba.njit(of_another)(1.0) == 2
+    assert caplog.messages == []
+    own = numba.njit(moved)
+    assert (own(1.0), own(1)) == (2, 2)  # compiled for either
+    assert [message.split(":")[0] for message in caplog.messages] == ["Compiling the chains' moves for this processor"]
 
 
 def counted(rows: int, seed: int, dtype: torch.dtype, *, first: int = 0, ranks: Ranks | None = None) -> CountedDraws:

@@ -29,9 +29,10 @@ from torch.utils._pytree import tree_map_only
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
 from torch_emc2.kernels import Metropolis
 from torch_emc2.losses import ContrastiveLoss
-from torch_emc2.losses.registry import ESTIMATORS, EMC2Config, Given, NegativeCacheConfig
+from torch_emc2.losses.registry import ESTIMATORS, Given
 from torch_emc2.losses.stateful import StatefulLoss
 from torch_emc2.ranks import gather_with_gradient
+from torch_emc2.settings.losses import EMC2Config, NegativeCacheConfig
 
 M, D = 40, 8
 

@@ -19,7 +19,7 @@ from torch_emc2.batch import gather_batch
 from torch_emc2.geometry import Contrast
 from torch_emc2.kernels import Draws, Isir, Metropolis, Move, Visit
 from torch_emc2.losses.draws import BatchDraws
-from torch_emc2.losses.emc2 import Carry
+from torch_emc2.settings.losses import Carry
 from torch_emc2.validation import validate_inputs
 
 M, B, D = 24, 5, 6

@@ -13,11 +13,12 @@ import yaml
 import torch_emc2
 from torch_emc2 import losses
 from torch_emc2.config import Config, read_config, to_yaml
-from torch_emc2.experiments.definitions import METHODS
+from torch_emc2.experiments.definitions import methods as methods_by_title
 from torch_emc2.kernels import Isir, Metropolis
 from torch_emc2.losses import ContrastiveLoss
-from torch_emc2.losses.registry import ESTIMATORS, EMC2Config, Given, NegativeCacheConfig, SogCLRConfig, find, variants
+from torch_emc2.losses.registry import ESTIMATORS, Given, find, variants
 from torch_emc2.losses.stateful import StatefulLoss
+from torch_emc2.settings.losses import LOSSES, EMC2Config, NegativeCacheConfig, SogCLRConfig
 from torch_emc2.training import build_loss
 
 ROWS = ESTIMATORS.values()
@@ -35,6 +36,7 @@ def test_every_estimator_has_a_row_and_names_are_taken_once() -> None:
     own = {row.loss for row in ROWS}
     assert own == set.union(*(concrete(module) for module in modules))
     assert all(concrete(module) <= own for module in (losses, torch_emc2))
+    assert list(ESTIMATORS) == list(LOSSES)
     methods = [method for row in ROWS for method in row.methods]
     assert all(row.methods for row in ROWS)
     for names in (
@@ -45,7 +47,7 @@ def test_every_estimator_has_a_row_and_names_are_taken_once() -> None:
         [*(field.name for field in fields(Config)), *(row.group for row in ROWS if row.settings is None)],
     ):
         assert len(set(names)) == len(names)
-    assert list(METHODS) == [method.title for method in methods]
+    assert list(methods_by_title()) == [method.title for method in methods]
 
 
 def test_a_row_builds_its_loss_for_what_is_given() -> None:

@@ -15,6 +15,7 @@ from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss
 from torch_emc2.config import Config, read_config, recorded_config, to_yaml
 from torch_emc2.data import (
     ContrastiveDataset,
+    RandomView,
     open_dataset,
 )
 from torch_emc2.diagnostics import gradient_error, target_statistics
@@ -37,7 +38,7 @@ def test_a_diagnosis_is_that_of_the_run_s_views_and_weights(tiny: Config) -> Non
 
     config = read_config(str(finished / "config.yaml"))
     images = open_dataset("digits", "train", Path("data"), limit=66, seed=config.seed)
-    views = ContrastiveDataset(images, config.data.augmentation.transform(), seed=1)
+    views = ContrastiveDataset(images, RandomView(config.data.augmentation), seed=1)
     picks = torch.randperm(66, generator=torch.Generator().manual_seed(1))[:24].tolist()
     encoder = load_encoder(finished).eval()
 
@@ -74,7 +75,7 @@ def test_a_run_with_a_weight_of_the_positive_is_held_to_its_objective(finished: 
 
     config = recorded_config(finished)
     images = open_dataset("digits", "train", Path("data"), limit=66, seed=config.seed)
-    views = ContrastiveDataset(images, config.data.augmentation.transform(), seed=0)
+    views = ContrastiveDataset(images, RandomView(config.data.augmentation), seed=0)
     picks = torch.randperm(66, generator=torch.Generator().manual_seed(0))[:16].tolist()
     encoder = load_encoder(finished).eval()
     z = embed_views(encoder, torch.stack([torch.stack([views.view(0, i, view) for view in range(2)]) for i in picks]))

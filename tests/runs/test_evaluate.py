@@ -16,6 +16,7 @@ from torch_emc2.config import Config, read_config
 from torch_emc2.data import (
     BadImageError,
     ContrastiveDataset,
+    RandomView,
     evaluation_transform,
     open_dataset,
 )
@@ -51,7 +52,7 @@ def test_evaluation_is_that_of_the_features(finished: Path) -> None:
 
     config = read_config(str(finished / "config.yaml"))
     order = torch.randperm(360, generator=torch.Generator().manual_seed(config.seed))
-    views = ContrastiveDataset(images["test"].subset(order), config.data.augmentation.transform(), seed=config.seed)
+    views = ContrastiveDataset(images["test"].subset(order), RandomView(config.data.augmentation), seed=config.seed)
     with torch.no_grad():
         pairs = [encoder.features(torch.stack([views.view(0, i, v) for v in range(2)])) for i in range(360)]
     assert metrics["alignment"] == pytest.approx(alignment(torch.stack(pairs)), rel=1e-3)

@@ -23,7 +23,7 @@ from torch_emc2.config import Config, OptimizerConfig, to_yaml
 from torch_emc2.data import ContrastiveDataset, open_dataset
 from torch_emc2.losses import EMC2Loss
 from torch_emc2.losses.visiting import Visiting
-from torch_emc2.models import Norm
+from torch_emc2.settings.model import Norm
 from torch_emc2.training import ContrastiveData, ContrastiveModule, train
 
 

@@ -3,7 +3,7 @@
 from torch_emc2.data.batched import BatchedViews
 from torch_emc2.data.check import Check, check_files, shown
 from torch_emc2.data.datasets import Split, open_dataset, open_splits
-from torch_emc2.data.decode import Decoding, decode_image
+from torch_emc2.data.decode import decode_image
 from torch_emc2.data.decoded import decoded_once
 from torch_emc2.data.errors import BadImageError, DataError
 from torch_emc2.data.finite import FiniteViews, finite_views
@@ -11,18 +11,16 @@ from torch_emc2.data.folders import Found, ImageFolder, find_images, read_folder
 from torch_emc2.data.images import ArrayImages, FileImages, ImageDataset, identity
 from torch_emc2.data.loader import Batch, ContrastiveDataset, EpochSampler, FiniteDataset, make_loader
 from torch_emc2.data.undrawn import Undrawn, UndrawnDataset
-from torch_emc2.data.views import Augmentation, evaluation_transform, seeded_view, view_seed
+from torch_emc2.data.views import RandomView, evaluation_transform, seeded_view, view_seed
 
 __all__ = [
     "ArrayImages",
-    "Augmentation",
     "BadImageError",
     "Batch",
     "BatchedViews",
     "Check",
     "ContrastiveDataset",
     "DataError",
-    "Decoding",
     "EpochSampler",
     "FileImages",
     "FiniteDataset",
@@ -30,6 +28,7 @@ __all__ = [
     "Found",
     "ImageDataset",
     "ImageFolder",
+    "RandomView",
     "Split",
     "Undrawn",
     "UndrawnDataset",

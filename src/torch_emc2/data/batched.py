@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_emc2.data.views import Augmentation, reflected_taps, shift_hue
+from torch_emc2.data.views import reflected_taps, shift_hue
+from torch_emc2.settings.images import Augmentation
 
 __all__ = ["BatchedViews", "Draws"]
 

@@ -15,17 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from torch_emc2.data.decode import (
-    FULL_16_BIT,
-    Decoding,
-    decode,
-    depth_of,
-    no_range,
-    open_image,
-    refusal,
-    require_finite,
-)
+from torch_emc2.data.decode import FULL_16_BIT, decode, depth_of, no_range, open_image, refusal, require_finite
 from torch_emc2.files import whole_file
+from torch_emc2.settings.images import Decoding
 
 __all__ = ["Check", "check_files", "shown"]
 

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_emc2.data.decode import Decoding
 from torch_emc2.data.errors import DataError
 from torch_emc2.data.folders import ImageFolder, find_images, read_folder
 from torch_emc2.data.images import ArrayImages, FileImages, ImageDataset, RecordImages
 from torch_emc2.files import one_line
 from torch_emc2.held_out import held_out_fifth
+from torch_emc2.settings.images import Decoding, require_data
 
 __all__ = ["Split", "open_dataset", "open_splits"]
 
@@ -95,15 +95,17 @@ def open_splits(
 
 def _parts(name: str, root: Path, decoding: Decoding) -> Callable[[Split], ImageDataset]:
     """Return what opens a split of the data set."""
+    try:
+        require_data(name)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if name.startswith("folder:"):
         folder = read_folder(_expanded(name.removeprefix("folder:")))
         _LOG.info("%s", folder)
         return lambda split: _of_folder(folder, split, decoding)
     if name == "imagenet100":
         return lambda split: _imagenet100(split, root, decoding)
-    if name in _WITHOUT_FILES:
-        return lambda split: _WITHOUT_FILES[name](split, root)
-    raise DataError(f"unknown data set {name!r}; use one of {', '.join(_WITHOUT_FILES)}, imagenet100, folder:PATH")
+    return lambda split: _WITHOUT_FILES[name](split, root)
 
 
 def _expanded(path: str | Path) -> Path:

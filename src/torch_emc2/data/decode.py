@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from torch_emc2.data.errors import BadImageError, DataError
 from torch_emc2.files import one_line
+from torch_emc2.settings.images import Decoding, parse_range
 
 __all__ = [
     "FULL_16_BIT",
-    "Decoding",
     "Depth",
     "decode",
     "decode_image",
@@ -41,37 +39,6 @@ _NOT_BY_PILLOW = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """What is made of pixels that are not plain 8-bit colours.
-
-    Attributes:
-        background: the colour behind transparent pixels, as Pillow names it.
-        value_range: the values that become black and white, as ``min,max``, or as ``low%,high%`` of each image's own,
-            where integers are deeper than 8 bits, or floating-point. None: 16 bits that fill their range.
-        max_pixels: larger images are refused before they take memory.
-
-    Raises:
-        DataError: a value that none of that can be made with.
-    """
-
-    background: str = "white"
-    value_range: str | None = None
-    max_pixels: int = 2**26
-
-    def __post_init__(self) -> None:
-        try:
-            opaque = len(ImageColor.getrgb(self.background)) == 3
-        except (AttributeError, ValueError):
-            opaque = False
-        if not opaque:
-            raise DataError(f"background must be a colour, such as white or #808080, got {self.background!r}")
-        if self.value_range is not None:
-            _parsed(self.value_range)
-        if self.max_pixels < 1:
-            raise DataError(f"max_pixels must be at least 1, got {self.max_pixels}")
-
-
 class Depth(NamedTuple):
     """What an opened file tells of values deeper than 8 bits.
 
@@ -88,7 +55,7 @@ class Depth(NamedTuple):
     scaled: bool = False
 
 
-def decode_image(path: str | os.PathLike[str], decoding: Decoding = Decoding()) -> Tensor:
+def decode_image(path: str | os.PathLike[str], decoding: Decoding = Decoding()) -> Tensor:  # noqa: B008  # frozen
     """Return the first frame of an image file as RGB, uint8 (3, h, w), turned upright as its EXIF says.
 
     Raises:
@@ -205,7 +172,7 @@ def _eight_bit(image: Image.Image, depth: Depth, value_range: str | None) -> Ima
         _require_full(depth, values.min(), values.max())
     if value_range is None or depth.scaled:
         value_range = FULL_16_BIT
-    low, high, of_each = _parsed(value_range)
+    low, high, of_each = parse_range(value_range)
     if of_each:
         low, high = np.percentile(values, (low, high))
     scaled = Image.fromarray(np.rint((values.clip(low, high) - low) * (255 / ((high - low) or 1))).astype(np.uint8))
@@ -228,17 +195,6 @@ def _require_full(depth: Depth, least: float, most: float) -> None:
 def no_range(kind: str, least: float, most: float) -> str:
     """Say that values have no known range."""
     return f"{kind} values from {least:g} to {most:g} have no known range: value_range gives one"
-
-
-def _parsed(value_range: str) -> tuple[float, float, bool]:
-    """Return the lowest and the highest value, and whether they are percentiles of each image."""
-    number = r"([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
-    found = re.fullmatch(rf"\s*{number}(%?)\s*,\s*{number}(%?)\s*", value_range)
-    if found:
-        low, high, of_each = float(found[1]), float(found[3]), bool(found[2])
-        if bool(found[4]) == of_each and low < high and (not of_each or (low >= 0 and high <= 100)):
-            return low, high, of_each
-    raise DataError(f"value_range must be as 0,4095 or 1%,99%, the lower value first, got {value_range!r}")
 
 
 def _flat(image: Image.Image, background: str) -> Image.Image:

@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from torch_emc2.data.errors import BadImageError, DataError
 from torch_emc2.data.images import ImageDataset
 from torch_emc2.data.kept import keep, which
-from torch_emc2.data.views import Augmentation, seeded_view
+from torch_emc2.data.views import RandomView, seeded_view
 from torch_emc2.files import whole_file
+from torch_emc2.settings.images import Augmentation
 
 __all__ = ["FiniteViews", "finite_views"]
 
@@ -168,7 +169,7 @@ class _Drawn(Dataset[Tensor | str]):
     def __init__(
         self, images: ImageDataset, augmentation: Augmentation, num_views: int, seed: int, on_bad_image: str
     ) -> None:
-        self.images, self.transform, self.num_views = images, augmentation.transform(), num_views
+        self.images, self.transform, self.num_views = images, RandomView(augmentation), num_views
         self.seed, self.on_bad_image = seed, on_bad_image
 
     def __len__(self) -> int:

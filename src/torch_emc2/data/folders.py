@@ -12,9 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from torch_emc2.data.decode import Decoding, formats, heif_bytes, open_image
+from torch_emc2.data.decode import formats, heif_bytes, open_image
 from torch_emc2.data.errors import DataError
 from torch_emc2.files import one_line
+from torch_emc2.settings.images import Decoding
 
 __all__ = ["Found", "ImageFolder", "find_images", "read_folder"]
 

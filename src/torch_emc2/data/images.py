@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_emc2.data.decode import Decoding, decode_image
+from torch_emc2.data.decode import decode_image
 from torch_emc2.data.errors import DataError
+from torch_emc2.settings.images import Decoding
 
 __all__ = ["ArrayImages", "FileImages", "ImageDataset", "ImageSource", "RecordImages", "identity"]
 

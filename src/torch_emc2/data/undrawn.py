@@ -12,7 +12,8 @@ from torch_emc2.data.errors import DataError
 from torch_emc2.data.images import ImageDataset
 from torch_emc2.data.loader import Batch
 from torch_emc2.data.reading import CARRIED_VIEW, carried_by, read_all, shared
-from torch_emc2.data.views import Augmentation, view_seed
+from torch_emc2.data.views import view_seed
+from torch_emc2.settings.images import Augmentation
 
 __all__ = ["Undrawn", "UndrawnDataset"]
 

@@ -1,7 +1,6 @@
 """Random views of an image, each a function of (seed, epoch, index, view) alone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,11 +9,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from torch_emc2.data.errors import DataError
 from torch_emc2.seeds import mix_seed
+from torch_emc2.settings.images import Augmentation
 
 __all__ = [
-    "Augmentation",
+    "RandomView",
     "Transform",
     "evaluation_transform",
     "reflected_taps",
@@ -26,60 +25,11 @@ __all__ = [
 Transform = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """How random views are drawn, in this order; the defaults are those of STL-10.
+class RandomView:
+    """Maps uint8 (c, h, w), c of 1 or 3, to a random view: float32 (c, size, size) in [0, 1].
 
-    Mean and standard deviation are not normalised. Grey images (one channel) know no saturation, hue or greying.
-
-    Attributes:
-        size: of a view, in pixels.
-        crop_scale: least and largest share of the image's area that is cut out and resized.
-        flip: probability of a mirror image.
-        jitter: of brightness, contrast, saturation and hue.
-        jitter_p: probability of a jitter.
-        grey_p: probability that colours go.
-        blur_p: probability of a blur.
-        blur_sigma: least and largest, in pixels; the kernel is a tenth of the size wide.
-
-    Raises:
-        DataError: a value that no view can be drawn with.
+    The draws are torchvision's; its kernels are called directly, which saves half of the time on small images.
     """
-
-    size: int
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)
-    jitter_p: float = 0.8
-    grey_p: float = 0.2
-    blur_p: float = 1.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-
-    def __post_init__(self) -> None:
-        if self.size < 2:
-            raise DataError(f"size must be at least 2 pixels, got {self.size}")
-        for name in ("flip", "jitter_p", "grey_p", "blur_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DataError(f"{name} is a probability, from 0 to 1, got {getattr(self, name)}")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise DataError(f"crop_scale must be 0 < min <= max <= 1, got {self.crop_scale}")
-        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise DataError(f"blur_sigma must be 0 < min <= max, got {self.blur_sigma}")
-        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            raise DataError(f"jitter must not be negative, and its hue at most 0.5, got {self.jitter}")
-
-    @property
-    def blur_width(self) -> int:
-        """Of the kernel, in pixels."""
-        return max(3, self.size // 10 | 1)
-
-    def transform(self) -> Transform:
-        """Return what maps uint8 (c, h, w), c of 1 or 3, to a random view: float32 (c, size, size) in [0, 1]."""
-        return _RandomView(self)
-
-
-class _RandomView:
-    """The draws are torchvision's; its kernels are called directly, which saves half of the time on small images."""
 
     def __init__(self, augmentation: Augmentation) -> None:
         self.augmentation = augmentation
@@ -88,6 +38,7 @@ class _RandomView:
         self.blur_taps = reflected_taps(augmentation.size, augmentation.blur_width)
 
     def __call__(self, image: Tensor) -> Tensor:
+        """Draw one."""
         a = self.augmentation
         image = tvf.resized_crop(image, **self.crop.make_params([image]), size=[a.size, a.size], antialias=True)
         if _happens(a.flip):

@@ -19,8 +19,8 @@ from torch_emc2.diagnostics import (
     target_statistics,
 )
 from torch_emc2.exact import objective_mass
-from torch_emc2.losses.registry import EMC2Config, Given, variants
-from torch_emc2.losses.settings import PositiveWeight
+from torch_emc2.losses.registry import Given, variants
+from torch_emc2.settings.losses import EMC2Config, PositiveWeight
 
 __all__ = ["Diagnosis", "diagnose", "embed_views", "error_table", "to_markdown"]
 

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from torch_emc2.config import Config, read_config
-from torch_emc2.data import open_dataset
-from torch_emc2.losses.registry import ESTIMATORS
+import yaml
 
-__all__ = ["EXPERIMENTS", "METHODS", "SCALES", "Experiment", "Scale", "Tuned", "Variant", "base_config", "override"]
+from torch_emc2.config import Config, read_config
+
+__all__ = [
+    "EXPERIMENTS",
+    "SCALES",
+    "Experiment",
+    "Scale",
+    "Tuned",
+    "Variant",
+    "base_config",
+    "methods",
+    "override",
+    "read_tuned",
+]
 
 Tuned = Mapping[str, Mapping[str, float]]
 """For each method the fields that a search chose for it, such as ``{"InfoNCE": {"temperature": 0.1}}``."""
@@ -86,12 +98,21 @@ SCALES = {
     "full": Scale((), labelled=None, points=20),
 }
 
-METHODS: dict[str, dict[str, Any]] = {
-    method.title: {"loss": row.name, **{f"{row.group}.{name}": value for name, value in method.fields.items()}}
-    for row in ESTIMATORS.values()
-    for method in row.methods
-}
-_KERNELS = [method.title for method in ESTIMATORS["emc2"].methods]
+
+@cache
+def methods() -> dict[str, dict[str, Any]]:
+    """Return the settings that make each method, by its title; the estimators are imported only here."""
+    from torch_emc2.losses.registry import ESTIMATORS
+
+    return {
+        method.title: {"loss": row.name, **{f"{row.group}.{name}": value for name, value in method.fields.items()}}
+        for row in ESTIMATORS.values()
+        for method in row.methods
+    }
+
+
+def _kernels() -> list[str]:
+    return [title for title, fields in methods().items() if fields["loss"] == "emc2"]
 
 
 def base_config(dataset: str, scale: str, overrides: list[str]) -> Config:
@@ -107,6 +128,18 @@ def base_config(dataset: str, scale: str, overrides: list[str]) -> Config:
     return read_config(preset, overrides, prog="emc2 experiment")
 
 
+def read_tuned(file: Path) -> Tuned:
+    """Read the best.yaml of a search.
+
+    Raises:
+        ValueError: it is none.
+    """
+    content: Any = yaml.safe_load(file.read_text())
+    if not isinstance(content, dict) or not all(isinstance(fields, dict) for fields in content.values()):
+        raise ValueError(f"{str(file)!r} is not a search's best.yaml: it must map methods to fields")
+    return content
+
+
 def override(config: Any, fields: Mapping[str, Any]) -> Any:
     """Return a copy of nested dataclasses with fields such as ``{"optimizer.lr": 0.1}`` replaced."""
     for name, value in fields.items():
@@ -120,13 +153,13 @@ def override(config: Any, fields: Mapping[str, Any]) -> Any:
 
 def _method(base: Config, tuned: Tuned, name: str, **fields: Any) -> Config:
     own = {key.replace("__", "."): value for key, value in fields.items()}
-    config: Config = override(base, {**tuned.get(name, {}), **METHODS[name], **own})
+    config: Config = override(base, {**tuned.get(name, {}), **methods()[name], **own})
     return config
 
 
 def _methods(batch_size: int) -> Callable[[Config, Tuned], Iterator[Variant]]:
     def variants(base: Config, tuned: Tuned) -> Iterator[Variant]:
-        for name in METHODS:
+        for name in methods():
             yield Variant(name, batch_size, _method(base, tuned, name, batch_size=batch_size))
 
     return variants
@@ -134,19 +167,19 @@ def _methods(batch_size: int) -> Callable[[Config, Tuned], Iterator[Variant]]:
 
 def _batch_sizes(base: Config, tuned: Tuned) -> Iterator[Variant]:
     """Without Negative Cache, which encodes a share of the data set each step: no comparison at equal samples."""
-    for size, name in product((4, 16, 64, 256), METHODS):
+    for size, name in product((4, 16, 64, 256), methods()):
         if name != "Negative Cache":
             yield Variant(name, size, _method(base, tuned, name, batch_size=size))
 
 
 def _chains(base: Config, tuned: Tuned) -> Iterator[Variant]:
-    for name, chains in product(_KERNELS, (1, 2, 4, 8)):
+    for name, chains in product(_kernels(), (1, 2, 4, 8)):
         yield Variant(name, chains, _method(base, tuned, name, emc2__num_chains=chains))
 
 
 def _carry(base: Config, tuned: Tuned) -> Iterator[Variant]:
     """With group norm: policies encode different images together, which batch norm would not forget."""
-    for name, carry in product(_KERNELS, ("encode", "encode_if_used", "cache", "drop")):
+    for name, carry in product(_kernels(), ("encode", "encode_if_used", "cache", "drop")):
         yield Variant(name, carry, _method(base, tuned, name, emc2__carry=carry, model__norm="group"))
 
 
@@ -162,9 +195,11 @@ def _stale(base: Config, tuned: Tuned) -> Iterator[Variant]:
 
 
 def _pre_augmented(base: Config, tuned: Tuned) -> Iterator[Variant]:
+    from torch_emc2.data import open_dataset
+
     data = base.data
     images = len(open_dataset(data.name, "train", Path(data.root), channels=data.channels, limit=data.limit))
-    for part, name in product((4, 2, 1), METHODS):  # more epochs of fewer images: as many samples for each size
+    for part, name in product((4, 2, 1), methods()):  # more epochs of fewer images: as many samples for each size
         size = images // part
         fields = {
             "data__limit": size,
@@ -186,13 +221,13 @@ def _gradient_study(base: Config, tuned: Tuned) -> Iterator[Variant]:
         "temperature": 0.2,
         "negative_cache.refresh_fraction": 0.1,
     }
-    for name in METHODS:
+    for name in methods():
         yield Variant(name, 4, override(_method(base, {}, name), fields))
 
 
 def _search(base: Config, tuned: Tuned) -> Iterator[Variant]:
     """A cross around the preset's learning rate and temperature, the same for every method."""
-    for name, (rate, heat) in product(METHODS, ((1, 1), (1 / 3, 1), (3, 1), (10, 1), (1, 0.5), (1, 2))):
+    for name, (rate, heat) in product(methods(), ((1, 1), (1 / 3, 1), (3, 1), (10, 1), (1, 0.5), (1, 2))):
         lr = base.optimizer.lr if rate == 1 else float(f"{rate * base.optimizer.lr:.2g}")
         temperature = heat * base.temperature
         config = _method(base, {}, name, optimizer__lr=lr, temperature=temperature)

@@ -7,19 +7,18 @@ import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
 from torch_emc2.config import Config
 from torch_emc2.experiments.cells import Cell, Row, run_cells
-from torch_emc2.experiments.definitions import EXPERIMENTS, METHODS, SCALES, Tuned, Variant, base_config
+from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES, Tuned, Variant, base_config, methods
 from torch_emc2.experiments.figure import accuracy_panels, draw_panels, gradient_panels, group, markdown, sweep_panels
 from torch_emc2.experiments.measure import read_curve
 from torch_emc2.files import whole_file
 
-__all__ = ["read_tuned", "run_experiment"]
+__all__ = ["run_experiment"]
 
 _ACCURACY = {
     "probe": ("linear probe, %", 100.0, 2),
@@ -68,8 +67,8 @@ def run_experiment(
     for kind, value, known in (("experiment", name, EXPERIMENTS), ("scale", scale, SCALES)):
         if value not in known:
             raise ValueError(f"no {kind} {value!r}; there are {', '.join(known)}")
-    if unknown := set(tuned or {}) - set(METHODS):
-        raise ValueError(f"tuned names methods {sorted(unknown)}; there are {', '.join(METHODS)}")
+    if unknown := set(tuned or {}) - set(methods()):
+        raise ValueError(f"tuned names methods {sorted(unknown)}; there are {', '.join(methods())}")
     if jobs < 1 or not seeds:
         raise ValueError(f"jobs must be at least 1 and seeds not empty, got {jobs} and {list(seeds)}")
     experiment, size = EXPERIMENTS[name], SCALES[scale]
@@ -107,18 +106,6 @@ def run_experiment(
     with whole_file(folder / "table.md") as file:
         file.write_text(f"{experiment.title}. {_circumstances(rows, dataset, scale, overrides, tuned)}\n\n{table}")
     return folder
-
-
-def read_tuned(file: Path) -> Tuned:
-    """Read the best.yaml of a search.
-
-    Raises:
-        ValueError: it is none.
-    """
-    content: Any = yaml.safe_load(file.read_text())
-    if not isinstance(content, dict) or not all(isinstance(fields, dict) for fields in content.values()):
-        raise ValueError(f"{str(file)!r} is not a search's best.yaml: it must map methods to fields")
-    return content
 
 
 def _folder_name(dataset: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import cache
 from types import ModuleType
@@ -15,6 +16,8 @@ from torch_emc2.seeds import mix_seed
 
 __all__ = ["CountedDraws", "compiled_kernels", "drawn_by"]
 
+_LOG = logging.getLogger(__name__)
+
 
 @cache
 def compiled_kernels(device: str) -> ModuleType | None:
@@ -25,6 +28,8 @@ def compiled_kernels(device: str) -> ModuleType | None:
     try:
         if device == "cpu":
             from torch_emc2.kernels import _numba as compiled
+
+            _tell_of_compiling(compiled.__name__)
         elif device == "cuda" and torch.cuda.is_available():
             from torch_emc2.kernels import _triton as compiled  # type: ignore[no-redef]
         else:
@@ -37,6 +42,25 @@ def compiled_kernels(device: str) -> ModuleType | None:
 def drawn_by() -> dict[str, bool]:
     """Tell, by name, what draws otherwise than torch does: ranks must be alike in it."""
     return {f"moves compiled for {device}": compiled_kernels(device) is not None for device in ("cpu", "cuda")}
+
+
+def _tell_of_compiling(module: str) -> None:
+    """Say so where numba compiles something of a module, not where it has it from before."""
+    from numba.core import event
+
+    class Compiling(event.Listener):
+        def on_start(self, event: Any) -> None:
+            if event.data["dispatcher"].py_func.__module__ == module:
+                _tell_once()
+
+        def on_end(self, event: Any) -> None: ...
+
+    event.register("numba:compile", Compiling())  # type: ignore[no-untyped-call]
+
+
+@cache
+def _tell_once() -> None:
+    _LOG.info("Compiling the chains' moves for this processor: some seconds, once where numba can keep them")
 
 
 class CountedDraws:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from torch_emc2.batch import Directions, gather_batch
 from torch_emc2.geometry import Contrast
+from torch_emc2.losses.arguments import NumSamples, log_positive_weight, require_sizes
 from torch_emc2.losses.calling import (
     CheckedEncode,
     Encode,
@@ -27,16 +28,10 @@ from torch_emc2.losses.calling import (
     keep_out_of_graphs,
     refuse_tracing,
 )
-from torch_emc2.losses.settings import (
-    NumSamples,
-    PositiveWeight,
-    log_positive_weight,
-    require_positive_weight,
-    require_sizes,
-)
 from torch_emc2.losses.weighted_sum import WeightedSum, with_gradients
 from torch_emc2.losses.weighting import Weighing, scores_of
 from torch_emc2.rows import Whole, parts
+from torch_emc2.settings.losses import PositiveWeight, require_positive_weight
 from torch_emc2.temperature import Temperature, require_temperature
 from torch_emc2.validation import Inputs, Towers, validate_inputs
 

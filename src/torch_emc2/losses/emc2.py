@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -11,20 +11,19 @@ from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
 from torch_emc2.kernels import KERNELS, Kernel
 from torch_emc2.kernels.counted import drawn_by
+from torch_emc2.losses.arguments import NumSamples, require_int
 from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.chain_memory import ChainMemory
 from torch_emc2.losses.draws import BatchDraws
-from torch_emc2.losses.settings import NumSamples, PositiveWeight, require_int
 from torch_emc2.losses.stateful import StatefulLoss
 from torch_emc2.losses.visiting import Visiting, Way
 from torch_emc2.losses.weighting import Weighing
 from torch_emc2.memory.chains import EMPTY, ChainTable
+from torch_emc2.settings.losses import Carry, PositiveWeight
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 
-__all__ = ["Carry", "EMC2Loss"]
-
-Carry = Literal["encode", "encode_if_used", "cache", "defer", "drop"]
+__all__ = ["EMC2Loss"]
 
 
 class EMC2Loss(StatefulLoss):

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
 from torch_emc2.kernels.counted import drawn_by
+from torch_emc2.losses.arguments import require_int
 from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.draws import BatchDraws
-from torch_emc2.losses.settings import PositiveWeight, require_int
 from torch_emc2.losses.stateful import Memory, StatefulLoss
 from torch_emc2.losses.weighting import Carried, Conclusion, Scores, Weighing, Weights
 from torch_emc2.memory.tables import SampleTable
 from torch_emc2.rows import Rows, parts
+from torch_emc2.settings.losses import PositiveWeight
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 

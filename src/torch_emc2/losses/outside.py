@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import re
 from typing import Any
 
 from torch_emc2.files import one_line
 from torch_emc2.losses.base import ContrastiveLoss
 
-__all__ = ["is_outside", "load_outside", "make_outside"]
-
-
-def is_outside(name: str) -> bool:
-    """Tell whether a loss's name is that of a class; nothing is imported."""
-    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name) is not None
+__all__ = ["load_outside", "make_outside"]
 
 
 def load_outside(name: str) -> type[ContrastiveLoss]:

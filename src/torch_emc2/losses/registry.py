@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch_emc2.kernels import KERNELS, Kernel, Metropolis
 from torch_emc2.losses.base import ContrastiveLoss
-from torch_emc2.losses.emc2 import Carry, EMC2Loss
+from torch_emc2.losses.emc2 import EMC2Loss
 from torch_emc2.losses.in_batch import DCLLoss, InfoNCELoss
 from torch_emc2.losses.negative_cache import NegativeCacheLoss
-from torch_emc2.losses.outside import is_outside, load_outside, make_outside
-from torch_emc2.losses.settings import PositiveWeight
+from torch_emc2.losses.outside import load_outside, make_outside
 from torch_emc2.losses.sogclr import SogCLRLoss
+from torch_emc2.settings.losses import (
+    LOSSES,
+    EMC2Config,
+    NegativeCacheConfig,
+    PositiveWeight,
+    SogCLRConfig,
+    group_of,
+    is_outside,
+    require_loss,
+)
 
 __all__ = [
     "ESTIMATORS",
-    "EMC2Config",
     "Estimator",
     "Given",
     "Method",
-    "NegativeCacheConfig",
-    "SogCLRConfig",
     "find",
-    "require_name",
     "variants",
 ]
 
@@ -78,7 +83,6 @@ class Estimator:
         name: as ``--loss`` takes it.
         loss: its class.
         build: makes it from its settings and from what is given.
-        settings: the dataclass of what a user can set, the config's group `group`; None where there is nothing.
         methods: its lines in the experiments; the first one's title is its own.
         variants: what its gradient is measured for, and what the tests try: labels after the title, and the settings
             that differ.
@@ -87,14 +91,18 @@ class Estimator:
     name: str
     loss: type[ContrastiveLoss]
     build: Callable[[Any, Given], ContrastiveLoss]
-    settings: type[Any] | None = None
     methods: tuple[Method, ...] = ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
 
     @property
+    def settings(self) -> type[Any] | None:
+        """The dataclass of what a user can set; None where there is nothing."""
+        return LOSSES.get(self.name)
+
+    @property
     def group(self) -> str:
-        """Its name in a config."""
-        return self.name.replace("-", "_")
+        """Its settings' name in a config."""
+        return group_of(self.name)
 
     def maker(self, fields: Mapping[str, Any], given: Given, settings: Any = None) -> Callable[[int], ContrastiveLoss]:
         """Return what makes it from a seed, with ``settings``, or the defaults, but for some fields."""
@@ -122,31 +130,6 @@ def variants(given: Given, settings: Mapping[str, Any] = {}) -> dict[str, Callab
     }
 
 
-@dataclass
-class EMC2Config:
-    """EMC²'s own settings, as `torch_emc2.EMC2Loss` takes them.
-
-    Attributes:
-        burn_in: share of a walk's steps that are not counted; null for the kernel's own, one half for metropolis.
-        num_chains: chains a sample.
-        carry: who supplies the carried negative's embedding.
-        kernel: how a chain moves.
-    """
-
-    burn_in: float | None = None
-    num_chains: int = 1
-    carry: Carry = "encode"
-    kernel: Literal["metropolis", "isir"] = "metropolis"
-
-    def __post_init__(self) -> None:
-        if self.burn_in is not None and not 0 <= self.burn_in < 1:
-            raise ValueError(f"burn_in must be at least 0 and below 1, got {self.burn_in}")
-        if self.burn_in is not None and self.kernel == "isir":
-            raise ValueError(f"burn_in must be null for the kernel isir, which has none, got {self.burn_in}")
-        if self.num_chains < 1:
-            raise ValueError(f"num_chains must be at least 1, got {self.num_chains}")
-
-
 def _kernel(own: EMC2Config) -> Kernel:
     if own.kernel == "isir" and own.burn_in is not None:
         raise ValueError(f"the kernel isir has no burn_in, got {own.burn_in}")
@@ -169,38 +152,8 @@ _METROPOLIS: dict[str, Any] = {"kernel": "metropolis", "carry": "encode", "num_c
 _ISIR: dict[str, Any] = {**_METROPOLIS, "kernel": "isir", "burn_in": None}
 
 
-@dataclass
-class SogCLRConfig:
-    """SogCLR's own settings.
-
-    Attributes:
-        gamma: weight of the present batch in the moving average.
-    """
-
-    gamma: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must be above 0 and at most 1, got {self.gamma}")
-
-
 def _sogclr(own: SogCLRConfig, given: Given) -> SogCLRLoss:
     return SogCLRLoss(given.num_samples, given.temperature, own.gamma, **given.weight)
-
-
-@dataclass
-class NegativeCacheConfig:
-    """Negative Cache's own settings.
-
-    Attributes:
-        refresh_fraction: share of the cache that is encoded anew each step.
-    """
-
-    refresh_fraction: float = 0.01024
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.refresh_fraction <= 1:
-            raise ValueError(f"refresh_fraction must be from 0 to 1, got {self.refresh_fraction}")
 
 
 def _negative_cache(own: NegativeCacheConfig, given: Given) -> NegativeCacheLoss:
@@ -234,7 +187,6 @@ ESTIMATORS = {
             "sogclr",
             SogCLRLoss,
             _sogclr,
-            SogCLRConfig,
             methods=(Method("SogCLR", "#e39c37", "D"),),
             variants={"γ = 0.9": {"gamma": 0.9}, "γ = 0.1": {"gamma": 0.1}},
         ),
@@ -242,14 +194,12 @@ ESTIMATORS = {
             "negative-cache",
             NegativeCacheLoss,
             _negative_cache,
-            NegativeCacheConfig,
             methods=(Method("Negative Cache", "#5aa469", "^"),),
         ),
         Estimator(
             "emc2",
             EMC2Loss,
             _emc2,
-            EMC2Config,
             methods=(
                 Method("EMC²", "#3b6ea8", "v", {"kernel": "metropolis"}),
                 Method("EMC², isir", "#d1453b", "P", {"burn_in": None, "kernel": "isir"}),
@@ -270,14 +220,6 @@ ESTIMATORS = {
 }
 
 
-def require_name(name: str) -> None:
-    """Raise ValueError for what can be no loss's name; nothing is imported."""
-    if name not in ESTIMATORS and not is_outside(name):
-        raise ValueError(
-            f"loss must be one of {', '.join(ESTIMATORS)}, or a class of your own as package.module:Class, got {name!r}"
-        )
-
-
 def find(name: str) -> Estimator:
     """Return the row of a name; for ``package.module:Class``, which this imports, one of that class.
 
@@ -286,7 +228,7 @@ def find(name: str) -> Estimator:
     Raises:
         ValueError: there is no such estimator, or no such class.
     """
-    require_name(name)
+    require_loss(name)
     if not is_outside(name):
         return ESTIMATORS[name]
     loss = load_outside(name)

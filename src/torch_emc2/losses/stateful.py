@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_emc2.batch import Directions
+from torch_emc2.losses.arguments import NumSamples
 from torch_emc2.losses.base import ContrastiveLoss
-from torch_emc2.losses.settings import NumSamples, PositiveWeight
 from torch_emc2.ranks import several_ranks
 from torch_emc2.seeds import mix_seed
+from torch_emc2.settings.losses import PositiveWeight
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers, unique_ids
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torch_emc2.data import ContrastiveDataset
+from torch_emc2.data import ContrastiveDataset, RandomView
 from torch_emc2.diagnostics import Staleness, score_staleness
 from torch_emc2.evaluation.estimators import Diagnosis, diagnose, embed_views, to_markdown
 from torch_emc2.files import load_checkpoint, whole_file
@@ -45,7 +45,7 @@ def diagnose_run(
     encoder.eval()
     data = config.data
     images = same_images(config, run)
-    views = ContrastiveDataset(images, data.augmentation.transform(), seed=seed, on_bad_image=data.on_bad_image)
+    views = ContrastiveDataset(images, RandomView(data.augmentation), seed=seed, on_bad_image=data.on_bad_image)
     picks = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
     with leave_out_advised(run):
         index, pairs = _two_views(views, picks)

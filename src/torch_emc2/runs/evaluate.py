@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_emc2.config import DataConfig
-from torch_emc2.data import ContrastiveDataset, ImageDataset, evaluation_transform
+from torch_emc2.data import ContrastiveDataset, ImageDataset, RandomView, evaluation_transform
 from torch_emc2.evaluation import Evaluation, Features, compare, extract_features, nearest_neighbours, raw_pixels
 from torch_emc2.files import whole_file
 from torch_emc2.models import build_encoder
@@ -93,7 +93,7 @@ def _features(
     embed = partial(extract_features, encode, device=device, num_workers=data.num_workers, progress=True)
     still = evaluation_transform(data.augmentation.size)
     viewed = test.subset(torch.arange(min(len(test), _VIEWED)))
-    pairs = _Pairs(ContrastiveDataset(viewed, data.augmentation.transform(), seed=seed))
+    pairs = _Pairs(ContrastiveDataset(viewed, RandomView(data.augmentation), seed=seed))
     views = torch.unflatten(embed(pairs, torch.nn.Identity()), 0, (-1, 2))
     return Features(embed(train, still), embed(test, still), views)
 

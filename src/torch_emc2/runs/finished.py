@@ -12,7 +12,7 @@ import torch
 from torch_emc2.config import Config, recorded_config
 from torch_emc2.data import BadImageError
 from torch_emc2.models import Encoder, load_encoder
-from torch_emc2.training.run_folder import is_finished, resume_command
+from torch_emc2.run_folder import require_finished
 
 __all__ = ["FinishedRun", "leave_out_advised", "load_run"]
 
@@ -31,10 +31,7 @@ def load_run(run: Path) -> FinishedRun:
     Raises:
         ValueError: the folder is no finished run, or its files are damaged.
     """
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"{str(run)!r} is not a run's folder: it has no config.yaml")
-    if not is_finished(run):
-        raise ValueError(f"the run in {str(run)!r} is not finished: {resume_command(run)} goes on")
+    require_finished(run)
     config = recorded_config(run)
     cuda = torch.cuda.is_available() and config.accelerator != "cpu"
     device = torch.device("cuda" if cuda else "cpu")

@@ -19,6 +19,7 @@ from torch_emc2.data import (
     EpochSampler,
     FiniteDataset,
     ImageDataset,
+    RandomView,
     Undrawn,
     UndrawnDataset,
     decoded_once,
@@ -54,7 +55,7 @@ class ContrastiveData(L.LightningDataModule):
         elif data.finite_views is None:
             self.dataset = ContrastiveDataset(
                 images,
-                data.augmentation.transform(),
+                RandomView(data.augmentation),
                 seed=config.seed,
                 carried_ids=carried_ids,
                 on_bad_image=data.on_bad_image,

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from torch_emc2.files import whole_file
-from torch_emc2.training.run_folder import resume_command
+from torch_emc2.run_folder import resume_command
 
 __all__ = ["EpochLines", "KeptCheckpoints", "MetricsFile", "ProgressBar", "StopOnSIGTERM", "WholeCheckpoints"]
 

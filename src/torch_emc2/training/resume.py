@@ -14,30 +14,9 @@ from torch import nn
 
 from torch_emc2.config import Config, recorded_config, to_yaml
 from torch_emc2.files import load_checkpoint, one_line
-from torch_emc2.training.run_folder import finished_epochs, has_results, read_facts, resume_command
+from torch_emc2.run_folder import finished_epochs, has_results, read_facts, resume_command
 
-__all__ = ["find_checkpoint", "refuse_another", "refuse_used", "validate_checkpoint"]
-
-# What a run that was stopped before its first checkpoint may have left.
-_BEFORE_A_CHECKPOINT = {
-    ".lock",
-    "checked.json",
-    "checkpoints",
-    "config.yaml",
-    "metrics.csv",
-    "tensorboard",
-    "unreadable.json",
-    "versions.json",
-}
-
-
-@rank_zero_only
-def refuse_used(run: Path) -> None:
-    """Raise FileExistsError where a run's folder would be among other files, or has a checkpoint."""
-    names = {file.name for file in run.iterdir()} if run.exists() else set()
-    names -= {name for name in names if name.startswith(".") and name.endswith(".partial")}  # of killed writers
-    if names - _BEFORE_A_CHECKPOINT or has_results(run):
-        raise FileExistsError(f"{run} is not empty: --resume goes on with the run there, --out FOLDER starts another")
+__all__ = ["find_checkpoint", "refuse_another", "validate_checkpoint"]
 
 
 def find_checkpoint(run: Path) -> Path | None:

@@ -26,6 +26,7 @@ from torch_emc2.locks import only_writer
 from torch_emc2.losses import EMC2Loss
 from torch_emc2.losses.registry import find
 from torch_emc2.models import save_encoder
+from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_used, resume_command
 from torch_emc2.training.batches import ContrastiveData
 from torch_emc2.training.callbacks import (
     EpochLines,
@@ -35,8 +36,7 @@ from torch_emc2.training.callbacks import (
     StopOnSIGTERM,
     WholeCheckpoints,
 )
-from torch_emc2.training.resume import find_checkpoint, refuse_another, refuse_used, validate_checkpoint
-from torch_emc2.training.run_folder import keep_finished, prepare_folder, resume_command
+from torch_emc2.training.resume import find_checkpoint, refuse_another, validate_checkpoint
 from torch_emc2.training.run_images import first_images, same_images
 from torch_emc2.training.step import ContrastiveModule
 
@@ -80,7 +80,7 @@ def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callbac
 def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: StopOnSIGTERM) -> Path:
     run = Path(config.out)
     if not resume:
-        refuse_used(run)  # before the work: views may have to be drawn
+        rank_zero_only(refuse_used)(run)  # before the work: views may have to be drawn
     find(config.loss)  # likewise: a class of the user's own may not be there
     checkpoint = find_checkpoint(run) if resume else None
     images = first_images(config, run) if checkpoint is None else same_images(config, run)

@@ -1,31 +1,27 @@
-"""Settings of losses: validated, and what they come to in a batch."""
+"""Arguments of losses: validated, and what they come to in a batch."""
 
 from __future__ import annotations
 
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from torch_emc2.rows import Rows
+from torch_emc2.settings.losses import PositiveWeight
 from torch_emc2.validation import Towers
 
 __all__ = [
     "NumSamples",
-    "PositiveWeight",
     "log_positive_weight",
     "require_int",
-    "require_positive_weight",
     "require_sizes",
 ]
 
 NumSamples = int | tuple[int | None, int | None] | None
 """Size of the data; None where ids are any int64 but -1. With two towers of both sides, or a pair."""
-
-PositiveWeight = float | Literal["global"]
-"""κ ≥ 0, the positive's mass beside the batch's negatives; ``"global"`` is n / N, n negatives of N."""
 
 
 def require_int(name: str, value: Any) -> int:
@@ -45,19 +41,6 @@ def require_sizes(num_samples: Any, towers: Towers) -> tuple[int | None, ...]:
         if size is not None and size < 2:
             raise ValueError(f"num_samples must be at least 2 (or None, for any ids), the size of the data; got {size}")
     return sizes
-
-
-def require_positive_weight(value: Any, sizes: Sequence[int | None]) -> PositiveWeight:
-    """Return a weight of the positive that is a number, or ``"global"`` where the sizes of the data are known."""
-    if value == "global":
-        if None in sizes:
-            raise ValueError('positive_weight="global" is n / N: give num_samples, the size of the data')
-        return "global"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f'positive_weight must be a number or "global", got {value!r}')
-    if not 0 <= float(value) < math.inf:
-        raise ValueError(f"positive_weight must be at least 0 and finite, got {value!r}")
-    return float(value)
 
 
 def log_positive_weight(value: PositiveWeight, rows: Rows, sizes: Sequence[int | None]) -> float | Tensor:

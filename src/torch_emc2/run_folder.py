@@ -15,7 +15,7 @@ from typing import Any
 
 from torch_emc2.config import Config, recorded_config, to_yaml
 from torch_emc2.files import load_checkpoint, one_line, whole_file
-from torch_emc2.losses.outside import is_outside
+from torch_emc2.settings.losses import is_outside
 
 __all__ = [
     "finished_epochs",
@@ -24,10 +24,24 @@ __all__ = [
     "keep_finished",
     "prepare_folder",
     "read_facts",
+    "refuse_used",
+    "require_finished",
     "resume_command",
 ]
 
 _PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-learn", "numpy", "numba")
+
+# What a run that was stopped before its first checkpoint may have left.
+_BEFORE_A_CHECKPOINT = {
+    ".lock",
+    "checked.json",
+    "checkpoints",
+    "config.yaml",
+    "metrics.csv",
+    "tensorboard",
+    "unreadable.json",
+    "versions.json",
+}
 
 
 def prepare_folder(config: Config, run: Path, facts: dict[str, Any], checkpoint: Path | None) -> None:
@@ -85,12 +99,28 @@ def is_finished(run: Path) -> bool:
     return (run / "head.safetensors").is_file()
 
 
+def require_finished(run: Path) -> None:
+    """Raise ValueError where a folder is not that of a run that has come to its end."""
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{str(run)!r} is not a run's folder: it has no config.yaml")
+    if not is_finished(run):
+        raise ValueError(f"the run in {str(run)!r} is not finished: {resume_command(run)} goes on")
+
+
 def finished_epochs(run: Path) -> int:
     """Return the epochs of the encoder that a run has finished; 0 before it has."""
     epochs = read_facts(run).get("finished", 0)
     if not epochs and is_finished(run):  # by an earlier version, which did not write them down
         epochs = recorded_config(run).epochs
     return int(epochs)
+
+
+def refuse_used(run: Path) -> None:
+    """Raise FileExistsError where a run's folder would be among other files, or has a checkpoint."""
+    names = {file.name for file in run.iterdir()} if run.exists() else set()
+    names -= {name for name in names if name.startswith(".") and name.endswith(".partial")}  # of killed writers
+    if names - _BEFORE_A_CHECKPOINT or has_results(run):
+        raise FileExistsError(f"{run} is not empty: --resume goes on with the run there, --out FOLDER starts another")
 
 
 def has_results(run: Path) -> bool:

@@ -1,0 +1,91 @@
+"""What the command's arguments may be, told before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from torch_emc2.run_folder import require_finished
+from torch_emc2.settings.images import parse_range, require_data
+
+__all__ = ["Parser", "data_set", "finished_run", "images", "parquet", "path", "value_range", "whole"]
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it as the user's to mend."""
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _telling(read: Callable[[str], T]) -> Callable[[str], T]:
+    """Have argparse say what a ValueError says, and not only which word is wrong."""
+
+    def told(text: str) -> T:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return told
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return what reads a whole number that is at least so large."""
+
+    @_telling
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ValueError(f"must be a whole number, at least {least}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def path(text: str) -> Path:
+    """Give a path as a shell would have: one that follows an equals sign keeps its ~."""
+    return Path(os.path.expanduser(text))
+
+
+@_telling
+def images(text: str) -> Path:
+    """Read the name of an image, or of a folder of some."""
+    if not os.path.exists(path(text)):
+        raise ValueError(f"there is no {text!r}: give images, or folders that hold some")
+    return path(text)
+
+
+@_telling
+def parquet(text: str) -> Path:
+    """Read the name of a table that is to be written."""
+    if not text.endswith(".parquet"):
+        raise ValueError(f"{text} will be a Parquet file: give it a name that ends in .parquet")
+    return path(text)
+
+
+@_telling
+def finished_run(text: str) -> Path:
+    """Read the folder of a run that has come to its end."""
+    run = path(text)
+    require_finished(run)
+    return run
+
+
+@_telling
+def data_set(text: str) -> str:
+    """Read a data set's name."""
+    require_data(text)
+    return text
+
+
+@_telling
+def value_range(text: str) -> str:
+    """Read which values become black and white."""
+    parse_range(text)
+    return text
