@@ -2,8 +2,8 @@
 
     python benchmarks/loss_step.py [--device cuda] [--batch-sizes 32 256 1024] [--model resnet18 --image-size 64]
 
-With a model, of timm, the pass is through it too: what a training step pays for its loss. The losses take turns, so that
-whatever else the machine does meets all of them alike; the medians are printed.
+With a model, of timm, the pass is through it too: what a training step pays for its loss. The losses take turns, so
+that whatever else the machine does meets all of them alike; the medians are printed.
 """
 
 from __future__ import annotations
