@@ -161,8 +161,9 @@ def _read(logits: Any, columns: Any, first: Any, x: Any) -> None:
     """Put the proposals of a set into the lanes, rows from the ``first`` on, in the order of the steps."""
     lanes = x.shape[1]
     for k in range(columns.size):
+        of_rows = logits[columns[k], first : first + lanes]  # by number, each would be looked at for a sign
         for lane in range(lanes):
-            x[k, lane] = logits[columns[k], first + lane]
+            x[k, lane] = of_rows[lane]
 
 
 @_compiled()
@@ -170,13 +171,13 @@ def _write(spent: Any, share: Any, weights: Any, sets: Any, s: Any, first: Any) 
     """Give a set's weights to its columns; those that are in all sets add up."""
     lanes, last = spent.shape[1], len(sets) - 1
     for k in range(sets.shape[1]):
-        column = sets[s, k]
+        of_rows = weights[sets[s, k], first : first + lanes]
         if s > 0 and sets[0, k] == sets[last, k]:
             for lane in range(lanes):
-                weights[column, first + lane] += spent[k, lane] * share[lane]
+                of_rows[lane] += spent[k, lane] * share[lane]
         else:
             for lane in range(lanes):
-                weights[column, first + lane] = spent[k, lane] * share[lane]
+                of_rows[lane] = spent[k, lane] * share[lane]
 
 
 @_compiled()
@@ -184,8 +185,9 @@ def _count_steps(logits: Any, columns: Any, first: Any, count: Any) -> None:
     zero, one = count.dtype.type(0), count.dtype.type(1)
     count[:] = zero
     for k in range(columns.size):
+        of_rows = logits[columns[k], first : first + count.size]
         for lane in range(count.size):
-            count[lane] += one if logits[columns[k], first + lane] > -np.inf else zero
+            count[lane] += one if of_rows[lane] > -np.inf else zero
 
 
 @_compiled()
@@ -298,7 +300,7 @@ def _sum_up(x: Any, peak: Any, mass: Any) -> None:
         peak[lane], mass[lane] = -np.inf, 0
     for k in range(n):
         for lane in range(lanes):
-            peak[lane] = max(peak[lane], x[k, lane])
+            peak[lane] = x[k, lane] if x[k, lane] > peak[lane] else peak[lane]
     _exponentiate(x, peak)
     for k in range(n):
         for lane in range(lanes):
