@@ -54,7 +54,7 @@ class Runner:
     def search(self, method: str, batch_size: int, budget: int) -> Found:
         """Find a method's best cell on the validation queries."""
         kappas = METHODS[method].kappas
-        lr = self.problem.lr * math.sqrt(batch_size / 32)
+        lr = self.problem.lr * math.sqrt(METHODS[method].batches * batch_size / 32)
         kappa = kappas[0] if kappas else None
         start = Cell(self.name, method, batch_size, self.problem.epochs, lr, self.problem.temperature, kappa)
         return search(start, self._score, budget=budget, kappas=kappas)
