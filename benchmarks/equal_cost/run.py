@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--budget", type=int, default=20, help="cells of a search")
     parser.add_argument("--final", action="store_true", help="then seeds 1 to 5, on test queries too")
-    parser.add_argument("--times", type=float, nargs="+", default=[1.0], help="of the epochs, for the final cells")
+    parser.add_argument("--epochs", type=float, nargs="+", help="of the final cells; the problem's")
     args = parser.parse_args()
     torch.set_num_threads(1)
     problem = PROBLEMS[args.problem](args.packages)
@@ -109,9 +109,9 @@ def main() -> None:
             found = runner.search(method, batch_size, args.budget)
             validation = runner.kept.results[found.cell].get("validation")
             tqdm.write(f"{found} {validation}")
-            for times in args.times if args.final else []:
+            for epochs in (args.epochs or [problem.epochs]) if args.final else []:
                 for seed in range(1, 6):
-                    runner.measure(replace(found.cell, epochs=times * found.cell.epochs, seed=seed, final=True))
+                    runner.measure(replace(found.cell, epochs=epochs, seed=seed, final=True))
 
 
 if __name__ == "__main__":
