@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tarfile
+from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,33 +36,35 @@ class Drawn(NamedTuple):
 
 def drawn(google: Path, twitter: Path) -> Drawn:
     """Read both packages."""
-    with tarfile.open(google) as ours, tarfile.open(twitter) as theirs:
-        listed = _listed(ours)
-        in_both = [each for each in listed if each[2]["has_img_google"] and each[2]["has_img_twitter"]]
-        images = [
-            torch.stack([_image(tar, f"package/img/{vendor}/64/{form['image']}") for _, _, form in in_both])
-            for vendor, tar in (("google", ours), ("twitter", theirs))
-        ]
-    emoji = torch.tensor([i for i, _, _ in in_both])
+    ours, theirs = _read(google), _read(twitter)
+    forms = []  # number, name and file of each
+    for i, entry in enumerate(json.loads(ours["emoji.json"])):
+        name = ", ".join([entry["name"].lower(), *(short.replace("_", " ") for short in entry["short_names"])])
+        for form in (entry, *entry.get("skin_variations", {}).values()):
+            if form["has_img_google"] and form["has_img_twitter"]:
+                forms.append((i, name, form["image"]))
+    emoji = torch.tensor([i for i, _, _ in forms])
+    images = [torch.stack([_image(files[file]) for _, _, file in forms]) for files in (ours, theirs)]
     for pictures in images:
         emoji = _joined(emoji, pictures)
-    return Drawn(emoji, *images, [name for _, name, _ in in_both])
+    return Drawn(emoji, *images, [name for _, name, _ in forms])
 
 
-def _listed(tar: tarfile.TarFile) -> list[tuple[int, str, dict[str, Any]]]:
-    """Return number, name and each form of all emoji."""
-    file = tar.extractfile("package/emoji.json")
-    assert file is not None
-    listed = []
-    for i, entry in enumerate(json.load(file)):
-        name = ", ".join([entry["name"].lower(), *(short.replace("_", " ") for short in entry["short_names"])])
-        listed += [(i, name, form) for form in (entry, *entry.get("skin_variations", {}).values())]
-    return listed
+def _read(package: Path) -> dict[str, bytes]:
+    """Read the list and the images of 64 pixels, by name; in the archive's order, which is compressed as a whole."""
+    found = {}
+    with tarfile.open(package) as tar:
+        for member in tar:
+            path = Path(member.name)
+            if path.name == "emoji.json" or path.parent.name == "64":
+                file = tar.extractfile(member)
+                assert file is not None
+                found[path.name] = file.read()
+    return found
 
 
-def _image(tar: tarfile.TarFile, path: str) -> Tensor:
-    file = tar.extractfile(path)
-    with Image.open(file) as image:  # type: ignore[arg-type]
+def _image(file: bytes) -> Tensor:
+    with Image.open(BytesIO(file)) as image:
         own = image.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.BOX)
     white = Image.new("RGBA", own.size, "white")
     return torch.from_numpy(np.array(Image.alpha_composite(white, own).convert("RGB"))).permute(2, 0, 1)

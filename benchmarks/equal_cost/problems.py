@@ -50,7 +50,9 @@ def _emoji(packages: Path) -> Problem:
     ids = numbered(emoji.emoji.tolist())
     parts = split(ids, ids, validation=400, test=800)
     encoders = lambda: (ImageEncoder(), ImageEncoder())  # noqa: E731
-    return Problem(Side(emoji.google, ids), Side(emoji.twitter, ids), parts, encoders, 20, lr=1e-3, temperature=0.1)
+    return Problem(
+        Side(emoji.google, ids), Side(emoji.twitter, ids), parts, encoders, epochs=10, lr=1e-3, temperature=0.1
+    )
 
 
 def _emoji_names(packages: Path) -> Problem:
@@ -60,7 +62,7 @@ def _emoji_names(packages: Path) -> Problem:
     parts = split(x_ids, y_ids, validation=400, test=800)
     encoders = lambda: (ImageEncoder(), BagEncoder())  # noqa: E731
     sides = Side(emoji.google, x_ids), Side(Bags(emoji.names), y_ids)
-    return Problem(*sides, parts, encoders, epochs=20, lr=1e-3, temperature=0.1)
+    return Problem(*sides, parts, encoders, epochs=10, lr=1e-3, temperature=0.1)
 
 
 PROBLEMS: dict[str, Callable[[Path], Problem]] = {

@@ -17,7 +17,7 @@ class Found(NamedTuple):
     Attributes:
         cell: the best.
         tried: cells.
-        inside: whether all neighbours of the best were tried: no edge is left to extend.
+        inside: whether all neighbours of the best were tried, so that none is left to extend the grid by.
     """
 
     cell: Cell
@@ -26,15 +26,15 @@ class Found(NamedTuple):
 
 
 def search(start: Cell, score: Callable[[Cell], float], *, budget: int, kappas: Sequence[float | str] = ()) -> Found:
-    """Try a cell's neighbours in learning rate (times 2), temperature (times √2) and κ; go on from one that is better.
+    """Try a cell's neighbours in learning rate (times 2) and temperature (times √2), then each κ; go on from a better.
 
-    The grid has no edges but κ's.
+    The grid has no edges.
 
     Args:
         start: where it begins.
         score: more is better.
         budget: cells that may be tried.
-        kappas: that may be chosen, in order; none where κ stays.
+        kappas: that may be chosen; none where κ stays.
     """
 
     def cell_at(point: Point) -> Cell:
@@ -47,7 +47,7 @@ def search(start: Cell, score: Callable[[Cell], float], *, budget: int, kappas: 
         lr, temperature, kappa = point
         yield from ((lr + by, temperature, kappa) for by in (1, -1))
         yield from ((lr, temperature + by, kappa) for by in (1, -1))
-        yield from ((lr, temperature, kappa + by) for by in (1, -1) if 0 <= kappa + by < len(kappas))
+        yield from ((lr, temperature, other) for other in range(len(kappas)) if other != kappa)
 
     best: Point = (0, 0, kappas.index(start.kappa) if start.kappa in kappas else 0)
     scores = {best: score(cell_at(best))}
