@@ -31,6 +31,7 @@ from retrieval import global_loss, metrics, ranks
 from row_adam import RowAdam
 from run import Runner
 from search import search
+from table import by_kappa, costs, groups, mrr, within
 from train import run
 from wordnet import senses
 
@@ -204,6 +205,30 @@ def test_a_cell_gives_the_same_again_and_is_tested_only_at_the_end() -> None:
     assert once["validation"] == again["validation"]
     assert "test" not in once
     assert set(again["test"]) == {"R@1", "R@10", "MRR"}
+
+
+def result(mrr: float, pairs: int, seconds: float = 1.0) -> dict[str, object]:
+    return {"test": {"MRR": mrr}, "validation": {"MRR": mrr}, "pairs": pairs, "cpu_seconds": seconds}
+
+
+def test_a_table_has_the_means_of_seeds_and_the_best_at_no_more_than_a_cost() -> None:
+    final = replace(CELL, final=True)
+    dcl, longer = replace(final, method="dcl"), replace(final, method="dcl", epochs=4)
+    kept = {
+        **{replace(final, seed=seed): result(10.0 + seed, 100) for seed in range(3)},
+        replace(dcl, lr=5.0): result(99.0, 100),  # settings of an earlier search
+        dcl: result(20.0, 100, seconds=0.5),
+        longer: result(30.0, 200),
+        replace(CELL, kappa=0.2): result(5.0, 1),
+        replace(CELL, kappa=0.2, lr=2.0): result(7.0, 1),
+    }
+    found = groups(kept)
+    reference = found[0]
+    assert (reference.mean(mrr), reference.shown(mrr)) == (11.0, "11.00 ± 1.00")
+    of_samples, of_seconds = (within(found, reference, costs[cost]) for cost in ("samples", "seconds"))
+    assert {name: group.mean(mrr) for name, group in of_samples.items()} == {"infonce": 11.0, "dcl": 20.0}
+    assert {name: group.mean(mrr) for name, group in of_seconds.items()} == {"infonce": 11.0, "dcl": 30.0}  # 2 × .5
+    assert by_kappa(kept) == {("infonce", 8): {0.2: 7.0}}
 
 
 def test_problems_have_names() -> None:
