@@ -1,7 +1,7 @@
 """Print tables of what `run.py` has kept, and draw its figure.
 
     python benchmarks/equal_cost/table.py cells/wordnet.jsonl                          # all methods at each batch size
-    python benchmarks/equal_cost/table.py cells/wordnet.jsonl --within isir-encode 32  # the best for no more than it costs
+    python benchmarks/equal_cost/table.py cells/wordnet.jsonl --within isir-encode 32  # the best at its cost
     python benchmarks/equal_cost/table.py cells/wordnet.jsonl --plot equal-cost.png
 
 Numbers are means ± standard deviations over seeds, of test queries; κ's are of the validation queries of the search.
