@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -50,7 +51,7 @@ class Runner:
         if cell not in self.kept.results:
             self.bar.set_description(" ".join(map(str, asdict(cell).values())))
             result = _in_process(lambda: run(cell, self.problem, self.device))
-            self.kept.keep(cell, {**result, **_versions(), "device": self.device})
+            self.kept.keep(cell, {**result, **_circumstances(self.device)})
         self.bar.update()
         return self.kept.results[cell]
 
@@ -87,10 +88,12 @@ def _in_process(work: Callable[[], Result]) -> Result:
         process.join()
 
 
-def _versions() -> Result:
+def _circumstances(device: str) -> Result:
+    """What seconds depend on, and what else might matter."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit, "torch": torch.__version__}
+    (cpu, *_) = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or ["a CPU"]
+    return {"commit": commit, "torch": torch.__version__, "hardware": cpu if device == "cpu" else device}
 
 
 def main() -> None:

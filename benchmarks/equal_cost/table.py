@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,18 +70,20 @@ costs: dict[str, Callable[[Result], float]] = {
 def groups(kept: Runs) -> list[Group]:
     """Gather the final runs: of each method, batch size and number of epochs, the settings that were tried last.
 
-    A shared machine is slower at times: seconds are those of the fastest run of a method at its batch size.
+    A shared machine is slower at times: seconds are those of the fastest run of a method at its batch size, on the
+    hardware that most runs were on.
     """
+    ((hardware, _),) = Counter(result.get("hardware") for result in kept.values()).most_common(1) or [(None, 0)]
     rates: dict[tuple[str, int], float] = {}
     for cell, result in kept.items():
-        if "pairs" in result:
+        if "pairs" in result and result.get("hardware") == hardware:
             of = cell.method, cell.batch_size
             rates[of] = min(rates.get(of, math.inf), result["cpu_seconds"] / result["pairs"])
     found: dict[Cell, list[Result]] = defaultdict(list)
     for cell, result in kept.items():
         if cell.final:
             pairs = result.get("pairs", 0)
-            least = rates.get((cell.method, cell.batch_size), 0.0) * pairs
+            least = rates.get((cell.method, cell.batch_size), math.inf) * pairs
             found[replace(cell, seed=0)].append({**result, "least_seconds": least})
     order = list(METHODS)
     latest = {(cell.method, cell.batch_size, cell.epochs): Group(cell, results) for cell, results in found.items()}
