@@ -1,0 +1,161 @@
+"""The methods, by name. A method adds the gradient of a batch to the parameters.
+
+A loss of the library is one line in `METHODS`; what needs more than a loss is a function or a file, and one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from queued import queued
+from torch import Tensor
+from towers import Tower
+
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, cached_backward
+from torch_emc2.losses.sogclr import cosine_gamma
+
+__all__ = ["KAPPAS", "METHODS", "Given", "Method"]
+
+KAPPAS: tuple[float | str, ...] = (0.0, "global", 0.05, 0.2, 1.0)
+
+
+class Given(NamedTuple):
+    """What a method is made for.
+
+    Attributes:
+        x: queries.
+        y: keys.
+        batch_size: pairs in memory at a time.
+        temperature: 1 / β.
+        kappa: the positive's mass; None for the method's own.
+        steps: of the whole training.
+        seed: of what it draws.
+        dim: of the embeddings.
+    """
+
+    x: Tower
+    y: Tower
+    batch_size: int
+    temperature: float
+    kappa: float | str | None
+    steps: int
+    seed: int
+    dim: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all losses of two towers take."""
+        weight = {} if self.kappa is None else {"positive_weight": self.kappa}
+        return {"num_samples": self.sizes, "temperature": self.temperature, "towers": 2, **weight}
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Items on both sides."""
+        return len(self.x.first), len(self.y.first)
+
+
+Step = Callable[[Tensor], Tensor]
+"""``step(rows)``: do the forward and backward pass of these training pairs, and return the loss."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        title: in the tables.
+        make: gives a step.
+        kappas: that a search may choose from; none where the method has its own.
+        batches: batches a step, of which one is in memory at a time.
+    """
+
+    title: str
+    make: Callable[[Given], Step]
+    kappas: tuple[float | str, ...] = ()
+    batches: int = 1
+
+
+def ours(loss: Callable[..., Any], **settings: Any) -> Callable[[Given], Step]:
+    """Train with a loss of the library."""
+    return lambda given: _plain(loss(**given.settings, **settings), given)
+
+
+def _plain(loss_fn: Callable[..., Tensor], given: Given) -> Step:
+    x, y = given.x, given.y
+
+    def step(rows: Tensor) -> Tensor:
+        encode = x.of_items, y.of_items
+        loss = loss_fn(x(rows), y(rows), x.ids[rows], y_index=y.ids[rows], encode=encode)
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def _sogclr_cosine(given: Given) -> Step:
+    return _plain(SogCLRLoss(**given.settings, gamma=cosine_gamma(given.steps)), given)
+
+
+def _negative_cache(given: Given) -> Step:
+    """Encode as many anew each step as a batch has."""
+    fraction = given.batch_size / max(given.sizes)
+    return _plain(NegativeCacheLoss(**given.settings, dim=given.dim, refresh_fraction=fraction, seed=given.seed), given)
+
+
+def _emc2(given: Given, **settings: Any) -> Step:
+    return _plain(EMC2Loss(**given.settings, seed=given.seed, **settings), given)
+
+
+def _cached(given: Given) -> Step:
+    """GradCache, as sentence-transformers' CachedMultipleNegativesRankingLoss has it."""
+    x, y, loss_fn = given.x, given.y, InfoNCELoss(**given.settings)
+
+    def step(rows: Tensor) -> Tensor:
+        return cached_backward(loss_fn, (x, y), (rows, rows), x.ids[rows], given.batch_size, y_index=y.ids[rows])
+
+    return step
+
+
+def _mnrl(given: Given) -> Step:
+    """Rows are the queries alone, and the same key again is a negative: its defaults."""
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    ranking = MultipleNegativesRankingLoss(None, scale=1 / given.temperature)
+
+    def step(rows: Tensor) -> Tensor:
+        loss: Tensor = ranking.compute_loss_from_embeddings([given.x(rows), given.y(rows)], None)
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def emc2(title: str, **settings: Any) -> Method:
+    """A row of EMC² whose κ is searched."""
+    return Method(title, partial(_emc2, **settings), KAPPAS)
+
+
+METHODS = {
+    "infonce": Method("InfoNCE", ours(InfoNCELoss)),
+    "dcl": Method("DCL", ours(DCLLoss)),
+    "in-batch": Method("in-batch, κ searched", ours(DCLLoss), KAPPAS),
+    "isir-encode": emc2("EMC² isir, encode", kernel="isir", carry="encode"),
+    "isir-cache": emc2("EMC² isir, cache", kernel="isir", carry="cache"),
+    "isir-defer": emc2("EMC² isir, defer", kernel="isir", carry="defer"),
+    "isir-drop": emc2("EMC² isir, drop", kernel="isir", carry="drop"),
+    "isir-encode-4": emc2("EMC² isir, encode, 4 chains", kernel="isir", carry="encode", num_chains=4),
+    "isir-cache-4": emc2("EMC² isir, cache, 4 chains", kernel="isir", carry="cache", num_chains=4),
+    "metropolis-encode": emc2("EMC² metropolis, encode", carry="encode"),
+    "metropolis-encode-4": emc2("EMC² metropolis, encode, 4 chains", carry="encode", num_chains=4),
+    "metropolis-cache": emc2("EMC² metropolis, cache", carry="cache"),
+    "sogclr": Method("SogCLR, γ = 0.9", ours(SogCLRLoss, gamma=0.9), KAPPAS),
+    "sogclr-cosine": Method("SogCLR, γ cosine", _sogclr_cosine, KAPPAS),
+    "negative-cache": Method("Negative Cache", _negative_cache),
+    "mnrl": Method("sentence-transformers MNRL", _mnrl),
+    "cached": Method("GradCache (cached MNRL), 8 b", _cached, batches=8),
+    "cross-batch-memory": Method("cross-batch memory", partial(queued, momentum=None)),
+    "moco": Method("MoCo, momentum 0.99", partial(queued, momentum=0.99)),
+}

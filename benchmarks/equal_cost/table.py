@@ -1,0 +1,213 @@
+"""Print tables of what `run.py` has kept, and draw its figure.
+
+    python benchmarks/equal_cost/table.py cells/wordnet.jsonl                          # all methods at each batch size
+    python benchmarks/equal_cost/table.py cells/wordnet.jsonl --within isir-encode 32  # the best at its cost
+    python benchmarks/equal_cost/table.py cells/wordnet.jsonl --plot equal-cost.png
+
+Numbers are means ± standard deviations over seeds, of test queries; κ's are of the validation queries of the search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from cells import Cell, Kept, Result
+from methods import KAPPAS, METHODS
+
+__all__ = ["Group", "by_kappa", "costs", "groups", "within"]
+
+Runs = dict[Cell, Result]
+
+
+class Group(NamedTuple):
+    """Runs that differ in their seeds alone.
+
+    Attributes:
+        cell: what they have in common.
+        results: one a seed.
+    """
+
+    cell: Cell
+    results: list[Result]
+
+    def values(self, of: Callable[[Result], float]) -> list[float]:
+        return [of(result) for result in self.results]
+
+    def mean(self, of: Callable[[Result], float]) -> float:
+        return statistics.fmean(self.values(of))
+
+    def shown(self, of: Callable[[Result], float], digits: int = 2) -> str:
+        """Mean ± standard deviation; of a single run no spread."""
+        values = self.values(of)
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def passes(result: Result) -> float:
+    """Encoder passes: one forward and backward is 1, of which the forward is a third."""
+    return (result["encoded"] + 2 * result["differentiated"]) / 3
+
+
+def mrr(result: Result) -> float:
+    return result["test"]["MRR"] if "test" in result else 0.0
+
+
+costs: dict[str, Callable[[Result], float]] = {
+    "samples": lambda result: result["pairs"],
+    "encoder passes": passes,
+    "seconds": lambda result: result["least_seconds"],
+    "memory": lambda result: result["peak_mb"],
+}
+
+
+def groups(kept: Runs) -> list[Group]:
+    """Gather the final runs: of each method, batch size and number of epochs, the settings that were tried last.
+
+    A shared machine is slower at times: seconds are those of the fastest run of a method at its batch size, on the
+    hardware that most runs were on.
+    """
+    ((hardware, _),) = Counter(result.get("hardware") for result in kept.values()).most_common(1) or [(None, 0)]
+    rates: dict[tuple[str, int], float] = {}
+    for cell, result in kept.items():
+        if "pairs" in result and result.get("hardware") == hardware:
+            of = cell.method, cell.batch_size
+            rates[of] = min(rates.get(of, math.inf), result["cpu_seconds"] / result["pairs"])
+    found: dict[Cell, list[Result]] = defaultdict(list)
+    for cell, result in kept.items():
+        if cell.final:
+            pairs = result.get("pairs", 0)
+            least = rates.get((cell.method, cell.batch_size), math.inf) * pairs
+            found[replace(cell, seed=0)].append({**result, "least_seconds": least})
+    order = list(METHODS)
+    latest = {(cell.method, cell.batch_size, cell.epochs): Group(cell, results) for cell, results in found.items()}
+    return sorted(latest.values(), key=lambda each: (each.cell.batch_size, order.index(each.cell.method)))
+
+
+def within(found: Sequence[Group], reference: Group, cost: Callable[[Result], float]) -> dict[str, Group]:
+    """Return each method's best group of those that cost no more than another, or 5 percent."""
+    limit = 1.05 * reference.mean(cost)
+    best: dict[str, Group] = {}
+    for group in found:
+        method = group.cell.method
+        if "diverged" in group.results[0] or group.mean(cost) > limit:
+            continue
+        if method not in best or group.mean(mrr) > best[method].mean(mrr):
+            best[method] = group
+    return best
+
+
+def by_kappa(kept: Runs) -> dict[tuple[str, int], dict[float | str, float]]:
+    """Return the best validation MRR of a method and batch size at each κ that was tried."""
+    found: dict[tuple[str, int], dict[float | str, float]] = defaultdict(dict)
+    for cell, result in kept.items():
+        if not cell.final and cell.kappa is not None and "validation" in result:
+            own = found[cell.method, cell.batch_size]
+            own[cell.kappa] = max(own.get(cell.kappa, 0.0), result["validation"]["MRR"])
+    return dict(found)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _all(found: Sequence[Group]) -> str:
+    header = ["method", "b", "epochs", "lr", "τ", "κ", "R@1", "R@10", "MRR", "MRR in training", "global loss"]
+    header += ["passes a pair", "CPU seconds", "MB", "runs"]
+    rows = []
+    for group in found:
+        cell = group.cell
+        row = [METHODS[cell.method].title, str(cell.batch_size), f"{cell.epochs:g}", f"{cell.lr:g}"]
+        row += [f"{cell.temperature:g}", "–" if cell.kappa is None else str(cell.kappa)]
+        if any("test" not in result for result in group.results):
+            rows.append([*row, "diverged", *[""] * 7, str(len(group.results))])
+            continue
+        row += [group.shown(lambda result, name=name: result["test"][name]) for name in ("R@1", "R@10", "MRR")]
+        row += [
+            group.shown(lambda result: result["train"]["MRR"], 1),
+            group.shown(lambda result: result["global_loss"]),
+        ]
+        row += [f"{group.mean(lambda result: passes(result) / result['pairs']):.2f}"]
+        row += [f"{group.mean(costs['seconds']):.0f}", f"{group.mean(costs['memory']):.0f}", str(len(group.results))]
+        rows.append(row)
+    return markdown(header, rows)
+
+
+def _within(found: Sequence[Group], reference: Group) -> str:
+    best = {name: within(found, reference, cost) for name, cost in costs.items()}
+
+    def entry(group: Group | None) -> str:
+        return f"{group.shown(mrr)} (b = {group.cell.batch_size}, {group.cell.epochs:g} epochs)" if group else "–"
+
+    methods = [name for name in METHODS if any(name in each for each in best.values())]
+    rows = [[METHODS[name].title, *(entry(each.get(name)) for each in best.values())] for name in methods]
+    return markdown(["method", *(f"equal {name}" for name in best)], rows)
+
+
+def _kappas(kept: Runs) -> str:
+    rows = [
+        [METHODS[method].title, str(batch_size), *(f"{own[kappa]:.2f}" if kappa in own else "–" for kappa in KAPPAS)]
+        for (method, batch_size), own in sorted(by_kappa(kept).items(), key=lambda item: (item[0][1], item[0][0]))
+    ]
+    return markdown(["method", "b", *(f"κ = {kappa}" for kappa in KAPPAS)], rows)
+
+
+def plot(found: Sequence[Group], path: Path) -> None:
+    """Draw quality against batch size, at the fewest epochs, and against encoder passes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    least = min(group.cell.epochs for group in found)
+    methods = [name for name in METHODS if any(group.cell.method == name for group in found)]
+    for i, name in enumerate(methods):
+        own = [group for group in found if group.cell.method == name]
+        style = {"label": METHODS[name].title, "color": f"C{i % 10}", "marker": "os^DvP"[i // 10], "capsize": 2}
+        for axes, points, x in (
+            (left, [group for group in own if group.cell.epochs == least], lambda group: group.cell.batch_size),
+            (right, own, lambda group: group.mean(passes)),
+        ):
+            points = sorted(points, key=x)
+            spreads = [statistics.stdev(group.values(mrr)) if len(group.results) > 1 else 0 for group in points]
+            line = {"ls": "-" if axes is left else ""}
+            axes.errorbar([x(g) for g in points], [g.mean(mrr) for g in points], spreads, **style, **line)
+    left.set(xlabel="Batch size", ylabel="MRR, %", xscale="log")
+    left.set_xticks(sizes := sorted({group.cell.batch_size for group in found}), [str(size) for size in sizes])
+    left.minorticks_off()
+    right.set(xlabel="Encoder passes", xscale="log")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", type=Path)
+    parser.add_argument("--within", nargs=2, metavar=("METHOD", "B"), help="whose cost is the limit")
+    parser.add_argument("--epochs", type=float, help="of that; the fewest")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    args = parser.parse_args()
+    kept = Kept(args.cells).results
+    found = groups(kept)
+    print(_all(found))
+    print(f"\nMRR of validation queries by κ, the best of the search:\n\n{_kappas(kept)}")
+    if args.within:
+        method, size = args.within
+        own = [group for group in found if (group.cell.method, str(group.cell.batch_size)) == (method, size)]
+        own = [group for group in own if args.epochs in (None, group.cell.epochs)]
+        if not own:
+            parser.error(f"no final runs of {method} at b = {size}")
+        reference = min(own, key=lambda group: group.cell.epochs)
+        print(f"\nMRR at no more than the cost of {METHODS[method].title}, b = {size}:\n\n{_within(found, reference)}")
+    if args.plot:
+        plot(found, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The pure parts of benchmarks/equal_cost: splits, metrics, the search, what is kept."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import signal
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import normalize
+
+pytest.importorskip("numba")
+pytest.importorskip("scipy")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "equal_cost"))
+
+from bags import Bags, _tokens
+from cells import Cell, Kept
+from methods import METHODS
+from problem import Problem, Side, split
+from problems import PROBLEMS
+from retrieval import global_loss, metrics, ranks
+from row_adam import RowAdam
+from run import Runner
+from search import search
+from table import by_kappa, costs, groups, mrr, within
+from train import run
+from wordnet import senses
+
+CELL = Cell("tiny", "infonce", 8, epochs=2, lr=1e-3, temperature=0.1)
+ids = st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15)), min_size=6, max_size=40)
+
+
+@given(ids)
+@settings(max_examples=30, deadline=None)
+def test_no_part_has_an_item_of_another(pairs: list[tuple[int, int]]) -> None:
+    x_ids, y_ids = torch.tensor(pairs).T
+    parts = split(x_ids, y_ids, validation=2, test=3)
+    assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(len(pairs)))
+    for side in (x_ids, y_ids):
+        sets = [set(side[part].tolist()) for part in parts.values()]
+        assert sum(map(len, sets)) == len(set.union(*sets))
+
+
+def test_a_split_has_the_sizes_asked_for_and_is_always_the_same() -> None:
+    own = torch.arange(50)
+    parts = split(own, own, validation=7, test=11)
+    assert {name: len(part) for name, part in parts.items()} == {"test": 11, "validation": 7, "train": 32}
+    assert all(torch.equal(part, split(own, own, validation=7, test=11)[name]) for name, part in parts.items())
+
+
+def tiny(pairs: int = 40, shared: int = 4) -> Problem:
+    """Vectors and noisy copies; every ``shared`` pairs have a key in common."""
+    content = torch.randn(pairs, 6, generator=torch.Generator().manual_seed(0))
+    x, y = Side(content, torch.arange(pairs)), Side(content + 0.1, torch.arange(pairs) // shared)
+    parts = split(x.ids, y.ids, validation=4, test=4)
+    return Problem(x, y, parts, lambda: (nn.Linear(6, 128), nn.Linear(6, 128)), 2, lr=1e-3, temperature=0.1)
+
+
+@given(ids)
+@settings(max_examples=30, deadline=None)
+def test_positives_are_all_keys_paired_with_the_query_somewhere(pairs: list[tuple[int, int]]) -> None:
+    x_ids, y_ids = torch.tensor(pairs).T
+    problem = Problem(Side(None, x_ids), Side(None, y_ids), {}, lambda: (nn.Identity(), nn.Identity()), 1, 1.0, 1.0)
+    queries, keys = torch.tensor([0, 4, 2]), torch.tensor([5, 0, 3, 2])
+    expected = {
+        (i, j)
+        for i, query in enumerate(queries.tolist())
+        for j, key in enumerate(keys.tolist())
+        if (pairs[query][0], pairs[key][1]) in pairs
+    }
+    assert set(zip(*(places.tolist() for places in problem.positives(queries, keys)), strict=True)) == expected
+
+
+def test_ranks_and_the_global_loss_are_those_of_a_loop() -> None:
+    torch.manual_seed(0)
+    queries, keys = normalize(torch.randn(7, 3)), normalize(torch.randn(11, 3))
+    keys[5] = keys[2]  # a tie
+    positive = [{2}, {0, 1}, {5}, {3}, {4, 10}, {7}, {8}]
+    places = torch.tensor([(i, j) for i, own in enumerate(positive) for j in own]).T
+    expected, losses = [], []
+    for query, own in zip(queries, positive, strict=True):
+        scores = [float(query @ key) for key in keys]
+        best, others = max(scores[j] for j in own), [score for j, score in enumerate(scores) if j not in own]
+        expected.append(1 + sum(score >= best - 1e-6 for score in others))
+        mass = math.log(sum(math.exp(score / 0.5) for score in others) / len(others))
+        losses.append(mass - sum(scores[j] for j in own) / len(own) / 0.5)
+    found = ranks(queries, keys, (places[0], places[1]), chunk_size=3)
+    assert found.tolist() == expected
+    assert found[0] > 1  # what ties with a negative is behind it
+    loss = global_loss(queries, keys, (places[0], places[1]), 0.5, chunk_size=3)
+    assert loss == pytest.approx(sum(losses) / 7, abs=1e-5)
+    assert metrics(torch.tensor([1, 2, 10, 20])) == pytest.approx({"R@1": 25, "R@10": 75, "MRR": 41.25})
+
+
+def test_a_bag_has_a_words_grams_and_rows_in_any_order() -> None:
+    bags = Bags(["Cat", "a cat", "dog, cats"])
+    assert len(_tokens("cat")) == 1 + 3 + 2  # cat, <ca cat at> <cat cat>
+    tokens, begins = bags[torch.tensor([2, 0])]
+    assert tokens.tolist() == [*_tokens("dog"), *_tokens("cats"), *_tokens("cat")]
+    assert begins.tolist() == [0, len(_tokens("dog")) + len(_tokens("cats"))]
+
+
+def test_row_adam_is_sparse_adam() -> None:
+    torch.manual_seed(0)
+    tables = [nn.EmbeddingBag(20, 5, mode="sum", sparse=True) for _ in range(2)]
+    tables[1].load_state_dict(tables[0].state_dict())
+    optimizers = RowAdam(tables[0].parameters(), 0.1), torch.optim.SparseAdam(list(tables[1].parameters()), 0.1)
+    for _ in range(4):
+        tokens = torch.randint(20, (12,))  # some of them twice
+        for table, optimizer in zip(tables, optimizers, strict=True):
+            optimizer.zero_grad()
+            table(tokens, torch.arange(0, 12, 3)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(tables[0].weight, tables[1].weight)
+
+
+def test_senses_of_a_data_file(tmp_path: Path) -> None:
+    lines = {
+        "noun": '00000001 03 n 02 big_cat 0 lion 0 000 | a large cat; often feared; "the lion slept"; "two lions"\n',
+        "adj": "  1 a licence\n00000002 00 a 01 alive(p) 0 000 | living\n",
+        "verb": '00000003 29 v 01 nod 2 000 | be almost asleep; "He sat nodding"\n',
+        "adv": "",
+    }
+    with tarfile.open(tmp_path / "package.tgz", "w:gz") as tar:
+        for part, text in lines.items():
+            entry = tarfile.TarInfo(f"package/dict/data.{part}")
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    lion, nod = senses(tmp_path / "package.tgz")
+    assert (lion.key, lion.example) == ("big cat, lion: a large cat; often feared", "the lion slept")
+    assert (nod.key, nod.example) == ("nod: be almost asleep", "He sat nodding")
+
+
+def test_a_search_finds_the_best_outside_of_where_it_began_and_all_its_neighbours_are_worse() -> None:
+    start = replace(CELL, kappa=0.0)
+    scores: dict[Cell, float] = {}
+
+    def score(cell: Cell) -> float:
+        assert cell not in scores
+        distance = abs(math.log2(cell.lr / 8e-3)) + abs(2 * math.log2(cell.temperature / 0.05))
+        return scores.setdefault(cell, -distance - (cell.kappa != 0.05))
+
+    found = search(start, score, budget=30, kappas=(0.0, "global", 0.05))
+    assert found.inside
+    assert found.tried == len(scores)
+    assert found.cell == replace(start, lr=8e-3, temperature=0.05, kappa=0.05) or scores[found.cell] > -1e-9
+    cut = search(start, lambda cell: -scores.get(cell, -99.0), budget=3)
+    assert (cut.tried, cut.inside) == (3, False)
+
+
+def test_what_is_kept_survives_a_writer_that_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    Kept(path).keep(CELL, {"steps": 1})
+    with path.open("a") as file:
+        file.write('{"cell": {"problem": "ti')  # as far as it came
+    Kept(path).keep(replace(CELL, seed=1), {"steps": 2})
+    assert Kept(path).results == {CELL: {"steps": 1}, replace(CELL, seed=1): {"steps": 2}}
+
+
+def test_a_cell_is_trained_once_and_one_whose_process_is_killed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, trained = tmp_path / "cells.jsonl", tmp_path / "trained"
+
+    def train(cell: Cell, problem: Problem, device: str) -> dict[str, object]:
+        with trained.open("a") as file:
+            file.write("x")
+        if len(trained.read_text()) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"steps": 3}
+
+    monkeypatch.setattr("run.run", train)
+    with pytest.raises(RuntimeError, match="code -9"):
+        Runner("tiny", tiny(), Kept(path)).measure(CELL)
+    for _ in range(2):
+        assert Runner("tiny", tiny(), Kept(path)).measure(CELL)["steps"] == 3
+    assert trained.read_text() == "xx"
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"mnrl"}))
+def test_each_method_trains_and_counts_what_it_encodes(name: str) -> None:
+    method, kappas = METHODS[name], METHODS[name].kappas
+    cell = replace(CELL, method=name, batch_size=8 // method.batches, kappa=kappas[-1] if kappas else None)
+    problem = tiny()
+    result = run(cell, problem, "cpu")
+    assert result["steps"] == 2 * (len(problem.parts["train"]) // 8)
+    least = 2 * result["pairs"]
+    assert result["differentiated"] >= least
+    assert result["encoded"] >= least
+    assert result["encoded"] == least or name not in ("infonce", "dcl", "isir-cache", "sogclr", "cross-batch-memory")
+
+
+def test_a_cell_gives_the_same_again_and_is_tested_only_at_the_end() -> None:
+    cell, problem = replace(CELL, method="isir-cache", kappa=0.0), tiny()
+    once, again = run(cell, problem, "cpu"), run(replace(cell, final=True), problem, "cpu")
+    assert once["validation"] == again["validation"]
+    assert "test" not in once
+    assert set(again["test"]) == {"R@1", "R@10", "MRR"}
+
+
+def result(mrr: float, pairs: int, seconds: float = 1.0) -> dict[str, object]:
+    return {"test": {"MRR": mrr}, "validation": {"MRR": mrr}, "pairs": pairs, "cpu_seconds": seconds}
+
+
+def test_a_table_has_the_means_of_seeds_and_the_best_at_no_more_than_a_cost() -> None:
+    final = replace(CELL, final=True)
+    dcl, longer = replace(final, method="dcl"), replace(final, method="dcl", epochs=4)
+    kept = {
+        **{replace(final, seed=seed): result(10.0 + seed, 100) for seed in range(3)},
+        replace(dcl, lr=5.0): result(99.0, 100),  # settings of an earlier search
+        dcl: result(20.0, 100, seconds=0.5),
+        longer: result(30.0, 200),
+        replace(CELL, kappa=0.2): result(5.0, 1),
+        replace(CELL, kappa=0.2, lr=2.0): result(7.0, 1),
+    }
+    found = groups(kept)
+    reference = found[0]
+    assert (reference.mean(mrr), reference.shown(mrr)) == (11.0, "11.00 ± 1.00")
+    of_samples, of_seconds = (within(found, reference, costs[cost]) for cost in ("samples", "seconds"))
+    assert {name: group.mean(mrr) for name, group in of_samples.items()} == {"infonce": 11.0, "dcl": 20.0}
+    assert {name: group.mean(mrr) for name, group in of_seconds.items()} == {"infonce": 11.0, "dcl": 30.0}  # 2 × .5
+    assert by_kappa(kept) == {("infonce", 8): {0.2: 7.0}}
+
+
+def test_problems_have_names() -> None:
+    assert {"wordnet", "emoji", "emoji-names"} <= set(PROBLEMS)
