@@ -45,16 +45,14 @@ def operations(loss_fn: ContrastiveLoss) -> Counter[str]:
 @pytest.mark.parametrize(
     ("loss_fn", "most"),
     [
-        (InfoNCELoss(), 45),
-        (EMC2Loss(N), 85),
-        (EMC2Loss(N, num_chains=4), 85),
-        (EMC2Loss(N, kernel="isir"), 90),
-        (EMC2Loss(N, carry="defer"), 100),
+        (InfoNCELoss(), 41),
+        (EMC2Loss(N), 62),
+        (EMC2Loss(N, num_chains=4), 62),
+        (EMC2Loss(N, kernel="isir"), 62),
+        (EMC2Loss(N, carry="defer"), 70),
     ],
 )
 def test_a_step_has_few_operations(loss_fn: ContrastiveLoss, most: int) -> None:
     calls = operations(loss_fn)
     assert sum(count for name, count in calls.items() if name not in VIEWS) <= most, calls
-    assert (
-        sum(calls[name] for name in WAITS) <= 2
-    )  # whether embeddings have a direction, by the least and largest length
+    assert sum(calls[name] for name in WAITS) == 0, calls  # but for `tolist`, which test_gpu.py counts
