@@ -463,7 +463,7 @@ class EMC2(Slow):
             self.draws = (((-noise[:, :, 0]).exp() + rank) / self.num_chains).tolist()
         self.positive_coins = (1 - (-drawn(sets, width)).exp()).tolist()
         self.after: dict[Key, tuple[int, float] | None] = {}
-        self.accepted, self.steps_taken = 0, 0
+        self.accepted: list[float] = []  # shares, of each chain's proposals
         self.stayed: list[float] = []
 
     def weigh(self, number: int, row: Row, beta: float) -> Weighed:
@@ -542,11 +542,12 @@ class EMC2(Slow):
                 visited = holding  # a set with another view of what is carried than the one with itself is left out
                 coin = coin if coin in visited else visited[0]
         shares: dict[int, float] = {}
+        accepted = 0
         for s in visited:
             visit = self.move(entry, sets[s], row, s, chain)
             for state, share in visit.shares.items():
                 shares[state] = shares.get(state, 0.0) + share / len(visited)
-            self.accepted, self.steps_taken = self.accepted + visit.accepted, self.steps_taken + len(sets[s])
+            accepted += visit.accepted
             shared_by_views = self.row_views > 1 and not self.own_ids
             kept_view = self.keep_view[row.sample][chain] if shared_by_views else row.view
             if row.first and (row.view, s) == (kept_view, coin):
@@ -555,6 +556,7 @@ class EMC2(Slow):
                     self.after[key] = (carried, fresh)
                 elif visit.state >= 0 and (end := row.ids[visit.state]) is not None:
                     self.after[key] = (end, row.similarities[visit.state])
+        self.accepted.append(accepted / sum(len(sets[s]) for s in visited))
         return shares, embedding
 
     def move(self, entry: Step, steps: list[Step], row: Row, s: int, chain: int) -> Visit:
@@ -595,4 +597,4 @@ class EMC2(Slow):
 
     @property
     def acceptance(self) -> float:
-        return self.accepted / self.steps_taken if self.kernel == "metropolis" else 1 - self.carried_share
+        return sum(self.accepted) / len(self.accepted) if self.kernel == "metropolis" else 1 - self.carried_share
