@@ -167,7 +167,8 @@ def _gather_side(vectors: Tensor, ids: Tensor | None, ranks: Ranks, name: str, n
     if ids is not None:
         ids = ids if ranks.world_size == 1 else ranks.gather(ids.to(ranks.device))
         numbers = ids.flatten().tolist()  # if it is on a GPU, the host waits for it
-        ids = ids.to(ranks.device, non_blocking=True)
+        if ids.device != ranks.device:  # of a copy: a caller's pinned memory may hold other ids by the time it is read
+            ids = ids.clone().to(ranks.device, non_blocking=ids.device.type == "cpu")
         validate_range(name, numbers, num_samples)  # of all ranks, on all ranks: they fail together
         repeated = len(set(numbers)) < len(numbers)
     return _Side(vectors, ranks.gather_rows_with_gradient(vectors), ids, repeated)

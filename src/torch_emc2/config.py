@@ -243,7 +243,10 @@ def recorded_config(run: Path) -> Config:
 def _read(file: Path, words: Sequence[str] = (), prog: str = "emc2 train") -> Config:
     parser = config_parser(prog)
     try:
-        text = file.read_text()
+        try:
+            text = file.read_text()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no text: {error}") from error
         validate_tree(load_tree(text, file), Config)
         refuse_groups(words, Config)
         from_file = parser.parse_string(text or "{}")

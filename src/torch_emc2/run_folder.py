@@ -29,7 +29,7 @@ __all__ = [
     "resume_command",
 ]
 
-_PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-learn", "numpy", "numba")
+_PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-learn", "numpy", "numba", "triton")
 
 # What a run that was stopped before its first checkpoint may have left.
 _BEFORE_A_CHECKPOINT = {

@@ -88,6 +88,20 @@ def test_one_rank_of_nccl_equals_no_group(name: str, own_ids: bool, tmp_path: Pa
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)  # a GPU adds up in any order
 
 
+@pytest.mark.parametrize("kernel", ["metropolis", "isir"])
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_the_moves_that_are_compiled_take_any_views(views: int, kernel: str) -> None:
+    loss_fn = EMC2Loss(50, kernel=kernel, num_chains=2, towers=2 if views == 1 else 1)
+    for _ in range(3):
+        x = torch.randn(8, views, 4, device=GPU, dtype=torch.float64, requires_grad=True)
+        given = (x[:, 0], torch.randn(8, 4, device=GPU, dtype=torch.float64)) if views == 1 else (x,)
+        loss_fn(*given, index=torch.randperm(50)[:8]).backward()
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+    for side in loss_fn.sides:
+        assert (side.chains.ids.data < 50).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", MAKERS)
 def test_half_embeddings_give_the_loss_of_their_values(name: str, dtype: torch.dtype) -> None:

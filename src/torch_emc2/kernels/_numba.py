@@ -26,7 +26,7 @@ from torch import Tensor
 
 from torch_emc2.kernels.base import EMPTY, Move, Visit
 
-__all__ = ["counters", "draw", "isir", "metropolis", "proposals"]
+__all__ = ["counters", "draw", "isir", "metropolis", "proposals", "resamples"]
 
 _WORTH_A_THREAD = 1 << 17  # steps
 _LANES = 64
@@ -387,7 +387,7 @@ def _resample(
                 for lane in range(lanes):
                     if beyond[chain, lane] >= 0:
                         chosen = np.int64(place[lane])
-                        while chosen == n or x[chosen, lane] == 0:  # by rounding, beyond them all
+                        while chosen > 0 and (chosen == n or x[chosen, lane] == 0):  # by rounding, beyond them all
                             chosen -= 1
                         state[first + lane, chain] = sets[s, chosen]
             _write(x, factor, weights, sets, s, first)
@@ -445,6 +445,11 @@ def metropolis(visit: Visit, counters: Any, burn_in: float) -> Move:
     arrays = *_arrays(*given), counters, burn_in, *_arrays(*results)
     _in_threads(_walk, arrays, len(visit.logits), visit.sets.numel() * visit.keep_in.numel())
     return Move(weights.T, *others)
+
+
+def resamples(visit: Visit) -> bool:
+    """Tell whether `isir` takes a visit: it takes all."""
+    return True
 
 
 def isir(visit: Visit, counters: Any) -> Move:

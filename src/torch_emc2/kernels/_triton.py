@@ -1,4 +1,4 @@
-"""The moves of both kernels, compiled for a GPU by Triton: chance included, with the draws of `_numba`.
+"""The moves of both kernels, compiled for a GPU by Triton: chance included, noise and coins those of `_numba`.
 
 A row is a lane: rows are neighbours in memory, as they are among similarities. A Metropolis walk is a loop over its
 proposals, since all that follows from a step is in registers, and as many walk at once as there are rows, sets and
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torch_emc2.kernels.base import Move, Visit
 
-__all__ = ["counters", "draw", "isir", "metropolis", "proposals"]
+__all__ = ["counters", "draw", "isir", "metropolis", "proposals", "resamples"]
 
 _LANES, _TILE = 32, 32
 _FEW_LANES, _LONG_TILE = 16, 64  # where programs are as many as blocks of rows, and no more
@@ -75,7 +75,8 @@ def _below(limit, counter, low, high):
 
 @triton.jit(do_not_specialize=_CHANCE)
 def _draw(out, count, low, high, first, local, start, size, BLOCK: tl.constexpr):
-    row, k = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(count, BLOCK)
+    row, k = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     of_row, and_this = _key_of(row, low, high, first, local, start, size)
     tl.store(out + row.to(tl.int64) * count + k, _exponential(k, of_row, and_this), k < count)
 
@@ -86,7 +87,7 @@ def _rank_of(k, low, high):
     return (bits << 32) | _bits(2 * k + 1, low, high).to(tl.uint64)
 
 
-@triton.jit(do_not_specialize=["low", "high"])
+@triton.jit(do_not_specialize=["low", "high", "size", "count", "views", "num_coins"])
 def _shuffle(
     sets, place, coins, low, high, size, count, views, num_coins, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
@@ -302,6 +303,7 @@ def _resample(
             tl.store(target, given + scores * factor[None, :], is_one)
         place = tl.minimum(place, last[:, None])  # by rounding, beyond them all
         end = tl.where(moves, tl.load(sets + s * n + place, moves, other=0), end)
+        tl.debug_barrier()  # the next set may add to what this one has stored
     tl.store(carried_weights + of_chain, at_carried.to(carried_weights.dtype.element_ty), is_chain)
     tl.store(state + of_chain, end, is_chain)
     moved = 1 - tl.sum(tl.where(is_chain, at_carried, 0.0), 1) / CHAINS
@@ -347,7 +349,7 @@ def draw(counters: Any, rows: int, count: int, device: torch.device) -> Tensor:
     """Exp(1) numbers (rows, count), float32, of `CountedDraws.counters`."""
     out = torch.empty(rows, count, device=device)
     with _on(device):
-        _draw[(rows, triton.cdiv(count, _BLOCK))](out, count, *counters, BLOCK=_BLOCK)
+        _draw[(rows * triton.cdiv(count, _BLOCK),)](out, count, *counters, BLOCK=_BLOCK)
     return out
 
 
@@ -371,6 +373,11 @@ def metropolis(visit: Visit, counters: Any, burn_in: float) -> Move:
     return Move(weights, carried_steps.view(rows, chains), state, accepted)
 
 
+def resamples(visit: Visit) -> bool:
+    """Tell whether `isir` takes a visit: a chain's sets are bits of an int32, and compilation grows with the chains."""
+    return len(visit.sets) < 32 and visit.carried_score.shape[1] <= 16
+
+
 def isir(visit: Visit, counters: Any) -> Move:
     """The move of `torch_emc2.kernels.Isir`."""
     logits, weights, (rows, chains) = visit.logits, _room(visit), visit.keep_in.shape
@@ -382,7 +389,7 @@ def isir(visit: Visit, counters: Any) -> Move:
     with _on(logits.device):
         _resample[(triton.cdiv(rows, _FEW_LANES),)](
             logits, *logits.stride(), visit.sets.contiguous(), visit.carried_score.contiguous(),
-            visit.keep_in.contiguous(), visit.carried_ids.contiguous(), visit.column_ids, own_ids, *counters,
+            visit.keep_in.contiguous(), visit.carried_ids.contiguous(), visit.column_ids.contiguous(), own_ids, *counters,
             weights, *weights.stride(), carried_weights, state, acceptance,
             rows, n, len(visit.column_ids), own_ids.shape[1],
             SETS=num_sets, CHAINS=chains, WIDTH=triton.next_power_of_2(chains), LANES=_FEW_LANES, TILE=_LONG_TILE,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_emc2.ranks import Ranks
 from torch_emc2.seeds import mix_seed
 
-__all__ = ["CountedDraws", "compiled_kernels", "drawn_by"]
+__all__ = ["CountedDraws", "compiled_kernels"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -23,25 +23,31 @@ _LOG = logging.getLogger(__name__)
 def compiled_kernels(device: str) -> ModuleType | None:
     """Import the moves compiled for a kind of device when they are first needed; None where there are none.
 
-    On the CPU they need numba, which is optional; on a GPU Triton, which comes with torch.
+    On the CPU they need numba, which is optional; on a GPU Triton, which comes with torch, and a C compiler.
     """
     try:
         if device == "cpu":
-            from torch_emc2.kernels import _numba as compiled
+            from torch_emc2.kernels import _numba
 
-            _tell_of_compiling(compiled.__name__)
-        elif device == "cuda" and torch.cuda.is_available():
-            from torch_emc2.kernels import _triton as compiled  # type: ignore[no-redef]
-        else:
-            return None
+            _tell_of_compiling(_numba.__name__)
+            return _numba
+        if device == "cuda" and torch.cuda.is_available():
+            from torch_emc2.kernels import _triton
+
+            return _triton if _compiles(_triton) else None
     except ImportError:
-        return None
-    return compiled
+        pass
+    return None
 
 
-def drawn_by() -> dict[str, bool]:
-    """Tell, by name, what draws otherwise than torch does: ranks must be alike in it."""
-    return {f"moves compiled for {device}": compiled_kernels(device) is not None for device in ("cpu", "cuda")}
+def _compiles(kernels: ModuleType) -> bool:
+    """Tell whether Triton can: it is there with torch also where it cannot."""
+    try:
+        kernels.draw(kernels.counters(0, 0, 1, 0, 1), 1, 1, torch.device("cuda"))
+    except Exception as error:
+        _LOG.warning("Chains move by operations on tensors, which is slower: Triton cannot compile here (%s)", error)
+        return False
+    return True
 
 
 def _tell_of_compiling(module: str) -> None:

@@ -31,7 +31,7 @@ class Isir(Kernel):
 
     def move(self, visit: Visit, draws: Draws) -> Move:
         """Choose once in each set; see `Kernel.move`."""
-        if isinstance(draws, CountedDraws):
+        if isinstance(draws, CountedDraws) and draws.kernels.resamples(visit):
             return draws.kernels.isir(visit, draws.counters())  # type: ignore[no-any-return]
         num_chains = visit.carried_score.shape[1]
         inside = visit.inside

@@ -164,7 +164,7 @@ class ContrastiveLoss(nn.Module, ABC):
                 num_samples=self.sizes,
                 needs_negatives=self._needs_index or self.positive_weight in (0, "global"),
                 alike=lambda: {
-                    **self._alike(),
+                    **self._alike(device),
                     "temperature": self.temperature if beta is None else float(beta.detach()),
                     "encode": encoders[0] is not None,
                     "encode_y": encoders[1] is not None,
@@ -246,8 +246,11 @@ class ContrastiveLoss(nn.Module, ABC):
             )
         return beta.reshape(()).to(torch.promote_types(beta.dtype, torch.float32))
 
-    def _alike(self) -> dict[str, object]:
-        """Return what must be the same on all ranks, by name: settings, and what tells one memory from another."""
+    def _alike(self, device: str) -> dict[str, object]:
+        """Return what must be the same on all ranks, by name: settings, and what tells one memory from another.
+
+        ``device`` is the kind that embeddings are on.
+        """
         own = {name: getattr(self, name) for name in ("positive_weight", "towers", "directions")}
         return {"loss": type(self).__name__, **own}
 

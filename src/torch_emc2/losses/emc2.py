@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
 from torch_emc2.kernels import KERNELS, Kernel
-from torch_emc2.kernels.counted import drawn_by
+from torch_emc2.kernels.counted import compiled_kernels
 from torch_emc2.losses.arguments import NumSamples, require_int
 from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.chain_memory import ChainMemory
@@ -120,9 +120,9 @@ class EMC2Loss(StatefulLoss):
         (side,) = self.sides
         return side.chains
 
-    def _alike(self) -> dict[str, object]:
+    def _alike(self, device: str) -> dict[str, object]:
         own = {name: getattr(self, name) for name in ("kernel", "num_chains", "carry", "seed")}
-        return {**super()._alike(), **own, **drawn_by()}
+        return {**super()._alike(device), **own, "compiled moves": compiled_kernels(device) is not None}
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
         if encode is None and self.carry in ("encode", "encode_if_used"):

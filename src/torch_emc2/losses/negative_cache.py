@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
-from torch_emc2.kernels.counted import drawn_by
+from torch_emc2.kernels.counted import compiled_kernels
 from torch_emc2.losses.arguments import require_int
 from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.draws import BatchDraws
@@ -84,9 +84,9 @@ class NegativeCacheLoss(StatefulLoss):
         self.dim = dim
         self.sides = tuple(_Cache(require_int("num_samples", size), dim) for size in self.sizes)
 
-    def _alike(self) -> dict[str, object]:
+    def _alike(self, device: str) -> dict[str, object]:
         own = {name: getattr(self, name) for name in ("dim", "refresh_fraction", "views_per_sample", "seed")}
-        return {**super()._alike(), **own, **drawn_by()}
+        return {**super()._alike(device), **own, "compiled moves": compiled_kernels(device) is not None}
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
         if contrast.rows.shape[1] != self.dim:

@@ -101,8 +101,8 @@ class SogCLRLoss(StatefulLoss):
             )
         return temperature
 
-    def _alike(self) -> dict[str, object]:
-        return {**super()._alike(), "gamma": self._gamma}
+    def _alike(self, device: str) -> dict[str, object]:
+        return {**super()._alike(device), "gamma": self._gamma}
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
         averages = self.sides[contrast.anchors]

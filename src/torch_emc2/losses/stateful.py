@@ -75,9 +75,9 @@ class StatefulLoss(ContrastiveLoss):
         self._calls = 0
         self._mark = 0  # left by loads and removals: a step changes the memory of all ranks alike, these may not
 
-    def _alike(self) -> dict[str, object]:
+    def _alike(self, device: str) -> dict[str, object]:
         return {
-            **super()._alike(),
+            **super()._alike(device),
             "num_samples": self.num_samples,
             "number of the call": self._calls,
             "checksum of what was loaded and forgotten": self._mark,
