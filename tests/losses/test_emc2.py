@@ -289,7 +289,7 @@ def contrast(z1: Tensor, z2: Tensor) -> Contrast:
 
 @pytest.fixture
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws as they are on a GPU; those of compiled loops are tested in kernels/test_numba.py."""
+    """Draws by tensors; those of compiled loops are tested in kernels/test_numba.py."""
     monkeypatch.setattr("torch_emc2.losses.draws.compiled_kernels", lambda device: None)
 
 

@@ -389,8 +389,8 @@ def isir(visit: Visit, counters: Any) -> Move:
     with _on(logits.device):
         _resample[(triton.cdiv(rows, _FEW_LANES),)](
             logits, *logits.stride(), visit.sets.contiguous(), visit.carried_score.contiguous(),
-            visit.keep_in.contiguous(), visit.carried_ids.contiguous(), visit.column_ids.contiguous(), own_ids, *counters,
-            weights, *weights.stride(), carried_weights, state, acceptance,
+            visit.keep_in.contiguous(), visit.carried_ids.contiguous(), visit.column_ids.contiguous(), own_ids,
+            *counters, weights, *weights.stride(), carried_weights, state, acceptance,
             rows, n, len(visit.column_ids), own_ids.shape[1],
             SETS=num_sets, CHAINS=chains, WIDTH=triton.next_power_of_2(chains), LANES=_FEW_LANES, TILE=_LONG_TILE,
         )  # fmt: skip

@@ -120,7 +120,7 @@ class ContrastiveLoss(nn.Module, ABC):
             y: (b, d) embeddings of the second views, or of the other side.
             index: (b,) ids of the samples in the data set, or (b, views) ids of their views; of two towers x's. The
                 same id again is the same item: never a negative of its own rows, and one negative of others'. They may
-                stay on the CPU, which need not wait for a GPU then.
+                stay on the CPU, which need not wait for a GPU to read them.
             y_index: (b,) ids of y's items where they are not x's; of two towers.
             hard: hard negatives beside the batch's, each counting as one of those: (k, d) for all rows, or (b, k, d)
                 for the rows of a sample; of two towers of y's side, for x's rows.

@@ -1,5 +1,5 @@
-"""What can be set, a dataclass a group that refuses what is no setting.
+"""What can be set: a dataclass for each group, which refuses what is no setting.
 
-Here is what both `torch_emc2.config` and the rooms that it is of read. Nothing of the package is imported, nor torch,
-which takes seconds: who gives a wrong word need not wait for it.
+`torch_emc2.config` is made of them, and the modules that they are for read them. Nothing else of the package is
+imported here, nor torch, which takes seconds: who gives a wrong word need not wait for it.
 """
