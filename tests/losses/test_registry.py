@@ -95,7 +95,7 @@ def test_a_setting_goes_through_a_file_and_the_command_line_into_the_loss(
         (tmp_path / file).write_text(yaml.safe_dump(tree))
         assert read_config(str(tmp_path / file)) == config
     assert getattr(read_config("quickstart", [f"--{row.group}.{field}", str(value)]), row.group) == own
-    assert build_loss(config, 9)._alike("cpu") != build_loss(Config(loss=name), 9)._alike()
+    assert build_loss(config, 9)._alike("cpu") != build_loss(Config(loss=name), 9)._alike("cpu")
 
 
 def test_what_settings_refuse_the_loss_refuses_too() -> None:
