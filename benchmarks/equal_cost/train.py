@@ -14,7 +14,6 @@ from encoders import BagEncoder
 from methods import METHODS, Given
 from problem import Problem
 from retrieval import global_loss, metrics, ranks
-from row_adam import RowAdam
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from towers import Tower, on, towers
@@ -86,7 +85,7 @@ def _optimizers(encoders: list[nn.Module], lr: float) -> list[torch.optim.Optimi
     dense = {p: None for part in encoders for p in part.parameters()}  # once, where both sides have one encoder
     for table in tables:
         del dense[table]
-    return [torch.optim.Adam(list(dense), lr, fused=True), *([RowAdam(tables, lr)] if tables else [])]
+    return [torch.optim.Adam(list(dense), lr, fused=True), *([torch.optim.SparseAdam(tables, lr)] if tables else [])]
 
 
 @torch.no_grad()

@@ -28,7 +28,6 @@ from methods import METHODS
 from problem import Problem, Side, split
 from problems import PROBLEMS
 from retrieval import global_loss, metrics, ranks
-from row_adam import RowAdam
 from run import Runner
 from search import search
 from table import by_kappa, costs, groups, mrr, within
@@ -107,20 +106,6 @@ def test_a_bag_has_a_words_grams_and_rows_in_any_order() -> None:
     tokens, begins = bags[torch.tensor([2, 0])]
     assert tokens.tolist() == [*_tokens("dog"), *_tokens("cats"), *_tokens("cat")]
     assert begins.tolist() == [0, len(_tokens("dog")) + len(_tokens("cats"))]
-
-
-def test_row_adam_is_sparse_adam() -> None:
-    torch.manual_seed(0)
-    tables = [nn.EmbeddingBag(20, 5, mode="sum", sparse=True) for _ in range(2)]
-    tables[1].load_state_dict(tables[0].state_dict())
-    optimizers = RowAdam(tables[0].parameters(), 0.1), torch.optim.SparseAdam(list(tables[1].parameters()), 0.1)
-    for _ in range(4):
-        tokens = torch.randint(20, (12,))  # some of them twice
-        for table, optimizer in zip(tables, optimizers, strict=True):
-            optimizer.zero_grad()
-            table(tokens, torch.arange(0, 12, 3)).square().sum().backward()
-            optimizer.step()
-    torch.testing.assert_close(tables[0].weight, tables[1].weight)
 
 
 def test_senses_of_a_data_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from types import ModuleType
 
 import numba
 import pytest
@@ -138,26 +139,41 @@ def test_draws_are_exponential_finite_and_independent() -> None:
     assert chi2 < 267  # the 0.999 quantile for 199 degrees of freedom
 
 
+def shuffled(kernels: ModuleType, device: torch.device, key: int, size: int, num_hard: int, views: int) -> list[Tensor]:
+    """Sets, places and 50 coins."""
+    sizes = (views, size + num_hard), (size + num_hard,), (50,)
+    drawn = [torch.full(each, -7, dtype=torch.int64, device=device) for each in sizes]
+    kernels.shuffle(key, size, *drawn)
+    return [each.cpu() for each in drawn]
+
+
+def check_shuffles(kernels: ModuleType, device: torch.device, times: int) -> None:
+    """Three samples of some views and a hard negative: every order, view and coin comes as often as another."""
+    for views in (1, 2, 3):
+        places, of_samples, coins = torch.zeros(4, 4), torch.zeros(3, views), torch.zeros(1, views)
+        for number in range(times):
+            sets, place, thrown = shuffled(kernels, device, number * 0x9E3779B97F4A7C15 % 2**64, 3, 1, views)
+            sample = torch.where(sets < 3 * views, sets % 3, 3)
+            assert (sample == sample[0]).all()
+            assert torch.equal(sample[0][place], torch.arange(4))
+            assert sorted(sets[:, sample[0] < 3].flatten().tolist()) == list(range(3 * views))
+            assert (sets[:, place[3]] == 3 * views).all()
+            places[torch.arange(4), place] += 1
+            of_samples[torch.arange(3), sets[0, place[:3]] // 3] += 1
+            coins += torch.bincount(thrown, minlength=views)
+        for counts, options, count in ((places, 4, times), (of_samples, views, times), (coins, views, 50 * times)):
+            share = 1 / options
+            assert counts.shape[1] == options
+            assert (counts / count - share).abs().max() < 5 * (share * (1 - share) / count) ** 0.5 + 1e-6
+    sets, place, _ = shuffled(kernels, device, 7, 300, 0, 2)  # of more than a block
+    assert sorted(sets.flatten().tolist()) == list(range(600))
+    assert torch.equal(sets[0][place] % 300, torch.arange(300))
+
+
 def test_orders_views_and_coins_are_fair() -> None:
     kernels = compiled_kernels("cpu")
     assert kernels is not None
-    places, views, thrown = torch.zeros(4, 4), torch.zeros(4, 3), torch.zeros(3)
-    times = 6000
-    for key in range(times):
-        sets, place, coins = kernels.proposals(key * 0x9E3779B97F4A7C15 % 2**64, 3, 1, 3, 5, CPU)
-        assert sets.shape == (3, 4)
-        sample = torch.where(sets < 9, sets % 3, 3)
-        assert (sample == sample[0]).all()
-        assert torch.equal(sample[0][place], torch.arange(4))
-        assert sorted(sets[:, sample[0] < 3].flatten().tolist()) == list(range(9))
-        assert (sets[:, place[3]] == 9).all()
-        places[torch.arange(4), place] += 1
-        for k in range(3):
-            views[k, sets[0, place[k]] // 3] += 1
-        thrown += torch.bincount(coins, minlength=3)
-    for counts, options in ((places, 4), (views[:3], 3), (thrown[None] / 5, 3)):
-        share = 1 / options
-        assert (counts / times - share).abs().max() < 5 * (share / times) ** 0.5
+    check_shuffles(kernels, CPU, times=6000)
 
 
 def test_compiles_where_no_folder_may_be_written(monkeypatch: pytest.MonkeyPatch) -> None:

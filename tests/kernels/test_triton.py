@@ -1,7 +1,6 @@
 """The moves for a GPU against those for the CPU, with the same draws; without a GPU in Triton's interpreter."""
 
 import importlib
-import math
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels.test_every_kernel import visits
-from kernels.test_numba import batch
+from kernels.test_numba import batch, check_shuffles
 from torch_emc2.kernels import Isir, Kernel, Metropolis, Visit
 from torch_emc2.kernels.counted import CountedDraws, compiled_kernels
 from torch_emc2.ranks import Ranks
@@ -70,28 +69,7 @@ def test_parts_and_ranks_draw_what_they_draw_on_the_cpu(triton_kernels: ModuleTy
 
 
 def test_orders_views_and_coins_are_fair(triton_kernels: ModuleType) -> None:
-    places, views, thrown, times = torch.zeros(4, 4), torch.zeros(3, 3), torch.zeros(3), 600
-    for key in range(times):
-        drawn = triton_kernels.proposals(key * 0x9E3779B97F4A7C15 % 2**64, 3, 1, 3, 5, DEVICE)
-        sets, place, coins = (each.cpu() for each in drawn)
-        sample = torch.where(sets < 9, sets % 3, 3)
-        assert (sample == sample[0]).all()
-        assert torch.equal(sample[0][place], torch.arange(4))
-        assert sorted(sets[:, sample[0] < 3].flatten().tolist()) == list(range(9))
-        assert (sets[:, place[3]] == 9).all()
-        places[torch.arange(4), place] += 1
-        views[torch.arange(3), sets[0, place[:3]] // 3] += 1
-        thrown += torch.bincount(coins, minlength=3)
-    for counts, options, count in ((places, 4, times), (views, 3, times), (thrown / 5, 3, times)):
-        share = 1 / options
-        assert (counts / count - share).abs().max() < 5 * math.sqrt(share / count)
-
-
-def test_a_large_order_is_one(triton_kernels: ModuleType) -> None:
-    sets, place, coins = triton_kernels.proposals(7, 300, 0, 2, 1000, DEVICE)
-    assert sorted(sets.flatten().tolist()) == list(range(600))
-    assert torch.equal(sets[0][place].cpu() % 300, torch.arange(300))
-    assert coins.double().mean().item() == pytest.approx(0.5, abs=0.08)
+    check_shuffles(triton_kernels, DEVICE, times=300)
 
 
 COMPILE = """

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_emc2 import EMC2Loss, InfoNCELoss
@@ -12,13 +13,7 @@ from torch_emc2.losses import ContrastiveLoss
 
 N, B, D = 1000, 32, 16
 VIEWS = {"view", "detach", "slice", "select", "unsqueeze", "permute", "transpose", "t", "expand", "alias", "split"}
-WAITS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "_unique2",
-    "is_nonzero",
-    "equal",
-}  # of which a GPU's host waits for the result
+WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "is_nonzero", "equal"}  # a GPU's host waits for their results
 
 
 class _Operations(TorchDispatchMode):
@@ -55,4 +50,21 @@ def operations(loss_fn: ContrastiveLoss) -> Counter[str]:
 def test_a_step_has_few_operations(loss_fn: ContrastiveLoss, most: int) -> None:
     calls = operations(loss_fn)
     assert sum(count for name, count in calls.items() if name not in VIEWS) <= most, calls
-    assert sum(calls[name] for name in WAITS) == 0, calls  # but for `tolist`, which test_gpu.py counts
+    assert sum(calls[name] for name in WAITS) == 0, calls
+
+
+@pytest.mark.parametrize("kernel", ["metropolis", "isir"])
+def test_a_step_asks_for_values_twice(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For lengths, of which an error tells, and for ids; on a GPU each is a wait, where the ids are there."""
+    loss_fns, asked, tolist = (InfoNCELoss(), EMC2Loss(N, kernel=kernel), EMC2Loss(N, carry="defer")), [], Tensor.tolist
+
+    def count(self: Tensor) -> Any:
+        asked.append(self.shape)
+        return tolist(self)
+
+    monkeypatch.setattr(Tensor, "tolist", count)
+    for loss_fn in loss_fns:
+        for _ in range(2):
+            asked.clear()
+            loss_fn(torch.randn(B, D), torch.randn(B, D), torch.randperm(N)[:B])
+        assert asked == [(2,), (B,)]

@@ -1,6 +1,5 @@
 """Every loss on a GPU: the numbers of the CPU, a process group of NCCL, and training in half precisions."""
 
-import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -88,18 +87,24 @@ def test_one_rank_of_nccl_equals_no_group(name: str, own_ids: bool, tmp_path: Pa
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)  # a GPU adds up in any order
 
 
+@pytest.mark.usefixtures("same_noise")
+@pytest.mark.parametrize("num_chains", [1, 3, 17])
 @pytest.mark.parametrize("kernel", ["metropolis", "isir"])
-@pytest.mark.parametrize("views", [1, 2, 3])
-def test_the_moves_that_are_compiled_take_any_views(views: int, kernel: str) -> None:
-    loss_fn = EMC2Loss(50, kernel=kernel, num_chains=2, towers=2 if views == 1 else 1)
+@pytest.mark.parametrize("views", [1, 2, 3, 33])
+def test_gpu_and_cpu_agree_in_views_and_chains(views: int, kernel: str, num_chains: int) -> None:
+    """One view: two towers."""
+    settings: Any = {"kernel": kernel, "num_chains": num_chains, "towers": 2 if views == 1 else 1}
+    generator, losses = torch.Generator().manual_seed(views), [EMC2Loss(50, **settings) for _ in range(2)]
     for _ in range(3):
-        x = torch.randn(8, views, 4, device=GPU, dtype=torch.float64, requires_grad=True)
-        given = (x[:, 0], torch.randn(8, 4, device=GPU, dtype=torch.float64)) if views == 1 else (x,)
-        loss_fn(*given, index=torch.randperm(50)[:8]).backward()
-        assert x.grad is not None
-        assert x.grad.isfinite().all()
-    for side in loss_fn.sides:
-        assert (side.chains.ids.data < 50).all()
+        given = torch.randn(8, 2 if views == 1 else views, 4, dtype=torch.float64, generator=generator)
+        index, got = torch.randperm(50, generator=generator)[:8], []
+        for loss_fn, device in zip(losses, (GPU, torch.device("cpu")), strict=True):
+            x = given.to(device).requires_grad_()
+            loss = loss_fn(*(x.unbind(1) if views == 1 else (x,)), index=index)
+            got.append([each.cpu() for each in (loss.detach(), *torch.autograd.grad(loss, x))])
+        torch.testing.assert_close(*got, rtol=1e-8, atol=1e-8)
+    for on_gpu, on_cpu in zip(losses[0].sides, losses[1].sides, strict=True):
+        assert torch.equal(on_gpu.chains.ids.data.cpu(), on_cpu.chains.ids.data)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -134,11 +139,12 @@ def test_a_step_waits_once_and_once_more_for_ids_on_the_gpu(kernel: str, carry: 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("loss", ["emc2", "infonce", "negative-cache"])
-def test_training_in_half_precision_begins_as_that_in_single(precision: Any, loss: Any, tiny: Config) -> None:
+def test_training_in_half_precision_is_near_that_in_single(precision: Any, loss: Any, tiny: Config) -> None:
     losses = []
     for each in ("32-true", precision):
         config = replace(tiny, accelerator="gpu", precision=each, loss=loss, out=f"{tiny.out}-{each}")
         header, *rows = (line.split(",") for line in (train(config) / "metrics.csv").read_text().splitlines())
         losses.append([float(row[header.index("global_loss")]) for row in rows])
-    assert losses[0][0] == pytest.approx(losses[1][0], abs=0.05)  # what follows is another path, of other roundings
-    assert all(math.isfinite(loss) for loss in losses[1])
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=0.05)
+    if loss != "negative-cache":  # whose draw of negatives turns on a rounding
+        assert losses[0][-1] == pytest.approx(losses[1][-1], abs=0.2)

@@ -29,6 +29,15 @@ def test_data_is_placed_after_the_steps_taken(tiny: Config) -> None:
     assert batches_after(3) == second[2:]
 
 
+def test_ids_stay_where_the_host_reads_them(tiny: Config) -> None:
+    data = ContrastiveData(tiny, open_dataset("digits", "train", Path("data"), limit=66), None)
+    batch = data.dataset.__getitems__([(0, 3), (0, 5)])
+    moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert moved.index.device.type == "cpu"
+    assert moved.index.tolist() == [3, 5]
+    assert {each.device.type for each in (moved.first, moved.second, moved.carried)} == {"meta"}
+
+
 def test_views_drawn_on_the_device_go_on_and_do_not_depend_on_workers(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

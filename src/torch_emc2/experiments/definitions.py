@@ -7,11 +7,12 @@ from dataclasses import dataclass, is_dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 
 from torch_emc2.config import Config, read_config
+from torch_emc2.settings.losses import Carry
 
 __all__ = [
     "EXPERIMENTS",
@@ -179,7 +180,7 @@ def _chains(base: Config, tuned: Tuned) -> Iterator[Variant]:
 
 def _carry(base: Config, tuned: Tuned) -> Iterator[Variant]:
     """With group norm: policies encode different images together, which batch norm would not forget."""
-    for name, carry in product(_kernels(), ("encode", "encode_if_used", "cache", "drop")):
+    for name, carry in product(_kernels(), get_args(Carry)):
         yield Variant(name, carry, _method(base, tuned, name, emc2__carry=carry, model__norm="group"))
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from torch_emc2.kernels.base import EMPTY, Move, Visit
 
-__all__ = ["counters", "draw", "isir", "metropolis", "proposals", "resamples"]
+__all__ = ["counters", "draw", "isir", "metropolis", "resamples", "shuffle"]
 
 _WORTH_A_THREAD = 1 << 17  # steps
 _LANES = 64
@@ -350,8 +350,9 @@ def _resample(
                 for s in range(num_sets):
                     inside[chain, lane, s] = of_row or _holds(ids[s], one)
                     count += inside[chain, lane, s]
-                number = keep_in[row, chain] % (count if count else num_sets)  # those are all, or so few that each is
-                options[chain, lane], kept_in[chain, lane] = count, number  # as good
+                # Those that hold it, or all: of the drawn set's number what is left is as fair a draw of them.
+                number = keep_in[row, chain] % (count if count else num_sets)
+                options[chain, lane], kept_in[chain, lane] = count, number
                 if count:
                     for s in range(num_sets):
                         if inside[chain, lane, s]:
@@ -419,23 +420,14 @@ def _shuffle(key: Any, size: Any, sets: Any, place: Any, coins: Any) -> None:
         coins[k] = _below(views, k, key)
 
 
-def proposals(
-    key: int, size: int, num_hard: int, views: int, coins: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sets and places of `torch_emc2.losses.draws.Chances`, and ``coins`` draws of a view."""
-    count = size + num_hard
-    memory = torch.empty((views + 1) * count + coins, dtype=torch.int64, device=device)
-    sets, place, thrown = torch.split(memory, [views * count, count, coins])
-    sets = sets.view(views, count)
-    _shuffle(np.uint64(key), size, sets.numpy(), place.numpy(), thrown.numpy())
-    return sets, place, thrown
+def shuffle(key: int, size: int, sets: Tensor, place: Tensor, coins: Tensor) -> None:
+    """Draw the sets and places of `torch_emc2.losses.draws.Chances`, for ``size`` samples, and coins."""
+    _shuffle(np.uint64(key), size, sets.numpy(), place.numpy(), coins.numpy())
 
 
-def draw(counters: Any, rows: int, count: int, device: torch.device) -> Tensor:
-    """Exp(1) numbers (rows, count), float32, of `CountedDraws.counters`."""
-    out = torch.empty(rows, count, device=device)
+def draw(counters: Any, out: Tensor) -> None:
+    """Draw Exp(1) numbers (rows, count), float32, of `CountedDraws.counters`."""
     _draw(counters, out.numpy())
-    return out
 
 
 def metropolis(visit: Visit, counters: Any, burn_in: float) -> Move:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torch_emc2.kernels.base import Move, Visit
 
-__all__ = ["counters", "draw", "isir", "metropolis", "proposals", "resamples"]
+__all__ = ["counters", "draw", "isir", "metropolis", "resamples", "shuffle"]
 
 _LANES, _TILE = 32, 32
 _FEW_LANES, _LONG_TILE = 16, 64  # where programs are as many as blocks of rows, and no more
@@ -331,26 +331,20 @@ def _halves(key: int) -> tuple[int, int]:
     return low, high
 
 
-def proposals(
-    key: int, size: int, num_hard: int, views: int, coins: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sets and places of `torch_emc2.losses.draws.Chances`, and ``coins`` draws of a view."""
-    count = size + num_hard
-    memory = torch.empty((views + 1) * count + coins, dtype=torch.int64, device=device)
-    sets, place, thrown = torch.split(memory, [views * count, count, coins])
-    with _on(device):
+def shuffle(key: int, size: int, sets: Tensor, place: Tensor, coins: Tensor) -> None:
+    """Draw the sets and places of `torch_emc2.losses.draws.Chances`, for ``size`` samples, and coins."""
+    views, count = sets.shape
+    with _on(sets.device):
         _shuffle[(triton.cdiv(count, _BLOCK),)](
-            sets, place, thrown, *_halves(key), size, count, views, coins, BLOCK=_BLOCK, TILE=_TILE
+            sets, place, coins, *_halves(key), size, count, views, len(coins), BLOCK=_BLOCK, TILE=_TILE
         )
-    return sets.view(views, count), place, thrown
 
 
-def draw(counters: Any, rows: int, count: int, device: torch.device) -> Tensor:
-    """Exp(1) numbers (rows, count), float32, of `CountedDraws.counters`."""
-    out = torch.empty(rows, count, device=device)
-    with _on(device):
+def draw(counters: Any, out: Tensor) -> None:
+    """Draw Exp(1) numbers (rows, count), float32, of `CountedDraws.counters`."""
+    rows, count = out.shape
+    with _on(out.device):
         _draw[(rows * triton.cdiv(count, _BLOCK),)](out, count, *counters, BLOCK=_BLOCK)
-    return out
 
 
 def metropolis(visit: Visit, counters: Any, burn_in: float) -> Move:

@@ -43,7 +43,7 @@ def compiled_kernels(device: str) -> ModuleType | None:
 def _compiles(kernels: ModuleType) -> bool:
     """Tell whether Triton can: it is there with torch also where it cannot."""
     try:
-        kernels.draw(kernels.counters(0, 0, 1, 0, 1), 1, 1, torch.device("cuda"))
+        kernels.draw(kernels.counters(0, 0, 1, 0, 1), torch.empty(1, 1, device="cuda"))
     except Exception as error:
         _LOG.warning("Chains move by operations on tensors, which is slower: Triton cannot compile here (%s)", error)
         return False
@@ -94,5 +94,6 @@ class CountedDraws:
 
     def exponential(self, *shape: int) -> Tensor:
         """Draw Exp(1) numbers (rows, \\*shape)."""
-        drawn: Tensor = self.kernels.draw(self.counters(), self._rows, math.prod(shape), self._device)
+        drawn = torch.empty(self._rows, math.prod(shape), device=self._device)
+        self.kernels.draw(self.counters(), drawn)
         return drawn.to(self._dtype).view(self._rows, *shape)

@@ -64,13 +64,15 @@ class BatchDraws:
     def chances(self, num_chains: int) -> Chances:
         """Draw what all rows share, and each chain's coins."""
         contrast, ranks = self._contrast, self._contrast.ranks
-        views, coins = contrast.column_views, (contrast.row_views + 1) * ranks.size * num_chains
+        views, count = contrast.column_views, ranks.size + contrast.num_hard
+        coins = (contrast.row_views + 1) * ranks.size * num_chains
         if self._kernels is not None:
-            sizes = ranks.size, contrast.num_hard, views, coins
-            sets, place, thrown = self._kernels.proposals(self._key, *sizes, self._device)
+            memory = torch.empty((views + 1) * count + coins, dtype=torch.int64, device=self._device)
+            sets, place, thrown = torch.split(memory, [views * count, count, coins])
+            sets = sets.view(views, count)
+            self._kernels.shuffle(self._key, ranks.size, sets, place, thrown)
         else:
             generator = torch.Generator(self._device).manual_seed(mix_seed(self._key, _ORDER))
-            count = ranks.size + contrast.num_hard
             order = torch.randperm(count, generator=generator, device=self._device)
             view = torch.randint(views, (count,), generator=generator, device=self._device)
             thrown = torch.randint(views, (coins,), generator=generator, device=self._device)
