@@ -74,11 +74,13 @@ def test_compiled_moves_are_those_by_tensors(kernel: Kernel, visit: Visit, seed:
 
 
 def batch(rows: int, n: int, chains: int, dtype: torch.dtype, *, column_first: bool) -> Visit:
-    """A visit as a batch makes it: each row has two proposals that are none, and some chains are empty."""
+    """A visit as a batch makes it: each row has two proposals that are none, one is in both sets, some chains are empty."""
     generator = torch.Generator().manual_seed(rows * n + chains)
-    scores = torch.randn(2 * n, rows, dtype=torch.float64, generator=generator) * 3
-    sets = torch.randperm(2 * n, generator=generator).view(2, n)
-    own = torch.randint(n, (rows,), generator=generator)
+    of_samples = 2 * (n - 1)
+    scores = torch.randn(of_samples + 1, rows, dtype=torch.float64, generator=generator) * 3
+    sets = torch.randperm(of_samples, generator=generator).view(2, n - 1)
+    sets = torch.cat([sets, torch.full((2, 1), of_samples)], 1)[:, torch.randperm(n, generator=generator)]
+    own = (sets[0] < of_samples).nonzero()[:, 0][torch.randint(n - 1, (rows,), generator=generator)]
     scores[sets[:, own], torch.arange(rows)] = -torch.inf
     carried_ids = torch.randint(EMPTY, 4 * n, (rows, chains), generator=generator)
     carried = torch.randn(rows, chains, dtype=torch.float64, generator=generator) * 3
@@ -90,7 +92,7 @@ def batch(rows: int, n: int, chains: int, dtype: torch.dtype, *, column_first: b
         carried.to(dtype),
         torch.randint(2, (rows, chains), generator=generator),
         carried_ids,
-        torch.randperm(2 * n, generator=generator),
+        torch.randperm(of_samples + 1, generator=generator),
     )
 
 
