@@ -74,7 +74,7 @@ def test_compiled_moves_are_those_by_tensors(kernel: Kernel, visit: Visit, seed:
 
 
 def batch(rows: int, n: int, chains: int, dtype: torch.dtype, *, column_first: bool) -> Visit:
-    """A visit as a batch makes it: a row has two proposals that are none, one is in both sets, some chains are empty."""
+    """A visit as a batch makes it: a row has two that are none, one is in both sets, some chains are empty."""
     generator = torch.Generator().manual_seed(rows * n + chains)
     of_samples = 2 * (n - 1)
     scores = torch.randn(of_samples + 1, rows, dtype=torch.float64, generator=generator) * 3
