@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from queued import queued
 from torch import Tensor
 from towers import Tower
@@ -19,6 +20,7 @@ from torch_emc2.losses.sogclr import cosine_gamma
 
 __all__ = ["KAPPAS", "METHODS", "Given", "Method"]
 
+DIRECTIONS = "query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"
 KAPPAS: tuple[float | str, ...] = (0.0, "global", 0.05, 0.2, 1.0)
 
 
@@ -95,6 +97,31 @@ def _plain(loss_fn: Callable[..., Tensor], given: Given) -> Step:
     return step
 
 
+def together(loss: Callable[..., Any], **settings: Any) -> Callable[[Given], Step]:
+    """Train with a loss of the library for which both towers' embeddings are views: all of a batch are negatives."""
+
+    def make(given: Given) -> Step:
+        x, y, (queries, _) = given.x, given.y, given.sizes
+        alike = {**given.settings, "num_samples": sum(given.sizes), "towers": 1}
+        loss_fn = loss(**alike, **settings)
+
+        def encode(ids: Tensor) -> Tensor:
+            is_key = ids >= queries
+            order = is_key.argsort(stable=True)
+            encoded = [tower.of_items(part) for tower, part in ((x, ids[~is_key]), (y, ids[is_key] - queries)) if len(part)]
+            return torch.cat(encoded)[order.argsort()]
+
+        def step(rows: Tensor) -> Tensor:
+            index = torch.stack([x.ids[rows], y.ids[rows] + queries], 1)
+            value = loss_fn(x(rows), y(rows), index, encode=encode)
+            value.backward()
+            return value.detach()
+
+        return step
+
+    return make
+
+
 def _sogclr_cosine(given: Given) -> Step:
     return _plain(SogCLRLoss(**given.settings, gamma=cosine_gamma(given.steps)), given)
 
@@ -119,11 +146,11 @@ def _cached(given: Given) -> Step:
     return step
 
 
-def _mnrl(given: Given) -> Step:
-    """Rows are the queries alone, and the same key again is a negative: its defaults."""
+def _mnrl(given: Given, **settings: Any) -> Step:
+    """By its defaults rows are the queries alone; the same item again is a negative."""
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
-    ranking = MultipleNegativesRankingLoss(None, scale=1 / given.temperature)
+    ranking = MultipleNegativesRankingLoss(None, scale=1 / given.temperature, **settings)
 
     def step(rows: Tensor) -> Tensor:
         loss: Tensor = ranking.compute_loss_from_embeddings([given.x(rows), given.y(rows)], None)
@@ -142,6 +169,16 @@ METHODS = {
     "infonce": Method("InfoNCE", ours(InfoNCELoss)),
     "dcl": Method("DCL", ours(DCLLoss)),
     "in-batch": Method("in-batch, κ searched", ours(DCLLoss), KAPPAS),
+    "infonce-together": Method("InfoNCE, all embeddings", together(InfoNCELoss)),
+    "dcl-together": Method("DCL, all embeddings", together(DCLLoss)),
+    "in-batch-together": Method("in-batch, κ searched, all embeddings", together(DCLLoss), KAPPAS),
+    "isir-together": Method("EMC² isir, cache, all embeddings", together(EMC2Loss, kernel="isir"), KAPPAS),
+    "remembered": emc2("EMC² isir, cache, 512 remembered", kernel="isir", num_remembered=512),
+    "remembered-together": Method(
+        "EMC² isir, cache, 512 remembered, all embeddings",
+        together(EMC2Loss, kernel="isir", num_remembered=512),
+        KAPPAS,
+    ),
     "isir-encode": emc2("EMC² isir, encode", kernel="isir", carry="encode"),
     "isir-cache": emc2("EMC² isir, cache", kernel="isir", carry="cache"),
     "isir-defer": emc2("EMC² isir, defer", kernel="isir", carry="defer"),
@@ -155,6 +192,7 @@ METHODS = {
     "sogclr-cosine": Method("SogCLR, γ cosine", _sogclr_cosine, KAPPAS),
     "negative-cache": Method("Negative Cache", _negative_cache),
     "mnrl": Method("sentence-transformers MNRL", _mnrl),
+    "mnrl-together": Method("sentence-transformers MNRL, all directions", partial(_mnrl, directions=DIRECTIONS)),
     "cached": Method("GradCache (cached MNRL), 8 b", _cached, batches=8),
     "cross-batch-memory": Method("cross-batch memory", partial(queued, momentum=None)),
     "moco": Method("MoCo, momentum 0.99", partial(queued, momentum=0.99)),

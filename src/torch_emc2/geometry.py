@@ -8,7 +8,7 @@ documents), and a row's positive is its partner.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -73,6 +73,7 @@ class Contrast:
         own_copies: (rows, k) the same of ``own``.
         layout: where a row's own columns are.
         known: what is known of the samples beyond that; None for nothing.
+        batch: the contrast without what is remembered, where the last columns that all rows share are; else None.
     """
 
     ranks: Ranks
@@ -91,6 +92,23 @@ class Contrast:
     own_copies: Tensor | None
     layout: Layout
     known: Known | None
+    batch: Contrast | None = None
+
+    def with_remembered(self, ids: Tensor, vectors: Tensor) -> Contrast:
+        """Compare all rows with further candidates: ids (k,), some `NO_ID`, which are left out, and vectors (k, d).
+
+        So is what comes a second time, or is in the batch: there it is fresher.
+        """
+        items = [self.item_ids, self.shared_ids, *([] if self.own_ids is None else [self.own_ids.flatten()])]
+        left_out = torch.isin(ids, torch.cat(items)) | ~first_of(ids) | (ids == NO_ID)
+        copies = [left_out] if self.shared_copies is None else [self.shared_copies, left_out]
+        return replace(
+            self,
+            candidate_vectors=torch.cat([self.candidate_vectors, vectors]),
+            shared_ids=torch.cat([self.shared_ids, ids]),
+            shared_copies=torch.cat(copies),
+            batch=self,
+        )
 
     @cached_property
     def row_vectors(self) -> Tensor:

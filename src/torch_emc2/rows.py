@@ -126,17 +126,34 @@ class Rows:
 
     @cached_property
     def num_negatives(self) -> int | Tensor:
-        """Negatives of each row: a number, or (rows,)."""
-        none = self.no_negatives
+        """Negatives of each row: a number, or (rows,). What is remembered counts for each view of a sample."""
+        none, batch, views = self.no_negatives, self.contrast.batch, self.contrast.column_views
         if none is None:
-            return len(self.columns) - self.contrast.column_views
-        return none.shape[1] - none.scatter(1, self.own_columns, True).sum(1)
+            return len(self.columns) - views
+        number = none.shape[1] - none.scatter(1, self.own_columns, True).sum(1)
+        if batch is not None:
+            number += (views - 1) * (~none[:, len(batch.columns) : len(self.columns)]).sum(1)
+        return number
 
     @cached_property
     def log_num_negatives(self) -> float | Tensor:
         """Logarithm of `num_negatives`."""
         count = self.num_negatives
         return count.to(self.vectors.dtype).log() if isinstance(count, Tensor) else math.log(count)
+
+    def in_batch(self, logits: Tensor, log_mass: Tensor) -> tuple[Tensor, float | Tensor]:
+        """Mass and number, in logarithms, of the negatives that are not remembered.
+
+        Args:
+            logits: (rows, C + k), masked.
+            log_mass: (rows,) log Σ exp of all.
+        """
+        batch = self.contrast.batch
+        if batch is None:
+            return log_mass, self.log_num_negatives
+        own = logits[:, len(self.columns) :]
+        among = torch.cat([logits[:, : len(batch.columns)], own], 1)
+        return among.logsumexp(1), Rows(batch, self.span).log_num_negatives
 
     def similarities(self, scale: float | Tensor = 1.0) -> Tensor:
         """Compare rows and columns, and what is the row's own: (rows, C + k), times ``scale``."""

@@ -45,6 +45,13 @@ CASES: dict[str, tuple[int, str, Callable[[], ContrastiveLoss]]] = {
         lambda: EMC2Loss((X, Y), 0.2, kernel="isir", carry="encode", towers=2, positive_weight=1),
     ),
     "isir, cache, keyed": (2, "labels", lambda: EMC2Loss(None, 0.2, kernel="isir", num_chains=2, towers=2)),
+    "isir, encode, remembered": (
+        2,
+        "hard of each",
+        lambda: EMC2Loss(
+            (X, Y), 0.2, kernel="isir", carry="encode", num_remembered=9, towers=2, positive_weight="global"
+        ),
+    ),
     "one tower: infonce": (1, "hard of each", lambda: InfoNCELoss(0.2)),
     "one tower: sogclr": (1, "labels", lambda: SogCLRLoss(X, 0.2, 0.5, views=3)),
     "one tower: negative cache": (
@@ -56,6 +63,11 @@ CASES: dict[str, tuple[int, str, Callable[[], ContrastiveLoss]]] = {
         1,
         "hard of all",
         lambda: EMC2Loss(X, 0.2, kernel=NO_BURN_IN, num_chains=2, positive_weight=0.3),
+    ),
+    "one tower: emc2, remembered": (
+        1,
+        "labels",
+        lambda: EMC2Loss(None, 0.2, kernel=NO_BURN_IN, carry="defer", num_remembered=6),
     ),
     "one tower: isir, encode": (1, "views", lambda: EMC2Loss(3 * X, 0.2, kernel="isir", carry="encode")),
 }

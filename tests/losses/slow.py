@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torch_emc2.losses.draws import BatchDraws
 from torch_emc2.ranks import Ranks
+from torch_emc2.seeds import mix_seed
 
 DIRECTIONS = ("x->y", "y->x")
 Ids = list[list[int]] | None  # by view and sample
@@ -69,6 +70,7 @@ class Row(NamedTuple):
     positives: list[int]
     negatives: list[int]
     known: set[int]  # ids of items that are no negatives of it
+    remembered: tuple[int, ...] = ()  # columns that are in no batch
 
 
 def geometry(batch: Batch, towers: int, directions: str) -> list[tuple[int, list[Row]]]:
@@ -194,6 +196,7 @@ class Slow:
     def __call__(self, batch: Batch, beta: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Value and gradient; ``tables`` have the embeddings of x and y by id, as ``encode`` gives them."""
         losses = []
+        self.own_hard = batch.hard is not None and batch.hard.ndim == 3
         self.own_ids = self.towers == 1 and batch.index is not None and batch.index.ndim == 2
         for number, rows in geometry(batch, self.towers, self.directions):
             self.size, self.row_views = len(batch.x), len(rows) // len(batch.x)
@@ -252,7 +255,9 @@ class Slow:
 
     def kappa(self, number: int, row: Row) -> float:
         if self.positive_weight == "global":
-            return len(row.negatives) / self.num_negatives(number, row)
+            remembered = sum(j in row.remembered for j in row.negatives)  # which are in every set
+            number_seen = len(row.negatives) + (len(row.own) - 1) * remembered
+            return number_seen / self.num_negatives(number, row)
         return float(self.positive_weight)
 
     def masses(self, number: int, row: Row, beta: float) -> dict[int, float]:
@@ -262,13 +267,14 @@ class Slow:
         return masses | {p: kappa * math.exp(beta * row.similarities[p]) for p in row.positives}
 
     def textbook(self, number: int, row: Row, beta: float) -> float:
-        """-β s_pos + log of the denominator."""
+        """-β s_pos + log of the denominator, of the batch."""
         positive = sum(row.similarities[p] for p in row.positives) / len(row.positives)
-        return math.log(sum(self.masses(number, row, beta).values())) - beta * positive
+        masses = self.masses(number, row, beta)
+        return math.log(sum(mass for j, mass in masses.items() if j not in row.remembered)) - beta * positive
 
     def estimate(self, number: int, row: Row, beta: float) -> float:
         """The same a negative: of the global loss."""
-        return self.textbook(number, row, beta) - math.log(len(row.negatives))
+        return self.textbook(number, row, beta) - math.log(sum(j not in row.remembered for j in row.negatives))
 
 
 class InBatch(Slow):
@@ -429,16 +435,45 @@ class EMC2(Slow):
         burn_in: float = 0.5,
         num_chains: int = 1,
         carry: str = "cache",
+        num_remembered: int = 0,
         seed: int = 0,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         self.kernel, self.burn_in, self.num_chains, self.carry, self.seed = kernel, burn_in, num_chains, carry, seed
+        self.num_remembered = num_remembered
         self.chains: dict[Key, tuple[int, float]] = {}  # by direction, id, and number of the chain
         self.cached: dict[Key, Tensor] = {}  # by direction and id of a candidate
         self.due: dict[Key, Tensor] = {}  # gradient, by the same
 
+    def with_remembered(self, number: int, rows: list[Row]) -> list[Row]:
+        """Draw ids, and let all rows meet those that are known and not met already: after what all rows see."""
+        if not self.num_remembered or not any(key[0] == number for key in self.cached):
+            return rows
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, number, self.calls))
+        drawn = torch.randint(self.num_entries(number), (self.num_remembered,), generator=generator).tolist()
+        met = {i for row in rows for i in row.ids}
+        place = len(rows[0].own) * self.size if self.own_hard else len(rows[0].ids)
+        new = [i not in met and i not in drawn[:k] and (number, i) in self.cached for k, i in enumerate(drawn)]
+        vectors = [self.cached[number, i] if is_new else torch.zeros(len(rows[0].vector)) for i, is_new in zip(drawn, new, strict=True)]
+        columns = range(place, place + len(drawn))
+        ids = [i if is_new else None for i, is_new in zip(drawn, new, strict=True)]
+
+        def widened(row: Row) -> Row:
+            similarities = [float(row.vector.detach() @ z.to(row.vector)) for z in vectors]
+            moved = [j if j < place else j + len(drawn) for j in row.negatives]
+            return row._replace(
+                columns=torch.cat([row.columns[:place], torch.stack(vectors).to(row.columns), row.columns[place:]]),
+                similarities=row.similarities[:place] + similarities + row.similarities[place:],
+                ids=row.ids[:place] + ids + row.ids[place:],
+                negatives=moved + [j for j, is_new in zip(columns, new, strict=True) if is_new],
+                remembered=tuple(columns),
+            )
+
+        return [widened(row) for row in rows]
+
     def start(self, number: int, rows: list[Row]) -> None:
+        rows[:] = self.with_remembered(number, rows)
         self.sent: list[tuple[int, Tensor]] = []
         views = len(rows[0].own) if self.own_ids else 1
         first = {rows[0].ids[j]: rows[0].columns[j] for j in reversed(range(self.size * views))}
@@ -500,7 +535,7 @@ class EMC2(Slow):
             if j in row.own and once and self.kappa(number, row) > 0:
                 steps.append(positive)
             elif j in row.negatives:
-                repeats = len(row.own) if j >= len(row.own) * self.size else 1  # a hard negative is in every set
+                repeats = 1 if j < len(row.own) * self.size or j in row.remembered else len(row.own)  # of a hard one
                 coin = self.positive_coins[row.view][row.sample][s][place]
                 if not once and self.kappa(number, row) > 0 and coin < 1 / (count + 1):
                     steps.append(positive)

@@ -7,6 +7,7 @@ the noise it matters only between which thresholds it lies, so that one draw sta
 from collections.abc import Iterator
 from itertools import combinations, pairwise, permutations, product
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_emc2 import EMC2Loss
+from torch_emc2.losses.chain_memory import ChainMemory
 from torch_emc2.losses.draws import BatchDraws, Chances
 from torch_emc2.losses.weighted_sum import WeightedSum
 
@@ -43,6 +45,7 @@ class Enumeration:
         self, kernel: str, own_chains: bool, batches: list[Batch], kinds: Tensor, patch: pytest.MonkeyPatch
     ) -> None:
         self.kernel, self.own_chains, self.batches, self.patch = kernel, own_chains, batches, patch
+        self.remembered = torch.empty(0, dtype=torch.int64)
         self.size, self.num_states = len(batches[0]), len(kinds)
         z = F.normalize(torch.randn(1 + len(kinds), 3, generator=torch.Generator().manual_seed(8)), dim=1)
         self.state_of = torch.full((int(kinds.max()) + 1,), -1)
@@ -64,7 +67,12 @@ class Enumeration:
     def proposals(self, batch: Batch, columns: Tensor) -> list[int]:
         """States behind a set's columns, but for the anchor's own."""
         ids = self.ids(batch) if self.own_chains else self.ids(batch)[:, None].expand(-1, 2)
-        return [state for state in self.state_of[ids.T.flatten()[columns]].tolist() if state >= 0]
+        in_batch = ids.T.flatten()
+        new = [i for i in dict.fromkeys(self.remembered.tolist()) if i not in in_batch]
+        all_ids = torch.cat([in_batch, self.remembered])[columns].tolist()
+        further = {len(in_batch) + self.remembered.tolist().index(i) for i in new}
+        wanted = [i for i, j in zip(all_ids, columns.tolist(), strict=True) if j < len(in_batch) or j in further]
+        return [state for state in self.state_of[wanted].tolist() if state >= 0]
 
     def visit(
         self, batch: Batch, sets: Tensor, in_set: int, second: bool, start: Tensor, noise: Tensor
@@ -74,8 +82,10 @@ class Enumeration:
         ``noise`` (num_chains, …) is what each chain draws in the walk whose end is kept: that over the set ``in_set``
         by the second view or the first.
         """
-        num_chains = len(start)
-        loss_fn = EMC2Loss(len(self.table), TEMPERATURE, kernel=self.kernel, num_chains=num_chains, carry="encode")
+        num_chains, further = len(start), len(self.remembered)
+        settings: dict[str, Any] = {"kernel": self.kernel, "num_chains": num_chains, "num_remembered": further}
+        loss_fn = EMC2Loss(len(self.table), TEMPERATURE, carry="encode", **settings)
+        self.patch.setattr(ChainMemory, "remembered", lambda *args: (self.remembered, self.table[self.remembered]))
         loss_fn.chains.write(torch.zeros(1, dtype=torch.int64), self.first_id[start][None], torch.zeros(1, num_chains))
         if self.kernel == "isir":
             drawn = torch.ones(2, self.size, 2, num_chains)
@@ -85,7 +95,7 @@ class Enumeration:
             drawn[int(second), 0, in_set] = noise
         chances = Chances(
             sets,
-            torch.arange(self.size).index_copy(0, sets[0] % self.size, torch.arange(self.size)),
+            torch.arange(self.size).index_copy(0, sets[0, : self.size] % self.size, torch.arange(self.size)),
             torch.full((2 * self.size, num_chains), in_set),
             torch.full((self.size, num_chains), int(second)),
         )
@@ -113,16 +123,20 @@ def without_replacement(
     return Enumeration(kernel, own_chains, batches, ids[:, None], patch)
 
 
-@pytest.mark.parametrize("own_chains", [False, True])
+@pytest.mark.parametrize(("own_chains", "remembered"), [(False, 0), (True, 0), (False, 1), (False, 2)])
 @pytest.mark.parametrize("others", [1, 2])
-def test_isir(others: int, own_chains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_isir(others: int, own_chains: bool, remembered: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stationary law is the softmax over all negatives, and there the weights are that on average: to 1e-12."""
     chain = without_replacement("isir", own_chains, others, monkeypatch)
     matrix, weights = torch.zeros(2, chain.num_states, chain.num_states).unbind()
     in_order = chain.sets[: 2**others if own_chains else 1]  # the order of a set's columns makes no difference here
     coins = list(product(range(2), (False, True)[: 2 - own_chains]))
-    share = 1 / (len(in_order) * len(chain.batches))
-    for batch, sets, start in product(chain.batches, in_order, range(chain.num_states)):
+    drawn = list(product(range(len(chain.table)), repeat=remembered))
+    share = 1 / (len(in_order) * len(chain.batches) * len(drawn))
+    further = 2 * chain.size + torch.arange(remembered).expand(2, -1)
+    for batch, sets, start, ids in product(chain.batches, in_order, range(chain.num_states), drawn):
+        chain.remembered = torch.tensor(ids, dtype=torch.int64)
+        sets = torch.cat([sets, further], 1)
         thresholds = {0.0, 1.0}  # at all of them the choice may change: the carried state first, then a set's views
         for columns in sets:
             proposals = chain.proposals(batch, columns)
@@ -137,7 +151,7 @@ def test_isir(others: int, own_chains: bool, monkeypatch: pytest.MonkeyPatch) ->
                     ends.add(int(end))
                 assert len(ends) == 1
                 matrix[start, ends.pop()] += share * (high - low) / len(coins)
-        states = torch.tensor([chain.proposals(batch, torch.tensor([j])) or [-1] for j in range(2 * chain.size)])[:, 0]
+        states = torch.tensor([chain.proposals(batch, torch.tensor([j])) or [-1] for j in range(2 * chain.size + remembered)])[:, 0]
         mean = torch.zeros(chain.num_states + 1).index_add_(0, states % (chain.num_states + 1), in_batch)[:-1]
         mean[start] += carried[0]
         weights[start] += share * mean

@@ -110,9 +110,11 @@ def test_negative_cache(with_encode: bool, kind: str, kappa: Any) -> None:
 KERNELS = {"metropolis": Metropolis(0.7), "no burn-in": Metropolis(0.0), "isir": Isir()}
 
 
-def compare_emc2(kernel: str, carry: Any, num_chains: int, kind: str, kappa: float, gone: Sequence[int] = ()) -> None:
+def compare_emc2(
+    kernel: str, carry: Any, num_chains: int, kind: str, kappa: Any, gone: Sequence[int] = (), num_remembered: int = 0
+) -> None:
     given, settings = settings_of(kind, kappa)
-    own = {"carry": carry, "num_chains": num_chains, "seed": 5}
+    own = {"carry": carry, "num_chains": num_chains, "num_remembered": num_remembered, "seed": 5}
     name, burn_in = kernel if kernel == "isir" else "metropolis", getattr(KERNELS[kernel], "burn_in", 0.0)
     fast, slow = EMC2Loss(kernel=KERNELS[kernel], **own, **given), EMC2(kernel=name, burn_in=burn_in, **own, **settings)
     with_encode = carry.startswith("encode")
@@ -143,3 +145,12 @@ def test_emc2(kernel: str, carry: str, num_chains: int, kind: str) -> None:
 )
 def test_emc2_of_every_kind(kernel: str, carry: str, num_chains: int, kind: str, kappa: float) -> None:
     compare_emc2(kernel, carry, num_chains, kind, kappa)
+
+
+@pytest.mark.parametrize("kappa", [0.0, "global"])
+@each_kind
+@pytest.mark.parametrize(
+    ("kernel", "carry", "num_chains"), [("metropolis", "encode", 2), ("no burn-in", "defer", 1), ("isir", "cache", 2)]
+)
+def test_remembered_proposals(kernel: str, carry: str, num_chains: int, kind: str, kappa: Any) -> None:
+    compare_emc2(kernel, carry, num_chains, kind, kappa, gone=range(0, M, 3), num_remembered=8)

@@ -109,8 +109,11 @@ def test_negative_cache(with_encode: bool, kind: str, kappa: Any, directions: An
 KERNELS = {"metropolis": Metropolis(0.5), "no burn-in": Metropolis(0.0), "isir": Isir()}
 
 
-def compare_emc2(kernel: str, carry: Any, num_chains: int, kind: str, kappa: Any, directions: Any) -> None:
-    settings = {"carry": carry, "num_chains": num_chains, "seed": 5, **settings_of(kappa, directions)}
+def compare_emc2(
+    kernel: str, carry: Any, num_chains: int, kind: str, kappa: Any, directions: Any, num_remembered: int = 0
+) -> None:
+    own = {"carry": carry, "num_chains": num_chains, "num_remembered": num_remembered, "seed": 5}
+    settings = {**own, **settings_of(kappa, directions)}
     name, burn_in = kernel if kernel == "isir" else "metropolis", getattr(KERNELS[kernel], "burn_in", 0.0)
     with_encode = carry.startswith("encode")
     slow = EMC2(kernel=name, burn_in=burn_in, **settings)
@@ -140,3 +143,12 @@ def test_emc2(kernel: str, carry: str, num_chains: int, directions: str) -> None
 )
 def test_emc2_of_every_kind(kernel: str, carry: str, num_chains: int, kind: str, kappa: Any) -> None:
     compare_emc2(kernel, carry, num_chains, kind, kappa, "both")
+
+
+@pytest.mark.parametrize("kappa", [0.0, "global"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kernel", "carry", "num_chains"), [("metropolis", "encode", 2), ("no burn-in", "defer", 1), ("isir", "cache", 2)]
+)
+def test_remembered_proposals(kernel: str, carry: str, num_chains: int, kind: str, kappa: Any) -> None:
+    compare_emc2(kernel, carry, num_chains, kind, kappa, "both", num_remembered=8)

@@ -37,6 +37,10 @@ def test_equals_a_dictionary(steps: list[tuple[set[int], set[int]]]) -> None:
         assert dict(zip(keys.tolist(), table.state(at).tolist(), strict=True)) == known
         loaded = Slots(None)
         loaded.load(keys)
+        drawn, again = (each.drawn(60, torch.Generator().manual_seed(number)).tolist() for each in (slots, loaded))
+        assert drawn == again, "a memory that is saved and loaded draws what would have come next"
+        assert set(drawn) <= set(known)
+        assert len(drawn) == (60 if known else 0)
         assert list(loaded._slots.items()) == [(key, slot) for slot, key in enumerate(known)]
 
 
@@ -47,6 +51,17 @@ def test_a_place_is_nobodys_until_it_is_kept() -> None:
     assert slots.find(ids).tolist() == [UNKNOWN] * 3
     slots.keep(ids, slots.place(ids))
     assert slots.find(ids).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_draws_are_uniform(fixed: bool) -> None:
+    slots, size, count = Slots(5 if fixed else None), 5, 20_000
+    ids = torch.arange(size) if fixed else torch.tensor(KEYS[:size])
+    slots.keep(ids, slots.place(ids))
+    drawn = slots.drawn(count, torch.Generator().manual_seed(0))
+    share = (drawn[:, None] == ids).float().mean(0)
+    assert drawn.shape == (count,)
+    assert (share - 1 / size).abs().max() < 5 * (0.2 * 0.8 / count) ** 0.5
 
 
 def test_what_was_freed_before_a_state_is_loaded_is_free_no_more() -> None:

@@ -171,6 +171,7 @@ class ContrastiveLoss(nn.Module, ABC):
                     "training": self.training,
                 },
             )
+            contrasts = tuple(map(self._widen, contrasts))
             temperature = cast(float, self.temperature) if beta is None else 1 / beta.detach()
             with torch.no_grad():
                 mine = [self._compare(each, temperature, encoders[each.candidates], beta) for each in contrasts]
@@ -193,14 +194,15 @@ class ContrastiveLoss(nn.Module, ABC):
             if self.positive_weight != 1:
                 log_positive = log_positive + log_positive_weight(self.positive_weight, rows, self.sizes)
             scores = scores_of(rows, rows.mask_(logits), positive, log_positive, temperature)
-            estimate = value = scores.log_mass - positive.mean - rows.log_num_negatives
+            log_mass, log_count = rows.in_batch(scores.logits, scores.log_mass)
+            estimate = value = log_mass - positive.mean - log_count
             if rows.no_negatives is not None:
                 estimate = value = estimate.nan_to_num_(nan=0.0)  # a row without any
             weights = weighing.weigh(rows, scores)
             if weights.value is not None:
                 value = weights.value
             elif self.positive_weight:
-                value = torch.logaddexp(scores.log_mass, log_positive) - positive.mean - rows.log_num_negatives
+                value = torch.logaddexp(log_mass, log_positive) - positive.mean - log_count
             total.add(rows, positive, weights)
             said.add(rows, value, estimate, positive.mean, *weights.kept)
         values, estimates, similarities, *kept = said.tensors
@@ -253,6 +255,10 @@ class ContrastiveLoss(nn.Module, ABC):
         """
         own = {name: getattr(self, name) for name in ("positive_weight", "towers", "directions")}
         return {"loss": type(self).__name__, **own}
+
+    def _widen(self, contrast: Contrast) -> Contrast:
+        """Compare the rows of a direction with more than the batch; on all ranks alike, and changing nothing."""
+        return contrast
 
     @abstractmethod
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:

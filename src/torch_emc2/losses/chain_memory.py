@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_emc2.losses.met import Met
 from torch_emc2.losses.stateful import Memory
-from torch_emc2.memory.chains import ChainTable
+from torch_emc2.memory.chains import EMPTY, ChainTable
 from torch_emc2.memory.slots import Slots
 from torch_emc2.memory.tables import SampleTable
 
@@ -45,11 +45,29 @@ class ChainMemory(Memory):
         """Look up the cached embeddings (\\*ids.shape, d) of ``ids``, some `EMPTY`; None if there are none."""
         if self.embeddings is None:
             return None
-        dim = self.embeddings.data.shape[1]
+        slots = self.slots.find(ids.flatten()).clamp(min=0)  # what an empty chain meets has no weight
+        return Met(self._cached(self.embeddings, slots, like).view(*ids.shape, -1))
+
+    def remembered(self, count: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw ids (count,) and cached embeddings (count, d), uniformly; `EMPTY` for one that has none, all if none has.
+
+        A function of the memory and ``seed``: on all ranks the same.
+        """
+        drawn = self.slots.drawn(0 if self.embeddings is None else count, torch.Generator().manual_seed(seed))
+        ids = drawn.to(like.device, non_blocking=True)
+        if self.embeddings is None:
+            return ids, like[:0]
+        slots = self.slots.find(drawn).to(like.device, non_blocking=True)
+        vectors = self._cached(self.embeddings, slots, like)
+        return ids.masked_fill(~vectors.any(1), EMPTY), vectors
+
+    @staticmethod
+    def _cached(table: SampleTable, slots: Tensor, like: Tensor) -> Tensor:
+        """(k, d) the embeddings of ``slots`` (k,), for rows ``like`` those given."""
+        dim = table.data.shape[1]
         if dim != like.shape[1]:
             raise ValueError(f"x and y must be (b, {dim}) as the cached embeddings are, got d = {like.shape[1]}")
-        slots = self.slots.find(ids.flatten()).clamp(min=0)  # what an empty chain meets has no weight
-        return Met(self.embeddings.read(slots).to(like.dtype).view(*ids.shape, dim))
+        return table.read(slots).to(like.dtype)
 
     def moving(
         self, ids: Tensor, ends: Tensor, similarities: Tensor | None, first: Tensor | None

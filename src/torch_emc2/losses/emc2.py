@@ -19,6 +19,7 @@ from torch_emc2.losses.stateful import StatefulLoss
 from torch_emc2.losses.visiting import Visiting, Way
 from torch_emc2.losses.weighting import Weighing
 from torch_emc2.memory.chains import EMPTY, ChainTable
+from torch_emc2.seeds import mix_seed
 from torch_emc2.settings.losses import Carry, PositiveWeight
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
@@ -55,7 +56,10 @@ class EMC2Loss(StatefulLoss):
             ``"defer"``: as ``"cache"``; the gradient that a carried negative is due is kept, 4·d bytes more a sample,
             and given to it one visit late, when it is in a batch itself: in the mean over epochs the same.
             ``"drop"``: nobody; its term is left out and the estimate is biased, that of β's gradient beyond use.
-        seed: of the chains' noise, which is a function of (seed, number of the call).
+        num_remembered: further proposals for all rows: so many samples drawn uniformly from the data set, by the embeddings
+            they had at their last visits, which the loss then keeps whatever ``carry`` is, 4·d bytes a sample. Nothing
+            is encoded for them, and they get no gradient.
+        seed: of the chains' noise and of what is remembered, which is a function of (seed, number of the call).
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. The positive is a state then, at which an empty
             chain sits.
         towers: 1 or 2; see `ContrastiveLoss`. Each direction has chains of its own, whose states are ids of the other
@@ -89,6 +93,7 @@ class EMC2Loss(StatefulLoss):
         kernel: str | Kernel = "metropolis",
         num_chains: int = 1,
         carry: Carry = "cache",
+        num_remembered: int = 0,
         seed: int = 0,
         positive_weight: PositiveWeight = 0.0,
         towers: Towers = 1,
@@ -103,13 +108,16 @@ class EMC2Loss(StatefulLoss):
             raise ValueError(f"num_chains must be at least 1, got {num_chains}")
         if carry not in get_args(Carry):
             raise ValueError(f"carry must be one of {', '.join(get_args(Carry))}; got {carry!r}")
+        if require_int("num_remembered", num_remembered) < 0:
+            raise ValueError(f"num_remembered must be at least 0, got {num_remembered}")
         self.kernel = kernel if isinstance(kernel, Kernel) else KERNELS[kernel]()
         self.num_chains = int(num_chains)
         self.carry = carry
+        self.num_remembered = int(num_remembered)
         self.seed = require_int("seed", seed)
         stored = {
             "scored": carry in ("encode_if_used", "drop"),
-            "cached": carry in ("cache", "defer"),
+            "cached": carry in ("cache", "defer") or self.num_remembered > 0,
             "deferred": carry == "defer",
         }
         self.sides = tuple(ChainMemory(size, self.num_chains, **stored) for size in self.sizes)
@@ -121,8 +129,14 @@ class EMC2Loss(StatefulLoss):
         return side.chains
 
     def _alike(self, device: str) -> dict[str, object]:
-        own = {name: getattr(self, name) for name in ("kernel", "num_chains", "carry", "seed")}
+        own = {name: getattr(self, name) for name in ("kernel", "num_chains", "carry", "num_remembered", "seed")}
         return {**super()._alike(device), **own, "compiled moves": compiled_kernels(device) is not None}
+
+    def _widen(self, contrast: Contrast) -> Contrast:
+        if not self.num_remembered:
+            return contrast
+        candidates, key = self.sides[contrast.candidates], mix_seed(self.seed, contrast.anchors, self._calls)
+        return contrast.with_remembered(*candidates.remembered(self.num_remembered, key, contrast.row_vectors))
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
         if encode is None and self.carry in ("encode", "encode_if_used"):

@@ -142,6 +142,7 @@ def _emc2(own: EMC2Config, given: Given) -> EMC2Loss:
         given.temperature,
         kernel=_kernel(own),
         num_chains=own.num_chains,
+        num_remembered=own.num_remembered,
         carry=own.carry,
         seed=given.seed,
         **given.weight,
@@ -214,6 +215,7 @@ ESTIMATORS = {
                 "isir, 4 chains": {**_ISIR, "num_chains": 4},
                 "isir, cache": {**_ISIR, "carry": "cache"},
                 "isir, defer": {**_ISIR, "carry": "defer"},
+                "isir, cache, remembered": {**_ISIR, "carry": "cache", "num_remembered": 512},
             },
         ),
     )

@@ -130,12 +130,18 @@ class Visiting(Weighing):
         return Weights(weights, w_pos, kept=kept)
 
     def _in_sets(self, logits: Tensor) -> Tensor:
-        """Weigh hard negatives, which are in each set, for that; a view of a sample is in one."""
+        """Weigh hard negatives, which are in each set, for that; a view of a sample is in one.
+
+        What is remembered is as good a proposal to each set as the batch's, and in each.
+        """
         contrast = self.contrast
-        if not contrast.num_hard:
+        batch = contrast.batch or contrast
+        if not batch.num_hard:
             return logits
-        samples = contrast.column_views * contrast.ranks.size
-        return torch.cat([logits[:, :samples], logits[:, samples:] - math.log(contrast.column_views)], 1)
+        samples, in_sets = contrast.column_views * contrast.ranks.size, logits.clone()
+        for hard in slice(samples, len(batch.columns)), slice(len(contrast.columns), None):  # of all rows, of each
+            in_sets[:, hard] -= math.log(contrast.column_views)
+        return in_sets
 
     def conclude(self, kept: tuple[Tensor, ...]) -> Conclusion:
         """Weigh what was carried, and be ready to write where the chains ended."""
@@ -172,8 +178,8 @@ class Visiting(Weighing):
 
         kept = None if similarity is None else of_samples(similarity)
         writes = [self.anchors.moving(contrast.chain_ids, of_samples(ends), kept, contrast.first_anchors)]
-        if self.way.carry in ("cache", "defer"):
-            writes.append(self.candidates.caching(*contrast.items()))
+        if self.candidates.cached:
+            writes.append(self.candidates.caching(*(contrast.batch or contrast).items()))
         if self.way.carry == "defer":
             writes.append(self._deferring(weight))
 

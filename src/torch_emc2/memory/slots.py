@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import repeat
+from itertools import islice, repeat
 
 import torch
 from torch import Tensor
@@ -20,9 +20,23 @@ class Slots:
     """
 
     def __init__(self, num_samples: int | None) -> None:
-        self.fixed = num_samples is not None
+        self._num_samples = num_samples
+        self._keys: list[int] = []
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
+
+    @property
+    def fixed(self) -> bool:
+        """Whether an id is its slot."""
+        return self._num_samples is not None
+
+    def drawn(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw ids (count,) with replacement: of a table of known size any, else any that has a slot, or none."""
+        most = len(self._keys) if self._num_samples is None else self._num_samples
+        if most == 0:
+            return torch.empty(0, dtype=torch.int64)
+        drawn = torch.randint(most, (count,), generator=generator)
+        return drawn if self.fixed else torch.tensor([self._keys[place] for place in drawn.tolist()])
 
     def find(self, ids: Tensor) -> Tensor:
         """Return the slots of ``ids`` (k,), `UNKNOWN` where a key has none."""
@@ -50,7 +64,9 @@ class Slots:
             return
         before = len(self._slots)
         self._slots.update(zip(ids.tolist(), slots.tolist(), strict=True))
-        taken = min(len(self._slots) - before, len(self._free))
+        new = len(self._slots) - before
+        self._keys += [*islice(reversed(self._slots), new)][::-1]  # a dictionary has the newest last
+        taken = min(new, len(self._free))
         del self._free[len(self._free) - taken :]
 
     def forget(self, ids: Tensor) -> Tensor:
@@ -59,13 +75,14 @@ class Slots:
             return ids
         slots = [slot for key in ids.tolist() if (slot := self._slots.pop(key, None)) is not None]
         self._free += slots
+        self._keys = [*self._slots]
         return torch.tensor(slots, dtype=torch.int64)
 
     def keys(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Return all keys (n,) in the order in which they came, and their slots; None where ids are slots."""
         if self.fixed:
             return None, None
-        return torch.tensor([*self._slots], dtype=torch.int64), torch.tensor([*self._slots.values()], dtype=torch.int64)
+        return torch.tensor(self._keys, dtype=torch.int64), torch.tensor([*self._slots.values()], dtype=torch.int64)
 
     def check(self, keys: Tensor | None, *entries: Tensor) -> None:
         """Raise ValueError where saved keys (n,), or None, are not of such slots, or not of entries (n, …)."""
@@ -88,5 +105,6 @@ class Slots:
     def load(self, keys: Tensor | None) -> None:
         """Take over saved keys (n,): their slots are 0 … n-1."""
         if keys is not None:
-            self._slots = {key: slot for slot, key in enumerate(keys.tolist())}
+            self._keys = keys.tolist()
+            self._slots = {key: slot for slot, key in enumerate(self._keys)}
             self._free = []

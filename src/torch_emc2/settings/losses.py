@@ -35,12 +35,14 @@ class EMC2Config:
     Attributes:
         burn_in: share of a walk's steps that are not counted; null for the kernel's own, one half for metropolis.
         num_chains: chains a sample.
+        num_remembered: further proposals, drawn uniformly from the data by their last embeddings.
         carry: who supplies the carried negative's embedding.
         kernel: how a chain moves.
     """
 
     burn_in: float | None = None
     num_chains: int = 1
+    num_remembered: int = 0
     carry: Carry = "encode"
     kernel: Literal["metropolis", "isir"] = "metropolis"
 
@@ -51,6 +53,8 @@ class EMC2Config:
             raise ValueError(f"burn_in must be null for the kernel isir, which has none, got {self.burn_in}")
         if self.num_chains < 1:
             raise ValueError(f"num_chains must be at least 1, got {self.num_chains}")
+        if self.num_remembered < 0:
+            raise ValueError(f"num_remembered must be at least 0, got {self.num_remembered}")
 
 
 @dataclass
