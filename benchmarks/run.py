@@ -1,6 +1,6 @@
 """Run the benchmarks of docs/performance.md one after the other, on an otherwise idle machine.
 
-python benchmarks/run.py --all            # half an hour and more; or some by name: loss_step memory
+python benchmarks/run.py --all            # an hour and a half; or some by name: loss_step memory
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ LOSSES = [
     "EMC², defer",
     "EMC², isir, cache",
     "EMC², isir, cache, 4 chains",
+    "EMC², isir, cache, remembered",
     "SogCLR, γ = 0.9",
     "lightly, NTXentLoss",
     "LibAUC, GCLoss_v1",
@@ -31,7 +32,10 @@ PARTS: dict[str, list[list[str]]] = {
     "scaling": [["scaling.py"]],
     "evaluation": [["evaluation.py"]],
     "start_up": [["start_up.py"]],
-    "training": [["training.py"]],
+    "training": [
+        ["training.py", "--data", "fashion-mnist", "--images", "2048"],
+        ["training.py", "--data", "stl10", "--epochs", "2"],
+    ],
 }
 
 

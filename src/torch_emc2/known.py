@@ -125,7 +125,7 @@ def copies(ids: Tensor | None, shared_ids: Tensor, own_ids: Tensor | None) -> tu
         own_ids: (local, k) of a sample's.
     """
     items = shared_ids[:0] if ids is None else ids.flatten()
-    shared = (torch.isin(shared_ids, items) | ~first_of(shared_ids)) & (shared_ids != NO_ID)
+    shared = ~first_of(torch.cat([items, shared_ids]))[len(items) :] & (shared_ids != NO_ID)
     if own_ids is None:
         return shared, None
     again = (own_ids[:, :, None] == own_ids[:, None]).tril(-1).any(2)

@@ -448,13 +448,18 @@ class EMC2(Slow):
 
     def with_remembered(self, number: int, rows: list[Row]) -> list[Row]:
         """Draw ids, and let all rows meet those that are known and not met already: after what all rows see."""
-        if not self.num_remembered or not any(key[0] == number for key in self.cached):
+        if not self.num_remembered:
             return rows
         generator = torch.Generator().manual_seed(mix_seed(self.seed, number, self.calls))
         drawn = torch.randint(self.num_entries(number), (self.num_remembered,), generator=generator).tolist()
         met = {i for row in rows for i in row.ids}
         place = len(rows[0].own) * self.size if self.own_hard else len(rows[0].ids)
-        new = [i not in met and i not in drawn[:k] and (number, i) in self.cached for k, i in enumerate(drawn)]
+        batch = rows[0].ids[: self.size * (len(rows[0].own) if self.own_ids else 1)]
+        known = [(number, i) in self.cached for i in batch]
+        new = [
+            i not in met and i not in drawn[:k] and (number, i) in self.cached and known[k % len(known)]
+            for k, i in enumerate(drawn)
+        ]
         vectors = [self.cached[number, i] if is_new else torch.zeros(len(rows[0].vector)) for i, is_new in zip(drawn, new, strict=True)]
         columns = range(place, place + len(drawn))
         ids = [i if is_new else None for i, is_new in zip(drawn, new, strict=True)]

@@ -118,10 +118,10 @@ def test_half_embeddings_give_the_loss_of_their_values(name: str, dtype: torch.d
     torch.testing.assert_close(half, single, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("carry", ["cache", "defer", "drop"])
+@pytest.mark.parametrize(("carry", "num_remembered"), [("cache", 0), ("cache", 8), ("defer", 0), ("drop", 0)])
 @pytest.mark.parametrize("kernel", ["metropolis", "isir"])
-def test_a_step_waits_once_and_once_more_for_ids_on_the_gpu(kernel: str, carry: Carry) -> None:
-    loss_fn = EMC2Loss(50, kernel=kernel, carry=carry)
+def test_a_step_waits_once_and_once_more_for_ids_on_the_gpu(kernel: str, carry: Carry, num_remembered: int) -> None:
+    loss_fn = EMC2Loss(50, kernel=kernel, carry=carry, num_remembered=num_remembered)
     for where, waits in ((GPU, 2), (torch.device("cpu"), 1)):
         for _ in range(2):  # the first moves tables
             z1, z2, index = torch.randn(8, 4, device=GPU), torch.randn(8, 4, device=GPU), torch.arange(8).to(where)

@@ -48,18 +48,22 @@ class ChainMemory(Memory):
         slots = self.slots.find(ids.flatten()).clamp(min=0)  # what an empty chain meets has no weight
         return Met(self._cached(self.embeddings, slots, like).view(*ids.shape, -1))
 
-    def remembered(self, count: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw ids (count,) and cached embeddings (count, d), uniformly; `EMPTY` for one that has none, all if none has.
+    def remembered(self, count: int, seed: int, batch: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw ids (count,) uniformly, with their cached embeddings (count, d); `EMPTY` where there is none.
 
+        Only such a share of them as has been met before of the ids in ``batch`` (k,): while all that is met is new, what
+        is remembered is no draw from the data but the last batches, against which training runs away.
         A function of the memory and ``seed``: on all ranks the same.
         """
-        drawn = self.slots.drawn(0 if self.embeddings is None else count, torch.Generator().manual_seed(seed))
-        ids = drawn.to(like.device, non_blocking=True)
         if self.embeddings is None:
-            return ids, like[:0]
+            return torch.full((count,), EMPTY, device=like.device), like.new_zeros(count, like.shape[1])
+        drawn = self.slots.drawn(count, torch.Generator().manual_seed(seed))
+        ids = drawn.to(like.device, non_blocking=True)
         slots = self.slots.find(drawn).to(like.device, non_blocking=True)
         vectors = self._cached(self.embeddings, slots, like)
-        return ids.masked_fill(~vectors.any(1), EMPTY), vectors
+        known = self._cached(self.embeddings, self.slots.find(batch), like).any(1)
+        known = known[torch.arange(count, device=known.device) % len(known)]
+        return ids.masked_fill(~(vectors.any(1) & known), EMPTY), vectors
 
     @staticmethod
     def _cached(table: SampleTable, slots: Tensor, like: Tensor) -> Tensor:

@@ -136,7 +136,8 @@ class EMC2Loss(StatefulLoss):
         if not self.num_remembered:
             return contrast
         candidates, key = self.sides[contrast.candidates], mix_seed(self.seed, contrast.anchors, self._calls)
-        return contrast.with_remembered(*candidates.remembered(self.num_remembered, key, contrast.row_vectors))
+        batch, like = contrast.item_ids, contrast.row_vectors
+        return contrast.with_remembered(*candidates.remembered(self.num_remembered, key, batch, like))
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
         if encode is None and self.carry in ("encode", "encode_if_used"):

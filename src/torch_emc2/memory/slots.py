@@ -31,10 +31,10 @@ class Slots:
         return self._num_samples is not None
 
     def drawn(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw ids (count,) with replacement: of a table of known size any, else any that has a slot, or none."""
+        """Draw ids (count,) with replacement: of a table of known size any, else of those that have slots, if any has."""
         most = len(self._keys) if self._num_samples is None else self._num_samples
         if most == 0:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.full((count,), UNKNOWN)
         drawn = torch.randint(most, (count,), generator=generator)
         return drawn if self.fixed else torch.tensor([self._keys[place] for place in drawn.tolist()])
 
