@@ -456,10 +456,10 @@ class EMC2(Slow):
         place = len(rows[0].own) * self.size if self.own_hard else len(rows[0].ids)
         batch = rows[0].ids[: self.size * (len(rows[0].own) if self.own_ids else 1)]
         known = [(number, i) in self.cached for i in batch]
-        new = [
-            i not in met and i not in drawn[:k] and (number, i) in self.cached and known[k % len(known)]
-            for k, i in enumerate(drawn)
-        ]
+        new = []
+        for k, i in enumerate(drawn):
+            new.append(known[k % len(known)] and (number, i) in self.cached and i not in met)
+            met |= {i} if new[-1] else set()
         vectors = [self.cached[number, i] if is_new else torch.zeros(len(rows[0].vector)) for i, is_new in zip(drawn, new, strict=True)]
         columns = range(place, place + len(drawn))
         ids = [i if is_new else None for i, is_new in zip(drawn, new, strict=True)]
