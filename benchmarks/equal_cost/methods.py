@@ -108,7 +108,9 @@ def together(loss: Callable[..., Any], **settings: Any) -> Callable[[Given], Ste
         def encode(ids: Tensor) -> Tensor:
             is_key = ids >= queries
             order = is_key.argsort(stable=True)
-            encoded = [tower.of_items(part) for tower, part in ((x, ids[~is_key]), (y, ids[is_key] - queries)) if len(part)]
+            encoded = [
+                tower.of_items(part) for tower, part in ((x, ids[~is_key]), (y, ids[is_key] - queries)) if len(part)
+            ]
             return torch.cat(encoded)[order.argsort()]
 
         def step(rows: Tensor) -> Tensor:

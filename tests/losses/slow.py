@@ -460,7 +460,10 @@ class EMC2(Slow):
         for k, i in enumerate(drawn):
             new.append(known[k % len(known)] and (number, i) in self.cached and i not in met)
             met |= {i} if new[-1] else set()
-        vectors = [self.cached[number, i] if is_new else torch.zeros(len(rows[0].vector)) for i, is_new in zip(drawn, new, strict=True)]
+        vectors = [
+            self.cached[number, i] if is_new else torch.zeros(len(rows[0].vector))
+            for i, is_new in zip(drawn, new, strict=True)
+        ]
         columns = range(place, place + len(drawn))
         ids = [i if is_new else None for i, is_new in zip(drawn, new, strict=True)]
 

@@ -151,7 +151,9 @@ def test_isir(others: int, own_chains: bool, remembered: int, monkeypatch: pytes
                     ends.add(int(end))
                 assert len(ends) == 1
                 matrix[start, ends.pop()] += share * (high - low) / len(coins)
-        states = torch.tensor([chain.proposals(batch, torch.tensor([j])) or [-1] for j in range(2 * chain.size + remembered)])[:, 0]
+        states = torch.tensor(
+            [chain.proposals(batch, torch.tensor([j])) or [-1] for j in range(2 * chain.size + remembered)]
+        )[:, 0]
         mean = torch.zeros(chain.num_states + 1).index_add_(0, states % (chain.num_states + 1), in_batch)[:-1]
         mean[start] += carried[0]
         weights[start] += share * mean
