@@ -51,8 +51,8 @@ class ChainMemory(Memory):
     def remembered(self, count: int, seed: int, batch: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Draw ids (count,) uniformly, with their cached embeddings (count, d); `EMPTY` where there is none.
 
-        Only such a share of them as has been met before of the ids in ``batch`` (k,): while all that is met is new, what
-        is remembered is no draw from the data but the last batches, against which training runs away.
+        Only such a share of them as has been met before of the ids in ``batch`` (k,): while all that is met is new,
+        what is remembered is no draw from the data but the last batches, against which training runs away.
         A function of the memory and ``seed``: on all ranks the same.
         """
         if self.embeddings is None:

@@ -56,9 +56,9 @@ class EMC2Loss(StatefulLoss):
             ``"defer"``: as ``"cache"``; the gradient that a carried negative is due is kept, 4·d bytes more a sample,
             and given to it one visit late, when it is in a batch itself: in the mean over epochs the same.
             ``"drop"``: nobody; its term is left out and the estimate is biased, that of β's gradient beyond use.
-        num_remembered: further proposals for all rows: so many samples drawn uniformly from the data set, by the embeddings
-            they had at their last visits, which the loss then keeps whatever ``carry`` is, 4·d bytes a sample. Nothing
-            is encoded for them, and they get no gradient.
+        num_remembered: further proposals for all rows, from the second visit on: so many samples drawn uniformly from
+            the data set, by the embeddings they had at their last visits, which the loss then keeps whatever ``carry``
+            is, 4·d bytes a sample. Nothing is encoded for them, and they get no gradient.
         seed: of the chains' noise and of what is remembered, which is a function of (seed, number of the call).
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. The positive is a state then, at which an empty
             chain sits.

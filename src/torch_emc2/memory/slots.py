@@ -31,7 +31,7 @@ class Slots:
         return self._num_samples is not None
 
     def drawn(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw ids (count,) with replacement: of a table of known size any, else of those that have slots, if any has."""
+        """Draw ids (count,) with replacement: of a table of known size any, else of those that have slots."""
         most = len(self._keys) if self._num_samples is None else self._num_samples
         if most == 0:
             return torch.full((count,), UNKNOWN)
