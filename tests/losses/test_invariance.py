@@ -123,9 +123,11 @@ def without_replacement(
     return Enumeration(kernel, own_chains, batches, ids[:, None], patch)
 
 
-@pytest.mark.parametrize(("own_chains", "remembered"), [(False, 0), (True, 0), (False, 1), (False, 2)])
-@pytest.mark.parametrize("others", [1, 2])
-def test_isir(others: int, own_chains: bool, remembered: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("own_chains", "others", "remembered"),
+    [(False, 1, 0), (False, 2, 0), (True, 1, 0), (True, 2, 0), (False, 1, 1), (False, 2, 1), (False, 1, 2)],
+)
+def test_isir(own_chains: bool, others: int, remembered: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stationary law is the softmax over all negatives, and there the weights are that on average: to 1e-12."""
     chain = without_replacement("isir", own_chains, others, monkeypatch)
     matrix, weights = torch.zeros(2, chain.num_states, chain.num_states).unbind()

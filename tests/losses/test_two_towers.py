@@ -145,10 +145,10 @@ def test_emc2_of_every_kind(kernel: str, carry: str, num_chains: int, kind: str,
     compare_emc2(kernel, carry, num_chains, kind, kappa, "both")
 
 
-@pytest.mark.parametrize("kappa", [0.0, "global"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("kernel", "carry", "num_chains"), [("metropolis", "encode", 2), ("no burn-in", "defer", 1), ("isir", "cache", 2)]
+    ("kernel", "carry", "num_chains", "kappa"),
+    [("metropolis", "encode", 2, 0.0), ("no burn-in", "defer", 1, "global"), ("isir", "cache", 2, "global")],
 )
-def test_remembered_proposals(kernel: str, carry: str, num_chains: int, kind: str, kappa: Any) -> None:
+def test_remembered_proposals(kernel: str, carry: str, num_chains: int, kappa: Any, kind: str) -> None:
     compare_emc2(kernel, carry, num_chains, kind, kappa, "both", num_remembered=8)
