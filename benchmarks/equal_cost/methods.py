@@ -138,6 +138,10 @@ def _emc2(given: Given, **settings: Any) -> Step:
     return _plain(EMC2Loss(**given.settings, seed=given.seed, **settings), given)
 
 
+def _emc2_together(given: Given, **settings: Any) -> Step:
+    return together(EMC2Loss, kernel="isir", seed=given.seed, **settings)(given)
+
+
 def _cached(given: Given) -> Step:
     """GradCache, as sentence-transformers' CachedMultipleNegativesRankingLoss has it."""
     x, y, loss_fn = given.x, given.y, InfoNCELoss(**given.settings)
@@ -174,11 +178,11 @@ METHODS = {
     "infonce-together": Method("InfoNCE, all embeddings", together(InfoNCELoss)),
     "dcl-together": Method("DCL, all embeddings", together(DCLLoss)),
     "in-batch-together": Method("in-batch, κ searched, all embeddings", together(DCLLoss), KAPPAS),
-    "isir-together": Method("EMC² isir, cache, all embeddings", together(EMC2Loss, kernel="isir"), KAPPAS),
+    "isir-together": Method("EMC² isir, cache, all embeddings", _emc2_together, KAPPAS),
     "remembered": emc2("EMC² isir, cache, 512 remembered", kernel="isir", num_remembered=512),
     "remembered-together": Method(
         "EMC² isir, cache, 512 remembered, all embeddings",
-        together(EMC2Loss, kernel="isir", num_remembered=512),
+        partial(_emc2_together, num_remembered=512),
         KAPPAS,
     ),
     "isir-encode": emc2("EMC² isir, encode", kernel="isir", carry="encode"),

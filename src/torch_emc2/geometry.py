@@ -68,8 +68,9 @@ class Contrast:
         first_candidates: the same of `item_ids`.
         own: (rows, k, d) hard negatives of each row alone, with gradient; or None.
         own_ids: (rows, k) their ids on the candidates' side, `NO_ID` for none; or None.
-        shared_ids: (C - views · size,) the same of those that all rows share.
-        shared_copies: (C - views · size,) which of them stand for an item a second time; None without hard negatives.
+        shared_ids: (C - views · size,) the same of those that all rows share, and of what is remembered.
+        shared_copies: (C - views · size,) which of them are left out, since they stand for an item a second time or for
+            none; None without any.
         own_copies: (rows, k) the same of ``own``.
         layout: where a row's own columns are.
         known: what is known of the samples beyond that; None for nothing.
@@ -97,7 +98,7 @@ class Contrast:
     def with_remembered(self, ids: Tensor, vectors: Tensor) -> Contrast:
         """Compare all rows with further candidates: ids (k,), some `NO_ID`, which are left out, and vectors (k, d).
 
-        So is what comes a second time, or is in the batch: there it is fresher.
+        What comes a second time is left out too, and what is in the batch: there it is fresher.
         """
         items = [self.item_ids, self.shared_ids]
         if self.own_ids is not None:
@@ -113,6 +114,11 @@ class Contrast:
             shared_copies=torch.cat(copies),
             batch=self,
         )
+
+    @cached_property
+    def remembered(self) -> slice:
+        """Columns that are remembered."""
+        return slice(len(self.columns if self.batch is None else self.batch.columns), len(self.columns))
 
     @cached_property
     def row_vectors(self) -> Tensor:

@@ -126,14 +126,12 @@ class Rows:
 
     @cached_property
     def num_negatives(self) -> int | Tensor:
-        """Negatives of each row: a number, or (rows,). What is remembered counts for each view of a sample."""
-        none, batch, views = self.no_negatives, self.contrast.batch, self.contrast.column_views
-        if none is None:
-            return len(self.columns) - views
-        number = none.shape[1] - none.scatter(1, self.own_columns, True).sum(1)
-        if batch is not None:
-            number += (views - 1) * (~none[:, len(batch.columns) : len(self.columns)]).sum(1)
-        return number
+        """Negatives of each row that are not remembered: a number, or (rows,)."""
+        if self.no_negatives is None:
+            return len(self.columns) - self.contrast.column_views
+        none = self.no_negatives.scatter(1, self.own_columns, True)
+        none[:, self.contrast.remembered] = True
+        return none.shape[1] - none.sum(1)
 
     @cached_property
     def log_num_negatives(self) -> float | Tensor:
@@ -141,19 +139,20 @@ class Rows:
         count = self.num_negatives
         return count.to(self.vectors.dtype).log() if isinstance(count, Tensor) else math.log(count)
 
-    def in_batch(self, logits: Tensor, log_mass: Tensor) -> tuple[Tensor, float | Tensor]:
-        """Mass and number, in logarithms, of the negatives that are not remembered.
+    def log_with_remembered(self) -> Tensor:
+        """(rows,) logarithm of how many negatives there are for each that is not remembered.
 
-        Args:
-            logits: (rows, C + k), masked.
-            log_mass: (rows,) log Σ exp of all.
+        What is remembered is in every set of proposals, and counts for each view of a sample.
         """
-        batch = self.contrast.batch
-        if batch is None:
-            return log_mass, self.log_num_negatives
-        own = logits[:, len(self.columns) :]
-        among = torch.cat([logits[:, : len(batch.columns)], own], 1)
-        return among.logsumexp(1), Rows(batch, self.span).log_num_negatives
+        assert self.no_negatives is not None
+        remembered = (~self.no_negatives[:, self.contrast.remembered]).sum(1) * self.contrast.column_views
+        return (remembered / self.num_negatives).to(self.vectors.dtype).log1p()
+
+    def log_mass_in_batch(self, logits: Tensor) -> Tensor:
+        """(rows,) log Σ exp of the negatives that are not remembered, among logits (rows, C + k), which are masked."""
+        remembered, own = self.contrast.remembered, logits[:, len(self.columns) :]
+        among = logits[:, : remembered.start]
+        return (torch.cat([among, own], 1) if own.shape[1] else among).logsumexp(1)
 
     def similarities(self, scale: float | Tensor = 1.0) -> Tensor:
         """Compare rows and columns, and what is the row's own: (rows, C + k), times ``scale``."""

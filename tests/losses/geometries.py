@@ -66,7 +66,7 @@ CASES: dict[str, tuple[int, str, Callable[[], ContrastiveLoss]]] = {
     ),
     "one tower: emc2, remembered": (
         1,
-        "labels",
+        "hard of all",
         lambda: EMC2Loss(None, 0.2, kernel=NO_BURN_IN, carry="defer", num_remembered=6),
     ),
     "one tower: isir, encode": (1, "views", lambda: EMC2Loss(3 * X, 0.2, kernel="isir", carry="encode")),

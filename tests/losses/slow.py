@@ -253,11 +253,13 @@ class Slow:
         views = len(row.own)
         return self.num_entries(number) - views if self.own_ids else views * (self.num_entries(number) - 1)
 
+    def num_in_batch(self, row: Row) -> int:
+        """How many it has in the batch."""
+        return sum(j not in row.remembered for j in row.negatives)
+
     def kappa(self, number: int, row: Row) -> float:
         if self.positive_weight == "global":
-            remembered = sum(j in row.remembered for j in row.negatives)  # which are in every set
-            number_seen = len(row.negatives) + (len(row.own) - 1) * remembered
-            return number_seen / self.num_negatives(number, row)
+            return self.num_in_batch(row) / self.num_negatives(number, row)
         return float(self.positive_weight)
 
     def masses(self, number: int, row: Row, beta: float) -> dict[int, float]:
@@ -274,7 +276,7 @@ class Slow:
 
     def estimate(self, number: int, row: Row, beta: float) -> float:
         """The same a negative: of the global loss."""
-        return self.textbook(number, row, beta) - math.log(sum(j not in row.remembered for j in row.negatives))
+        return self.textbook(number, row, beta) - math.log(self.num_in_batch(row))
 
 
 class InBatch(Slow):
@@ -455,10 +457,10 @@ class EMC2(Slow):
         met = {i for row in rows for i in row.ids}
         place = len(rows[0].own) * self.size if self.own_hard else len(rows[0].ids)
         batch = rows[0].ids[: self.size * (len(rows[0].own) if self.own_ids else 1)]
-        known = [(number, i) in self.cached for i in batch]
+        met_before = sum((number, i) in self.cached for i in batch)
         new = []
         for k, i in enumerate(drawn):
-            new.append(known[k % len(known)] and (number, i) in self.cached and i not in met)
+            new.append(k * len(batch) < met_before * len(drawn) and (number, i) in self.cached and i not in met)
             met |= {i} if new[-1] else set()
         vectors = [
             self.cached[number, i] if is_new else torch.zeros(len(rows[0].vector))
@@ -553,7 +555,8 @@ class EMC2(Slow):
 
     def positive_score(self, number: int, row: Row, beta: float) -> float:
         mass = sum(math.exp(beta * row.similarities[p]) for p in row.positives)
-        kappa = self.kappa(number, row)
+        in_batch, remembered = self.num_in_batch(row), len(row.negatives) - self.num_in_batch(row)
+        kappa = self.kappa(number, row) * (in_batch + remembered * len(row.own)) / in_batch  # those are in every set
         return math.log(mass * kappa / len(row.own)) if kappa else -math.inf
 
     def visit(

@@ -129,6 +129,27 @@ def test_a_batch_of_another_width_changes_nothing() -> None:
     assert torch.equal(loss_fn.chains.ids.data, before)
 
 
+def test_labels_are_not_known_of_what_is_remembered() -> None:
+    loss_fn = EMC2Loss(10, num_remembered=4)
+    x, y, index = torch.randn(4, 3), torch.randn(4, 3), torch.arange(4)
+    loss_fn(x, y, index)
+    before = copy.deepcopy(loss_fn.state_dict())
+    with pytest.raises(ValueError, match="num_remembered=0"):
+        loss_fn(x, y, index, labels=index % 2)
+    torch.testing.assert_close(loss_fn.state_dict(), before, rtol=0, atol=0)
+
+
+def test_kappa_is_the_share_that_the_whole_data_gives_it_with_any_number_of_proposals() -> None:
+    """All embeddings equal: with κ = "global" the positive is one of all."""
+    size, ones = 100, torch.ones(4, 3)
+    for num_remembered in (0, 50):
+        loss_fn = EMC2Loss(size, kernel="isir", positive_weight="global", num_remembered=num_remembered)
+        for _ in range(2):
+            for index in torch.arange(size).split(4):
+                loss = loss_fn(ones, ones, index)
+        assert float(loss) == pytest.approx(math.log(1 + 1 / (2 * size - 2)), rel=1e-3)
+
+
 @pytest.mark.parametrize(("kernel", "temperature"), [("metropolis", 0.2), ("isir", 1.0)])
 def test_noise_goes_on_with_the_calls_and_starts_with_the_seed(kernel: str, temperature: float) -> None:
     z, index, ends = torch.randn(2, B, D, generator=torch.Generator().manual_seed(0)), torch.arange(B), []

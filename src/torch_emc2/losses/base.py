@@ -194,15 +194,18 @@ class ContrastiveLoss(nn.Module, ABC):
             if self.positive_weight != 1:
                 log_positive = log_positive + log_positive_weight(self.positive_weight, rows, self.sizes)
             scores = scores_of(rows, rows.mask_(logits), positive, log_positive, temperature)
-            log_mass, log_count = rows.in_batch(scores.logits, scores.log_mass)
-            estimate = value = log_mass - positive.mean - log_count
+            log_mass = scores.log_mass
+            if contrast.batch is not None:  # κ is beside the batch's negatives, and so much more beside more of them
+                log_mass = rows.log_mass_in_batch(scores.logits)
+                scores = scores._replace(log_positive=log_positive + rows.log_with_remembered())
+            estimate = value = log_mass - positive.mean - rows.log_num_negatives
             if rows.no_negatives is not None:
                 estimate = value = estimate.nan_to_num_(nan=0.0)  # a row without any
             weights = weighing.weigh(rows, scores)
             if weights.value is not None:
                 value = weights.value
             elif self.positive_weight:
-                value = torch.logaddexp(log_mass, log_positive) - positive.mean - log_count
+                value = torch.logaddexp(log_mass, log_positive) - positive.mean - rows.log_num_negatives
             total.add(rows, positive, weights)
             said.add(rows, value, estimate, positive.mean, *weights.kept)
         values, estimates, similarities, *kept = said.tensors

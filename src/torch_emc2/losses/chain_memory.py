@@ -51,7 +51,7 @@ class ChainMemory(Memory):
     def remembered(self, count: int, seed: int, batch: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Draw ids (count,) uniformly, with their cached embeddings (count, d); `EMPTY` where there is none.
 
-        Only such a share of them as has been met before of the ids in ``batch`` (k,): while all that is met is new,
+        Only such a share of them as has been met before of the ids in ``batch`` (k,). While all that is met is new,
         what is remembered is no draw from the data but the last batches, against which training runs away.
         A function of the memory and ``seed``: on all ranks the same.
         """
@@ -61,9 +61,9 @@ class ChainMemory(Memory):
         ids = drawn.to(like.device, non_blocking=True)
         slots = self.slots.find(drawn).to(like.device, non_blocking=True)
         vectors = self._cached(self.embeddings, slots, like)
-        known = self._cached(self.embeddings, self.slots.find(batch), like).any(1)
-        known = known[torch.arange(count, device=known.device) % len(known)]
-        return ids.masked_fill(~(vectors.any(1) & known), EMPTY), vectors
+        met_before = self._cached(self.embeddings, self.slots.find(batch), like).any(1).sum()
+        used = vectors.any(1) & (torch.arange(count, device=like.device) * len(batch) < met_before * count)
+        return ids.masked_fill(~used, EMPTY), vectors
 
     @staticmethod
     def _cached(table: SampleTable, slots: Tensor, like: Tensor) -> Tensor:

@@ -58,7 +58,8 @@ class EMC2Loss(StatefulLoss):
             ``"drop"``: nobody; its term is left out and the estimate is biased, that of β's gradient beyond use.
         num_remembered: further proposals for all rows, from the second visit on: so many samples drawn uniformly from
             the data set, by the embeddings they had at their last visits, which the loss then keeps whatever ``carry``
-            is, 4·d bytes a sample. Nothing is encoded for them, and they get no gradient.
+            is, 4·d bytes a sample. Nothing is encoded for them, and they get no gradient; the loss's value is the
+            batch's estimate without them. Not with ``labels``, which are not known of them.
         seed: of the chains' noise and of what is remembered, which is a function of (seed, number of the call).
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. The positive is a state then, at which an empty
             chain sits.
@@ -135,6 +136,8 @@ class EMC2Loss(StatefulLoss):
     def _widen(self, contrast: Contrast) -> Contrast:
         if not self.num_remembered:
             return contrast
+        if contrast.known is not None and contrast.known.labels is not None:
+            raise ValueError("labels are not known of what is remembered: build the loss with num_remembered=0")
         candidates, key = self.sides[contrast.candidates], mix_seed(self.seed, contrast.anchors, self._calls)
         batch, like = contrast.item_ids, contrast.row_vectors
         return contrast.with_remembered(*candidates.remembered(self.num_remembered, key, batch, like))
