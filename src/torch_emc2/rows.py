@@ -127,8 +127,9 @@ class Rows:
     @cached_property
     def num_negatives(self) -> int | Tensor:
         """Negatives of each row that are not remembered: a number, or (rows,)."""
-        if self.no_negatives is None:
-            return len(self.columns) - self.contrast.column_views
+        batch = self.contrast.batch or self.contrast
+        if self.no_negatives is None or (batch.known is None and not batch.num_hard):
+            return len(batch.columns) - self.contrast.column_views
         none = self.no_negatives.scatter(1, self.own_columns, True)
         none[:, self.contrast.remembered] = True
         return none.shape[1] - none.sum(1)

@@ -45,7 +45,7 @@ def operations(loss_fn: ContrastiveLoss) -> Counter[str]:
         (EMC2Loss(N, num_chains=4), 62),
         (EMC2Loss(N, kernel="isir"), 62),
         (EMC2Loss(N, carry="defer"), 70),
-        (EMC2Loss(N, kernel="isir", num_remembered=512), 95),
+        (EMC2Loss(N, kernel="isir", num_remembered=512), 100),
     ],
 )
 def test_a_step_has_few_operations(loss_fn: ContrastiveLoss, most: int) -> None:

@@ -197,7 +197,8 @@ class ContrastiveLoss(nn.Module, ABC):
             log_mass = scores.log_mass
             if contrast.batch is not None:  # κ is beside the batch's negatives, and so much more beside more of them
                 log_mass = rows.log_mass_in_batch(scores.logits)
-                scores = scores._replace(log_positive=log_positive + rows.log_with_remembered())
+                if self.positive_weight:
+                    scores = scores._replace(log_positive=log_positive + rows.log_with_remembered())
             estimate = value = log_mass - positive.mean - rows.log_num_negatives
             if rows.no_negatives is not None:
                 estimate = value = estimate.nan_to_num_(nan=0.0)  # a row without any
