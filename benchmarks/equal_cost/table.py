@@ -135,7 +135,9 @@ def _all(found: Sequence[Group]) -> str:
             group.shown(lambda result: result["global_loss"]),
         ]
         row += [f"{group.mean(lambda result: passes(result) / result['pairs']):.2f}"]
-        row += [f"{group.mean(costs['seconds']):.0f}", f"{group.mean(costs['memory']):.0f}", str(len(group.results))]
+        seconds = group.mean(costs["seconds"])
+        row += [f"{seconds:.0f}" if seconds < math.inf else "–"]  # they were on other hardware
+        row += [f"{group.mean(costs['memory']):.0f}", str(len(group.results))]
         rows.append(row)
     return markdown(header, rows)
 
