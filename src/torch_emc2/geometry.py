@@ -101,10 +101,8 @@ class Contrast:
         What comes a second time is left out too, and what is in the batch: there it is fresher.
         """
         items = [self.item_ids, self.shared_ids]
-        if self.own_ids is not None:
-            items.append(
-                self.ranks.gather(self.own_ids[: self.ranks.local]).flatten()
-            )  # views of a sample have the same
+        if self.own_ids is not None:  # the views of a sample have the same
+            items.append(self.ranks.gather(self.own_ids[: self.ranks.local]).flatten())
         left_out = ~first_of(torch.cat([*items, ids]))[-len(ids) :] | (ids == NO_ID)
         copies = [left_out] if self.shared_copies is None else [self.shared_copies, left_out]
         return replace(

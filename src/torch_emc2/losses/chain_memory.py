@@ -46,7 +46,7 @@ class ChainMemory(Memory):
         if self.embeddings is None:
             return None
         slots = self.slots.find(ids.flatten()).clamp(min=0)  # what an empty chain meets has no weight
-        return Met(self._cached(self.embeddings, slots, like).view(*ids.shape, -1))
+        return Met(self._vectors(self.embeddings, slots, like).view(*ids.shape, -1))
 
     def remembered(self, count: int, seed: int, batch: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Draw ids (count,) uniformly, with their cached embeddings (count, d); `EMPTY` where there is none.
@@ -60,13 +60,13 @@ class ChainMemory(Memory):
         drawn = self.slots.drawn(count, torch.Generator().manual_seed(seed))
         ids = drawn.to(like.device, non_blocking=True)
         slots = self.slots.find(drawn).to(like.device, non_blocking=True)
-        vectors = self._cached(self.embeddings, slots, like)
-        met_before = self._cached(self.embeddings, self.slots.find(batch), like).any(1).sum()
+        vectors = self._vectors(self.embeddings, slots, like)
+        met_before = self._vectors(self.embeddings, self.slots.find(batch), like).any(1).sum()
         used = vectors.any(1) & (torch.arange(count, device=like.device) * len(batch) < met_before * count)
         return ids.masked_fill(~used, EMPTY), vectors
 
     @staticmethod
-    def _cached(table: SampleTable, slots: Tensor, like: Tensor) -> Tensor:
+    def _vectors(table: SampleTable, slots: Tensor, like: Tensor) -> Tensor:
         """(k, d) the embeddings of ``slots`` (k,), for rows ``like`` those given."""
         dim = table.data.shape[1]
         if dim != like.shape[1]:
