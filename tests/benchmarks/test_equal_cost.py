@@ -171,7 +171,7 @@ def test_a_cell_is_trained_once_and_one_whose_process_is_killed_again(
     assert trained.read_text() == "xx"
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"mnrl"}))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"mnrl", "mnrl-together"}))
 def test_each_method_trains_and_counts_what_it_encodes(name: str) -> None:
     method, kappas = METHODS[name], METHODS[name].kappas
     cell = replace(CELL, method=name, batch_size=8 // method.batches, kappa=kappas[-1] if kappas else None)
@@ -181,7 +181,8 @@ def test_each_method_trains_and_counts_what_it_encodes(name: str) -> None:
     least = 2 * result["pairs"]
     assert result["differentiated"] >= least
     assert result["encoded"] >= least
-    assert result["encoded"] == least or name not in ("infonce", "dcl", "isir-cache", "sogclr", "cross-batch-memory")
+    once = {"infonce", "dcl", "isir-cache", "sogclr", "cross-batch-memory", "dcl-together", "remembered-together"}
+    assert result["encoded"] == least or name not in once
 
 
 def test_a_cell_gives_the_same_again_and_is_tested_only_at_the_end() -> None:
