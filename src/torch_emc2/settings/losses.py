@@ -35,16 +35,16 @@ class EMC2Config:
     Attributes:
         burn_in: share of a walk's steps that are not counted; null for the kernel's own, one half for metropolis.
         num_chains: chains a sample.
-        num_remembered: further proposals, drawn uniformly from the data by their last embeddings.
         carry: who supplies the carried negative's embedding.
         kernel: how a chain moves.
+        num_remembered: further proposals, drawn uniformly from the data by their last embeddings.
     """
 
     burn_in: float | None = None
     num_chains: int = 1
-    num_remembered: int = 0
     carry: Carry = "encode"
     kernel: Literal["metropolis", "isir"] = "metropolis"
+    num_remembered: int = 0
 
     def __post_init__(self) -> None:
         if self.burn_in is not None and not 0 <= self.burn_in < 1:
