@@ -105,17 +105,9 @@ def together(loss: Callable[..., Any], **settings: Any) -> Callable[[Given], Ste
         alike = {**given.settings, "num_samples": sum(given.sizes), "towers": 1}
         loss_fn = loss(**alike, **settings)
 
-        def encode(ids: Tensor) -> Tensor:
-            is_key = ids >= queries
-            order = is_key.argsort(stable=True)
-            encoded = [
-                tower.of_items(part) for tower, part in ((x, ids[~is_key]), (y, ids[is_key] - queries)) if len(part)
-            ]
-            return torch.cat(encoded)[order.argsort()]
-
         def step(rows: Tensor) -> Tensor:
             index = torch.stack([x.ids[rows], y.ids[rows] + queries], 1)
-            value = loss_fn(x(rows), y(rows), index, encode=encode)
+            value = loss_fn(x(rows), y(rows), index)
             value.backward()
             return value.detach()
 

@@ -54,7 +54,7 @@ class Contrast:
     """One direction of a batch, of all ranks: this rank's rows against all columns.
 
     Rows and columns come view by view. Columns are first the samples' (views · size), then hard negatives that all rows
-    share; logits (rows, C + k) have a row's own k hard negatives after its C columns.
+    share, then what is remembered; logits (rows, C + k) have a row's own k hard negatives after its C columns.
 
     Attributes:
         ranks: how the batch is spread.
@@ -68,13 +68,13 @@ class Contrast:
         first_candidates: the same of `item_ids`.
         own: (rows, k, d) hard negatives of each row alone, with gradient; or None.
         own_ids: (rows, k) their ids on the candidates' side, `NO_ID` for none; or None.
-        shared_ids: (C - views · size,) the same of those that all rows share, and of what is remembered.
+        shared_ids: (C - views · size,) the same of the columns that are not the samples'.
         shared_copies: (C - views · size,) which of them are left out, since they stand for an item a second time or for
             none; None without any.
         own_copies: (rows, k) the same of ``own``.
         layout: where a row's own columns are.
         known: what is known of the samples beyond that; None for nothing.
-        batch: the contrast without what is remembered, where the last columns that all rows share are; else None.
+        num_remembered: how many of the last columns are remembered.
     """
 
     ranks: Ranks
@@ -93,7 +93,7 @@ class Contrast:
     own_copies: Tensor | None
     layout: Layout
     known: Known | None
-    batch: Contrast | None = None
+    num_remembered: int = 0
 
     def with_remembered(self, ids: Tensor, vectors: Tensor) -> Contrast:
         """Compare all rows with further candidates: ids (k,), some `NO_ID`, which are left out, and vectors (k, d).
@@ -110,13 +110,13 @@ class Contrast:
             candidate_vectors=torch.cat([self.candidate_vectors, vectors]),
             shared_ids=torch.cat([self.shared_ids, ids]),
             shared_copies=torch.cat(copies),
-            batch=self,
+            num_remembered=len(ids),
         )
 
     @cached_property
     def remembered(self) -> slice:
         """Columns that are remembered."""
-        return slice(len(self.columns if self.batch is None else self.batch.columns), len(self.columns))
+        return slice(len(self.columns) - self.num_remembered, len(self.columns))
 
     @cached_property
     def row_vectors(self) -> Tensor:
@@ -139,9 +139,14 @@ class Contrast:
         return (len(self.columns) - len(self.shared_ids)) // self.ranks.size
 
     @property
+    def num_further(self) -> int:
+        """What a row meets beside the samples' columns."""
+        return len(self.shared_ids) + (0 if self.own is None else self.own.shape[1])
+
+    @property
     def num_hard(self) -> int:
         """Hard negatives that a row meets."""
-        return len(self.shared_ids) + (0 if self.own is None else self.own.shape[1])
+        return self.num_further - self.num_remembered
 
     def negatives_in_data(self, num_samples: int) -> int:
         """Count a row's negatives in data of so many samples, or views where these have an id each."""
@@ -169,7 +174,7 @@ class Contrast:
     def column_ids(self) -> Tensor:
         """(C,) ids of the samples, or views, behind the columns; `NO_ID` for hard negatives without one."""
         ids = self.item_ids.repeat(self.column_views * self.ranks.size // len(self.item_ids))
-        return torch.cat([ids, self.shared_ids]) if self.num_hard else ids
+        return torch.cat([ids, self.shared_ids]) if self.num_further else ids
 
     @cached_property
     def partner_ids(self) -> Tensor:
@@ -191,8 +196,9 @@ class Contrast:
         if not self.num_hard:
             vectors, first = vectors[: len(ids)], self.first_candidates
             return (ids, vectors) if first is None else (ids[first], vectors[first])
-        vectors = torch.cat([vectors[: len(ids)], vectors[len(vectors) - len(self.shared_ids) :]])
-        ids = torch.cat([ids, self.shared_ids])
+        hard = slice(len(vectors) - len(self.shared_ids), self.remembered.start)
+        vectors = torch.cat([vectors[: len(ids)], vectors[hard]])
+        ids = torch.cat([ids, self.column_ids[hard]])
         if self.own is not None and self.own_ids is not None:
             local = self.ranks.local  # the views of a sample have the same
             ids = torch.cat([ids, self.ranks.gather(self.own_ids[:local]).flatten()])

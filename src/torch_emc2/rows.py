@@ -109,7 +109,7 @@ class Rows:
     def no_negatives(self) -> Tensor | None:
         """(rows, C + k) columns that are no negatives, beside ``own_columns``; None for none."""
         contrast = self.contrast
-        if self.relations is None and not contrast.num_hard:
+        if self.relations is None and not contrast.num_further:
             return None
         hard = [] if contrast.shared_copies is None else [contrast.shared_copies.expand(len(self.vectors), -1)]
         if contrast.own_copies is not None:
@@ -127,11 +127,11 @@ class Rows:
     @cached_property
     def num_negatives(self) -> int | Tensor:
         """Negatives of each row that are not remembered: a number, or (rows,)."""
-        batch = self.contrast.batch or self.contrast
-        if self.no_negatives is None or (batch.known is None and not batch.num_hard):
-            return len(batch.columns) - self.contrast.column_views
+        contrast = self.contrast
+        if self.no_negatives is None or (contrast.known is None and not contrast.num_hard):
+            return len(self.columns) - contrast.num_remembered - contrast.column_views
         none = self.no_negatives.scatter(1, self.own_columns, True)
-        none[:, self.contrast.remembered] = True
+        none[:, contrast.remembered] = True
         return none.shape[1] - none.sum(1)
 
     @cached_property
@@ -211,7 +211,7 @@ class Rows:
 def parts(contrast: Contrast, width: int = 0) -> Iterator[Rows]:
     """Yield all rows, as many at a time as have similarities, ``width`` more each, that are quick to go through."""
     at_once = _AT_ONCE.get(contrast.rows.device.type, _AT_ONCE_ELSEWHERE)
-    step = max(_FEWEST_ROWS, at_once // (len(contrast.columns) + contrast.num_hard + width))
+    step = max(_FEWEST_ROWS, at_once // (len(contrast.columns) + contrast.num_further + width))
     for start in range(0, len(contrast.rows), step):
         yield Rows(contrast, slice(start, min(start + step, len(contrast.rows))))
 

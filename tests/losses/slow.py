@@ -232,7 +232,7 @@ class Slow:
         """What has the gradient that was left to this batch."""
         return 0.0
 
-    def draws_of(self, number: int, rows: list[Row], views: int, num_hard: int) -> BatchDraws:
+    def draws_of(self, number: int, rows: list[Row], views: int, num_further: int) -> BatchDraws:
         """What chance decides is the library's, and tested for itself."""
         batch = SimpleNamespace(
             ranks=Ranks((self.size,), 0, torch.device("cpu")),
@@ -240,7 +240,7 @@ class Slow:
             anchors=number,
             row_views=self.row_views,
             column_views=views,
-            num_hard=num_hard,
+            num_further=num_further,
         )
         return BatchDraws(batch, self.seed, self.calls)  # type: ignore[arg-type, attr-defined]
 

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_emc2 import EMC2Loss
-from torch_emc2.losses.chain_memory import ChainMemory
+from torch_emc2.known import NO_ID
 from torch_emc2.losses.draws import BatchDraws, Chances
 from torch_emc2.losses.weighted_sum import WeightedSum
+from torch_emc2.memory.slots import Slots
+from torch_emc2.memory.tables import SampleTable
 
 TEMPERATURE = 0.7
 Batch = tuple[int, ...]  # of samples; the anchor, sample 0, comes first
@@ -67,12 +69,10 @@ class Enumeration:
     def proposals(self, batch: Batch, columns: Tensor) -> list[int]:
         """States behind a set's columns, but for the anchor's own."""
         ids = self.ids(batch) if self.own_chains else self.ids(batch)[:, None].expand(-1, 2)
-        in_batch = ids.T.flatten()
-        new = [i for i in dict.fromkeys(self.remembered.tolist()) if i not in in_batch]
-        all_ids = torch.cat([in_batch, self.remembered])[columns].tolist()
-        further = {len(in_batch) + self.remembered.tolist().index(i) for i in new}
-        wanted = [i for i, j in zip(all_ids, columns.tolist(), strict=True) if j < len(in_batch) or j in further]
-        return [state for state in self.state_of[wanted].tolist() if state >= 0]
+        met = ids.T.flatten().tolist()
+        for i in self.remembered.tolist():  # what is met a second time is left out
+            met.append(NO_ID if i in met else i)
+        return [state for i in columns.tolist() if met[i] >= 0 and (state := int(self.state_of[met[i]])) >= 0]
 
     def visit(
         self, batch: Batch, sets: Tensor, in_set: int, second: bool, start: Tensor, noise: Tensor
@@ -85,7 +85,10 @@ class Enumeration:
         num_chains, further = len(start), len(self.remembered)
         settings: dict[str, Any] = {"kernel": self.kernel, "num_chains": num_chains, "num_remembered": further}
         loss_fn = EMC2Loss(len(self.table), TEMPERATURE, carry="encode", **settings)
-        self.patch.setattr(ChainMemory, "remembered", lambda *args: (self.remembered, self.table[self.remembered]))
+        self.patch.setattr(Slots, "drawn", lambda *args: self.remembered)
+        side = loss_fn.sides[0]
+        side.embeddings = SampleTable(len(self.table), self.table.shape[1:], self.table.dtype, 0.0)
+        side.embeddings.write(torch.arange(len(self.table)), self.table)
         loss_fn.chains.write(torch.zeros(1, dtype=torch.int64), self.first_id[start][None], torch.zeros(1, num_chains))
         if self.kernel == "isir":
             drawn = torch.ones(2, self.size, 2, num_chains)
@@ -123,19 +126,15 @@ def without_replacement(
     return Enumeration(kernel, own_chains, batches, ids[:, None], patch)
 
 
-@pytest.mark.parametrize(
-    ("own_chains", "others", "remembered"),
-    [(False, 1, 0), (False, 2, 0), (True, 1, 0), (True, 2, 0), (False, 1, 1), (False, 2, 1)],
-)
-def test_isir(own_chains: bool, others: int, remembered: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stationary law is the softmax over all negatives, and there the weights are that on average: to 1e-12."""
-    chain = without_replacement("isir", own_chains, others, monkeypatch)
+def isir_visits(chain: Enumeration, remembered: int) -> tuple[Tensor, Tensor]:
+    """The transition matrix of the visit that is executed, and the mean weights from each state."""
     matrix, weights = torch.zeros(2, chain.num_states, chain.num_states).unbind()
-    in_order = chain.sets[: 2**others if own_chains else 1]  # the order of a set's columns makes no difference here
-    coins = list(product(range(2), (False, True)[: 2 - own_chains]))
+    views = 2 ** (chain.size - 1) if chain.own_chains else 1
+    in_order = chain.sets[:views]  # the order of a set's columns makes no difference here
+    coins = list(product(range(2), (False, True)[: 2 - chain.own_chains]))
     drawn = list(product(range(len(chain.table)), repeat=remembered))
     share = 1 / (len(in_order) * len(chain.batches) * len(drawn))
-    further = 2 * chain.size + torch.arange(remembered).expand(2, -1)
+    further = 2 * chain.size + torch.arange(remembered).expand(2, -1)  # which are in both sets
     for batch, sets, start, ids in product(chain.batches, in_order, range(chain.num_states), drawn):
         chain.remembered = torch.tensor(ids, dtype=torch.int64)
         sets = torch.cat([sets, further], 1)
@@ -153,16 +152,50 @@ def test_isir(own_chains: bool, others: int, remembered: int, monkeypatch: pytes
                     ends.add(int(end))
                 assert len(ends) == 1
                 matrix[start, ends.pop()] += share * (high - low) / len(coins)
-        states = torch.tensor(
-            [chain.proposals(batch, torch.tensor([j])) or [-1] for j in range(2 * chain.size + remembered)]
-        )[:, 0]
-        mean = torch.zeros(chain.num_states + 1).index_add_(0, states % (chain.num_states + 1), in_batch)[:-1]
-        mean[start] += carried[0]
-        weights[start] += share * mean
+        for j, weight in enumerate(in_batch.tolist()):
+            for state in chain.proposals(batch, torch.tensor([j])):
+                weights[start, state] += share * weight
+        weights[start, start] += share * float(carried[0])
     torch.testing.assert_close(matrix.sum(1), torch.ones(chain.num_states), rtol=0, atol=1e-12)
+    assert torch.linalg.eigvals(matrix).abs().sort().values[-2] < 0.95  # it mixes
+    return matrix, weights
+
+
+@pytest.mark.parametrize(
+    ("own_chains", "others", "remembered"),
+    [(False, 1, 0), (False, 2, 0), (True, 1, 0), (True, 2, 0), (False, 1, 1), (False, 2, 1)],
+)
+def test_isir(own_chains: bool, others: int, remembered: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stationary law is the softmax over all negatives, and there the weights are that on average: to 1e-12."""
+    chain = without_replacement("isir", own_chains, others, monkeypatch)
+    matrix, weights = isir_visits(chain, remembered)
     torch.testing.assert_close(chain.target @ matrix, chain.target, rtol=0, atol=1e-12)
     torch.testing.assert_close(chain.target @ weights, chain.target, rtol=0, atol=1e-12)
-    assert torch.linalg.eigvals(matrix).abs().sort().values[-2] < 0.95  # and it mixes
+
+
+def test_isir_with_another_view_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both views of a sample may be candidates then. The visit is the textbook's; so far is its law from the target."""
+    chain = without_replacement("isir", True, 1, monkeypatch, samples=3)
+    matrix, _ = isir_visits(chain, remembered=1)
+    torch.testing.assert_close(matrix, textbook_isir(chain), rtol=0, atol=1e-12)
+    stationary = torch.linalg.matrix_power(matrix, 10_000)[0]
+    assert float((stationary - chain.target).abs().sum() / 2) == pytest.approx(0.0042, abs=5e-5)
+
+
+def textbook_isir(chain: Enumeration) -> Tensor:
+    """One remembered id and each batch, whose views are a set each: from each state to the softmax over a set."""
+    total = torch.zeros(chain.num_states, chain.num_states)
+    every = list(product(chain.batches, range(len(chain.table))))
+    for batch, drawn in every:
+        further = set() if drawn in chain.ids(batch) else {int(chain.state_of[drawn])} - {-1}
+        first, second = ({int(chain.state_of[i]) for i in view} - {-1} for view in chain.ids(batch).T)
+        for start in range(chain.num_states):
+            sets = [members | further for members in (first, second)]
+            for members in [each for each in sets if start in each] or sets:
+                candidates = sorted(members | {start})
+                count = sum(start in each for each in sets) or 2
+                total[start, candidates] += chain.score[candidates].softmax(0) / (count * len(every))
+    return total
 
 
 def metropolis_matrix(chain: Enumeration) -> Tensor:

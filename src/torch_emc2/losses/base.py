@@ -195,7 +195,7 @@ class ContrastiveLoss(nn.Module, ABC):
                 log_positive = log_positive + log_positive_weight(self.positive_weight, rows, self.sizes)
             scores = scores_of(rows, rows.mask_(logits), positive, log_positive, temperature)
             log_mass = scores.log_mass
-            if contrast.batch is not None:  # κ is beside the batch's negatives, and so much more beside more of them
+            if contrast.num_remembered:  # κ is beside the batch's negatives, and so much more beside more of them
                 log_mass = rows.log_mass_in_batch(scores.logits)
                 if self.positive_weight:
                     scores = scores._replace(log_positive=log_positive + rows.log_with_remembered())

@@ -67,7 +67,7 @@ class ChainMemory(Memory):
 
     @staticmethod
     def _vectors(table: SampleTable, slots: Tensor, like: Tensor) -> Tensor:
-        """(k, d) the embeddings of ``slots`` (k,), for rows ``like`` those given."""
+        """(k, d) the embeddings of ``slots`` (k,), to be compared with rows ``like`` (rows, d)."""
         dim = table.data.shape[1]
         if dim != like.shape[1]:
             raise ValueError(f"x and y must be (b, {dim}) as the cached embeddings are, got d = {like.shape[1]}")

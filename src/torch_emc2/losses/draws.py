@@ -64,7 +64,7 @@ class BatchDraws:
     def chances(self, num_chains: int) -> Chances:
         """Draw what all rows share, and each chain's coins."""
         contrast, ranks = self._contrast, self._contrast.ranks
-        views, count = contrast.column_views, ranks.size + contrast.num_hard
+        views, count = contrast.column_views, ranks.size + contrast.num_further
         coins = (contrast.row_views + 1) * ranks.size * num_chains
         if self._kernels is not None:
             memory = torch.empty((views + 1) * count + coins, dtype=torch.int64, device=self._device)

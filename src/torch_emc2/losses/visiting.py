@@ -68,7 +68,7 @@ class Visiting(Weighing):
         self.temperature, self.encode = temperature, encode
         self.chances = draws.chances(way.num_chains)
         self.ids = contrast.column_ids
-        if contrast.known is not None or contrast.num_hard:
+        if contrast.known is not None or contrast.num_further:
             self.ids = self.ids.masked_fill(contrast.copies, NO_ID)  # what comes a second time is no proposal
         super().__init__(contrast)
 
@@ -135,11 +135,10 @@ class Visiting(Weighing):
         What is remembered is as good a proposal to each set as the batch's, and in each.
         """
         contrast = self.contrast
-        batch = contrast.batch or contrast
-        if not batch.num_hard:
+        if not contrast.num_hard:
             return logits
-        samples, in_sets = contrast.column_views * contrast.ranks.size, logits.clone()
-        for hard in slice(samples, len(batch.columns)), slice(len(contrast.columns), None):  # of all rows, of each
+        samples, remembered, in_sets = contrast.column_views * contrast.ranks.size, contrast.remembered, logits.clone()
+        for hard in slice(samples, remembered.start), slice(remembered.stop, None):  # of all rows, of each
             in_sets[:, hard] -= math.log(contrast.column_views)
         return in_sets
 
@@ -179,7 +178,7 @@ class Visiting(Weighing):
         kept = None if similarity is None else of_samples(similarity)
         writes = [self.anchors.moving(contrast.chain_ids, of_samples(ends), kept, contrast.first_anchors)]
         if self.candidates.cached:
-            writes.append(self.candidates.caching(*(contrast.batch or contrast).items()))
+            writes.append(self.candidates.caching(*contrast.items()))
         if self.way.carry == "defer":
             writes.append(self._deferring(weight))
 

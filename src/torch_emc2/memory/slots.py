@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice, repeat
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Slots:
 
     def __init__(self, num_samples: int | None) -> None:
         self._num_samples = num_samples
-        self._keys: list[int] = []
+        self._keys: list[int] = []  # those of the dictionary, by number
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
 
@@ -62,11 +62,11 @@ class Slots:
         """Let ``ids`` have the ``slots`` that `place` has just found for them."""
         if self.fixed:
             return
-        before = len(self._slots)
-        self._slots.update(zip(ids.tolist(), slots.tolist(), strict=True))
-        new = len(self._slots) - before
-        self._keys += [*islice(reversed(self._slots), new)][::-1]  # a dictionary has the newest last
-        taken = min(new, len(self._free))
+        keys = ids.tolist()
+        new = [key for key in dict.fromkeys(keys) if key not in self._slots]
+        self._slots.update(zip(keys, slots.tolist(), strict=True))
+        self._keys += new  # in the dictionary's order
+        taken = min(len(new), len(self._free))
         del self._free[len(self._free) - taken :]
 
     def forget(self, ids: Tensor) -> Tensor:
