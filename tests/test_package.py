@@ -84,6 +84,17 @@ def test_the_code_of_the_page_on_two_towers_runs() -> None:
     assert names["slope"].isfinite()  # type: ignore[attr-defined]
 
 
+def pages_with_code() -> list[str]:
+    own = {"README.md", "docs/two-towers.md"}
+    pages = {str(page.relative_to(ROOT)) for page in ROOT.glob("docs/*.md") if "```python" in page.read_text()}
+    return sorted(pages - own)
+
+
+@pytest.mark.parametrize("page", pages_with_code())
+def test_the_code_of_a_page_runs(page: str) -> None:
+    run_page(page)
+
+
 @pytest.mark.parametrize("module", ["kernels.metropolis", "losses.in_batch", "losses.emc2", "temperature"])
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(
