@@ -25,6 +25,7 @@ usage: emc2 COMMAND …
   diagnose RUN                       how wrong each estimator's gradient is at a run's weights, and why
   embed RUN FOLDER_OR_IMAGE … -o OUT.parquet
                                      embed your own images
+  report RUN … [-o FILE.html]        one page on runs side by side: curves, quality, diagnosis, pictures
   experiment NAME [--dataset D] [--scale smoke|small|full] [--seeds 0 1 2]
                                      run one of the paper's experiments, or ours; emc2 experiment lists them
   presets [NAME [--FIELD VALUE …]]   list the presets, or print one as YAML to start from
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         "evaluate": _evaluate,
         "diagnose": _diagnose,
         "embed": _embed,
+        "report": _report,
         "experiment": _experiment,
         "presets": _presets,
     }
@@ -188,6 +190,19 @@ def _embed(argv: list[str]) -> None:
         print(f"Unreadable, and left out: {shown(done.skipped)}")
     skipped, left_out = len(done.skipped), done.found.left_out.total()
     print(f"{done.embedded} images embedded, {skipped} skipped as unreadable, {left_out} files left out: {args.out}")
+
+
+def _report(argv: list[str]) -> None:
+    from torch_emc2.cli_arguments import Parser, finished_run, path
+
+    parser = Parser(prog="emc2 report", description="One page on a run, or on several side by side, in a single file.")
+    parser.add_argument("runs", type=finished_run, nargs="+", metavar="RUN", help="those that differ in seed are one")
+    parser.add_argument("-o", "--out", type=path, default=Path("report.html"), metavar="FILE.html")
+    args = parser.parse_args(argv)
+    from torch_emc2.runs import write_report
+
+    write_report(args.runs, args.out)
+    print(f"Written: {args.out}")
 
 
 def _experiment(argv: list[str]) -> None:

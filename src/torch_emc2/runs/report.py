@@ -1,0 +1,242 @@
+"""One page on a run, or on several side by side: a single file, without scripts, that needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from jinja2 import Environment, StrictUndefined
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from torch_emc2 import __version__
+from torch_emc2.config import Config, recorded_config, to_yaml
+from torch_emc2.files import whole_file
+from torch_emc2.run_folder import require_finished
+
+__all__ = ["write_report"]
+
+# What is drawn of metrics.csv, what it is, and what is good.
+_CURVES = {
+    "global_loss": (
+        "Global loss, per negative",
+        "0 where all embeddings are equal; less is better",
+    ),
+    "positive_similarity": ("Similarity of a sample's views", "cosine, up to 1"),
+    "acceptance": ("Chains' acceptance rate", "near 0, chains no longer move"),
+    "carried_share": ("Weight of carried negatives", "what the batch alone would miss"),
+    "lr": ("Learning rate", "as scheduled"),
+}
+_NUMBERS = {
+    "probe": "Linear probe, %",
+    "knn1_cosine": "1-NN, cosine, %",
+    "knn20_cosine": "20-NN, cosine, %",
+    "retrieval": "Retrieval of the other view, %",
+    "alignment": "Alignment",
+    "uniformity": "Uniformity",
+    "effective_rank": "Effective rank",
+}
+_PICTURES = {
+    "neighbours.png": "Test images, and the training images that are nearest to them by the cosine of features",
+    "map.png": "A map of the embeddings: near on it is, mostly, near in them",
+    "diagnosis.png": "Squared error of each estimator's gradient, relative to the exact one's, by epochs averaged",
+}
+_NOT_COMPARED = {"seed", "out"}
+_INK = "#7b7c7d"  # stands for the page's text colour, light or dark
+_COLOURS = ("#3b7dd8", "#d9822b", "#2e9e6b", "#c2459b", "#8a6fd1", "#b0a02a")
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Runs that differ in nothing but their seeds."""
+
+    name: str
+    config: Config
+    runs: list[Path]
+
+    def curve(self, column: str) -> list[tuple[float, float, float]]:
+        """Return (step, mean, standard deviation) where all runs have logged a number."""
+        seen: dict[float, list[float]] = defaultdict(list)
+        for run in self.runs:
+            with (run / "metrics.csv").open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if row.get(column) and row.get("step"):
+                        seen[float(row["step"])].append(float(row[column]))
+        return [(step, *_spread(values)) for step, values in sorted(seen.items()) if len(values) == len(self.runs)]
+
+    def numbers(self) -> dict[str, dict[str, list[float]]]:
+        """Return each encoder's numbers, one a run that was evaluated."""
+        found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for run in self.runs:
+            if (file := run / "evaluation.json").is_file():
+                for encoder, numbers in json.loads(file.read_text())["numbers"].items():
+                    for name, value in numbers.items():
+                        found[encoder][name].append(value)
+        return found
+
+
+def write_report(runs: Sequence[Path], out: Path) -> None:
+    """Write a page of settings, curves, accuracies beside their baselines, diagnosis and pictures.
+
+    Runs that differ in nothing but the seed and the folder are one series: its numbers are means ± standard deviations.
+    What was not evaluated or diagnosed is named, with the command.
+
+    Args:
+        runs: folders of finished runs.
+        out: the HTML file, which appears once it is whole.
+
+    Raises:
+        ValueError: a folder is no finished run, or is given twice.
+    """
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise ValueError(f"a run is given twice among {', '.join(map(str, runs))}: its seeds would count double")
+    for run in runs:
+        require_finished(run)
+    series = _series(runs)
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        files("torch_emc2.runs").joinpath("report.html").read_text()
+    )
+    with whole_file(out) as file:
+        file.write_text(
+            page.render(
+                title=" · ".join(each.name for each in series),
+                version=__version__,
+                series=series,
+                colours=_COLOURS,
+                curves=list(_curves(series)),
+                accuracies=_accuracies(series),
+                missing=[run for run in runs if not (run / "evaluation.json").is_file()],
+                pictures=[
+                    (run, words, _data_uri(run / name))
+                    for name, words in _PICTURES.items()
+                    for run in (each.runs[0] for each in series)
+                    if (run / name).is_file()
+                ],
+                diagnoses=[
+                    (run, _tables((run / "diagnosis.md").read_text()))
+                    for run in runs
+                    if (run / "diagnosis.md").is_file()
+                ],
+                settings=[(each.name, to_yaml(each.config)) for each in series],
+            ),
+            encoding="utf-8",
+        )
+
+
+def _series(runs: Sequence[Path]) -> list[_Series]:
+    alike: dict[str, list[Path]] = defaultdict(list)
+    configs: dict[str, Config] = {}
+    for run in runs:
+        config = recorded_config(run)
+        key = json.dumps(_compared(config), sort_keys=True)
+        alike[key].append(run)
+        configs.setdefault(key, config)
+    flat = [_compared(config) for config in configs.values()]
+    differing = [name for name in dict.fromkeys(key for each in flat for key in each) if _differs(name, flat)]
+    if not differing:
+        ((key, own),) = alike.items()
+        return [_Series(own[0].name, configs[key], own)]
+    return [
+        _Series(", ".join(f"{name}={_compared(configs[key]).get(name)}" for name in differing), configs[key], own)
+        for key, own in alike.items()
+    ]
+
+
+def _differs(name: str, flat: Sequence[dict[str, Any]]) -> bool:
+    return len({json.dumps(each.get(name)) for each in flat}) > 1
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """Return a config's fields by their dotted names, without those in which runs of a series differ."""
+
+    def fields(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if not isinstance(value, dict):
+            yield prefix, value
+            return
+        for name, inner in value.items():
+            yield from fields(f"{prefix}.{name}" if prefix else name, inner)
+
+    return {name: value for name, value in fields("", asdict(config)) if name not in _NOT_COMPARED}
+
+
+def _curves(series: Sequence[_Series]) -> Iterator[tuple[str, str, str]]:
+    """Draw each number that some run has logged: title, words, and an SVG that takes the page's colour."""
+    for column, (title, words) in _CURVES.items():
+        curves = [each.curve(column) for each in series]
+        if any(curves):
+            yield title, words, _drawn(curves, title)
+
+
+def _drawn(curves: Sequence[list[tuple[float, float, float]]], title: str) -> str:
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": title}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
+    with mpl.rc_context(style):
+        figure = Figure((4.2, 2.6), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        for i, curve in enumerate(curves):
+            if not curve:
+                continue
+            steps, means, spreads = zip(*curve, strict=True)
+            axes.plot(steps, means, color=_COLOURS[i % len(_COLOURS)], linewidth=1.5, ls=("-", "--", ":")[i // 6 % 3])
+            low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+            axes.fill_between(steps, low, high, color=_COLOURS[i % len(_COLOURS)], alpha=0.2, linewidth=0)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        drawn = StringIO()
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+    svg = drawn.getvalue()
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+
+
+def _accuracies(series: Sequence[_Series]) -> tuple[list[str], list[list[str]]]:
+    """Return a table's head and rows: an encoder of a series each, the trained one first."""
+    rows = [(each.name, encoder, numbers) for each in series for encoder, numbers in each.numbers().items()]
+    shown = {name: words for name, words in _NUMBERS.items() if any(name in numbers for *_, numbers in rows)}
+
+    def entry(name: str, values: Sequence[float]) -> str:
+        if not values:
+            return "–"
+        digits, scale = (2, 100) if shown[name].endswith("%") else (3, 1)
+        mean, spread = _spread([scale * value for value in values])
+        return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
+
+    return ["run", "encoder", *shown.values(), "runs"], [
+        [name, encoder, *(entry(column, numbers[column]) for column in shown), str(max(map(len, numbers.values())))]
+        for name, encoder, numbers in rows
+    ]
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _tables(markdown: str) -> list[tuple[str, list[list[str]]]]:
+    """Return the text before each table of a page, and its rows."""
+    found: list[tuple[str, list[list[str]]]] = [("", [])]
+    for line in markdown.splitlines():
+        if not line.startswith("|"):
+            if found[-1][1]:
+                found.append(("", []))
+            found[-1] = (f"{found[-1][0]} {line}".strip(), [])
+        elif not set(line) <= set("|-: "):
+            found[-1][1].append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return found
+
+
+def _data_uri(picture: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
