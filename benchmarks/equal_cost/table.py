@@ -2,7 +2,7 @@
 
     python benchmarks/equal_cost/table.py cells/wordnet.jsonl                          # all methods at each batch size
     python benchmarks/equal_cost/table.py cells/wordnet.jsonl --within isir-encode 32  # the best at its cost
-    python benchmarks/equal_cost/table.py cells/wordnet.jsonl --plot equal-cost.png
+    python benchmarks/equal_cost/table.py cells/wordnet.jsonl --methods infonce dcl dcl-together --plot equal-cost.png
 
 Numbers are means ± standard deviations over seeds, of test queries; κ's are of the validation queries of the search.
 """
@@ -191,11 +191,12 @@ def plot(found: Sequence[Group], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", type=Path)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--within", nargs=2, metavar=("METHOD", "B"), help="whose cost is the limit")
     parser.add_argument("--epochs", type=float, help="of that; the fewest")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     args = parser.parse_args()
-    kept = Kept(args.cells).results
+    kept = {cell: result for cell, result in Kept(args.cells).results.items() if cell.method in args.methods}
     found = groups(kept)
     print(_all(found))
     print(f"\nMRR of validation queries by κ, the best of the search:\n\n{_kappas(kept)}")
