@@ -61,7 +61,7 @@ def texts(count: int, columns: int, seed: int = 0) -> dict[str, list[str]]:
 
 
 def tokens(model: Any, columns: dict[str, list[str]]) -> list[dict[str, Tensor]]:
-    return [model.tokenize(column) for column in columns.values()]
+    return [model.preprocess(column) for column in columns.values()]
 
 
 def value_and_gradient(loss: nn.Module, model: Any, features: list[dict[str, Tensor]]) -> list[Tensor]:
@@ -86,13 +86,14 @@ def test_with_infonce_it_is_their_ranking_loss(model: Any, columns: int, directi
 
 @pytest.mark.parametrize("towers", [1, 2])
 def test_what_comes_again_is_no_negative(model: Any, towers: Any) -> None:
-    """Against sums by hand over the embeddings: an anchor and a positive come again, longer batches pad otherwise."""
+    """Against sums by hand: an anchor and a positive come again, and a hard negative is another one's positive."""
     model.double()
-    data = texts(5, 3)
+    data = texts(5, 4)
     data["anchor"][3], data["positive"][4] = data["anchor"][0], data["positive"][1]
+    data["worse"][2] = data["positive"][0]
     features = tokens(model, data)
     with torch.no_grad():
-        x, y, hard = (nn.functional.normalize(model(dict(each))["sentence_embedding"]) for each in features)
+        x, y, *hard = (nn.functional.normalize(model(dict(each))["sentence_embedding"]) for each in features)
     # Rows 0 and 3 share the anchor, so both positives are their own; 1 and 4 a positive. For others the second is no
     # negative; with one tower nor is its partner.
     group, value = [0, 1, 2, 0, 1], 0.0
@@ -105,7 +106,7 @@ def test_what_comes_again_is_no_negative(model: Any, towers: Any) -> None:
             negatives = [rows[row] @ other[each] for each in columns_other if group[each] != group[row]]
             if towers == 1:
                 negatives += [rows[row] @ alike[each] for each in columns_alike if group[each] != group[row]]
-            negatives += list(hard @ rows[row])
+            negatives += [*(hard[0] @ rows[row]), *(hard[1][[0, 1, 3, 4]] @ rows[row])]
             value += float(torch.stack(negatives).div(T).logsumexp(0) - rows[row] @ other[row] / T)
     loss = EMC2SentenceLoss(model, DCLLoss(T, towers=towers, **({"directions": "x->y"} if towers == 2 else {})))
     assert loss(features).item() == pytest.approx(value / (5 * len(directions)), rel=1e-9)
