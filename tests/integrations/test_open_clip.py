@@ -17,6 +17,8 @@ from torch_emc2 import EMC2Loss, InfoNCELoss
 
 open_clip = pytest.importorskip("open_clip")
 
+from page import code_of_page  # noqa: E402
+
 from torch_emc2.integrations.open_clip import EMC2ClipLoss  # noqa: E402
 from torch_emc2.integrations.text_ids import text_ids  # noqa: E402
 
@@ -146,6 +148,14 @@ def test_evaluation_moves_nothing() -> None:
     loss(**model(*batches(1)[0]))
     torch.testing.assert_close(loss.state_dict(), before, rtol=0, atol=0)
     assert {*before} == {"loss._extra_state"}
+
+
+def test_the_pages_code() -> None:
+    (batch,) = batches(1)
+    names = dict(zip(("images", "texts"), batch, strict=True), clip=clip())
+    exec(code_of_page("open_clip"), names)
+    assert set(names["losses"]) == {"contrastive_loss"}
+    assert names["loss"].loss.get_extra_state()["calls"] == 1
 
 
 def test_what_is_wrong_is_named() -> None:

@@ -17,6 +17,7 @@ sentence_transformers = pytest.importorskip("sentence_transformers")
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 
+from page import code_of_page  # noqa: E402
 from sentence_transformers.sentence_transformer import losses  # noqa: E402
 
 from torch_emc2.integrations.sentence_transformers import EMC2SentenceLoss, LossMemoryCallback  # noqa: E402
@@ -245,6 +246,14 @@ def test_model_card(folder: Path, tmp_path: Path) -> None:
     assert "EMC2SentenceLoss" in " ".join(card.citations)
     assert "@inproceedings{yau2024emc2" in trainer.loss.citation
     assert "temperature=0.05" in json.dumps(trainer.loss.get_config_dict())
+
+
+def test_the_pages_code(model: Any) -> None:
+    names = {"model": model}
+    exec(code_of_page("sentence_transformers"), names)
+    theirs = losses.MultipleNegativesRankingLoss(model)
+    features = tokens(model, texts(4, 3))
+    torch.testing.assert_close(names["loss"]([dict(each) for each in features]), theirs(features, None))
 
 
 def test_what_is_wrong_is_named(model: Any, folder: Path, tmp_path: Path) -> None:
