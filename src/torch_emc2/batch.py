@@ -25,9 +25,13 @@ from torch_emc2.ranks import (
 from torch_emc2.rows import parts
 from torch_emc2.validation import Inputs, validate_range
 
-__all__ = ["Directions", "gather_batch"]
+__all__ = ["Directions", "NoNegatives", "gather_batch"]
 
 Directions = Literal["both", "x->y", "y->x"]
+
+
+class NoNegatives(ValueError):
+    """A batch in which a row has no negatives, and all else is right; raised on all ranks."""
 
 
 class _Side(NamedTuple):
@@ -98,7 +102,7 @@ def gather_batch(
         ranks, num_hard = Ranks((inputs.size,), 0, device), ()
     of_both = len(inputs.vectors) == 2 and directions != "x->y"
     if ranks.size < 2 and (inputs.hard is None or not inputs.hard.numel() or of_both):
-        raise ValueError(f"a batch of {ranks.size} has no negatives: give 2 samples or more (drop_last=True helps)")
+        raise NoNegatives(f"a batch of {ranks.size} has no negatives: give 2 samples or more (drop_last=True helps)")
     sides = [
         _gather_side(vectors, ids, ranks, name, most)
         for vectors, ids, name, most in zip(inputs.vectors, inputs.ids, ("index", "y_index"), num_samples, strict=False)
@@ -251,7 +255,7 @@ def _require_negatives(contrasts: Sequence[Contrast], ranks: Ranks) -> None:
         if contrast.known is not None or contrast.num_hard:
             lacking = any(bool((torch.as_tensor(part.num_negatives) == 0).any()) for part in parts(contrast))
             if ranks.anywhere(lacking):
-                raise ValueError(
+                raise NoNegatives(
                     "a row has no negatives: all other samples of the batch are known to be its own, by ids, labels or "
                     "same; give larger batches (InfoNCE bears it)"
                 )

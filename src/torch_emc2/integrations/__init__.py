@@ -1,0 +1,1 @@
+"""Losses that go where other libraries' own losses go, in those libraries' trainers."""

@@ -1,0 +1,87 @@
+"""A loss for open_clip's training step, in the place of its `ClipLoss`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_emc2.integrations.text_ids import text_ids
+from torch_emc2.losses import ContrastiveLoss, EMC2Loss
+from torch_emc2.ranks import several_ranks
+
+__all__ = ["EMC2ClipLoss"]
+
+
+class EMC2ClipLoss(nn.Module):
+    """A contrastive loss of images and their texts by any loss of this library, with the model's own ``logit_scale``.
+
+    A pair's id is a hash of its text's tokens, which a hook on the model's forward pass takes: an equal caption again
+    is the same item on both sides, and no negative of its own. While the model is in evaluation mode, or without
+    gradient, no chain moves. `state_dict` has the memory and not the model: save it with the optimiser's.
+
+    Args:
+        model: whose forward pass is given the texts: open_clip's, or what it is wrapped in.
+        loss: any of this library's with ``towers=2``, by default ``EMC2Loss(None, towers=2, kernel="isir")``;
+            ``InfoNCELoss(towers=2)`` is `ClipLoss` itself. Its temperature is not used.
+        local_loss, gather_with_grad, cache_labels, rank, world_size: as `ClipLoss` is given them, and not needed:
+            several processes gather their batches, with gradient.
+        use_horovod: refused.
+
+    Example::
+
+        >>> loss = EMC2ClipLoss(model)
+        >>> losses = loss(**model(images, texts), output_dict=True)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: ContrastiveLoss | None = None,
+        *,
+        local_loss: bool = True,
+        gather_with_grad: bool = True,
+        cache_labels: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        self.loss = EMC2Loss(None, towers=2, kernel="isir") if loss is None else loss
+        if self.loss.towers != 2 or any(size is not None for size in self.loss.sizes):
+            raise ValueError(
+                f"images and texts are two towers, with hashes for ids; got {self.loss}: build it with towers=2 and "
+                "num_samples=None"
+            )
+        if use_horovod or (world_size > 1 and not several_ranks()):
+            raise ValueError(
+                f"world_size={world_size}, use_horovod={use_horovod}: the loss gathers by torch.distributed, whose "
+                "process group must be initialised before"
+            )
+        self._texts: Tensor | None = None
+        self._training = True
+        model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._texts = kwargs["text"] if "text" in kwargs else args[1] if len(args) > 1 else None
+        self._training = model.training
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the loss of what the model has just returned; ``logit_bias`` cancels out of it."""
+        if self._texts is None or len(self._texts) != len(text_features):
+            seen = "none" if self._texts is None else len(self._texts)
+            raise ValueError(
+                f"{len(text_features)} text features, and texts in the model's last forward pass: {seen}. Call the "
+                "loss once after each model(images, texts), with accum_freq=1"
+            )
+        self.loss.train(self._training and torch.is_grad_enabled())
+        loss: Tensor = self.loss(image_features, text_features, text_ids(self._texts), logit_scale=logit_scale)
+        return {"contrastive_loss": loss} if output_dict else loss

@@ -1,0 +1,181 @@
+"""A loss for sentence-transformers' trainer, in the place of its `MultipleNegativesRankingLoss`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from torch_emc2.batch import NoNegatives
+from torch_emc2.files import whole_file
+from torch_emc2.integrations.text_ids import text_ids
+from torch_emc2.losses import ContrastiveLoss, EMC2Loss
+
+__all__ = ["EMC2SentenceLoss", "LossMemoryCallback"]
+
+
+class EMC2SentenceLoss(nn.Module):
+    """A contrastive loss of (anchor, positive) pairs, or (anchor, positive, negative, …), by any loss of this library.
+
+    Args:
+        model: the `SentenceTransformer`, or what it is wrapped in.
+        loss: any of this library's, by default ``EMC2Loss(None, temperature=0.05, kernel="isir")``. With ``towers=1``,
+            as there, all embeddings of a batch are negatives, anchors beside positives; with ``towers=2`` those of the
+            other column: ``InfoNCELoss(0.05, towers=2, directions="x->y")`` is `MultipleNegativesRankingLoss` itself.
+            It is not called but copied: in a `MatryoshkaLoss` each width has a memory of its own.
+        ids_from_labels: take ids from the data's label column, which has a whole number a row, or a list with one a
+            text. By default a text's id is a hash of its tokens, which needs no column: the same text again is the same
+            item, and no negative of its own partners.
+
+    Inputs and labels are as of `MultipleNegativesRankingLoss`; all rows of a batch share the negative columns. In
+    evaluation mode, and without gradient, no chain moves. A batch without negatives, as a last one of a single pair,
+    has loss 0. Several processes gather their batches. `LossMemoryCallback` keeps the memory in the trainer's
+    checkpoints. In an `AdaptiveLayerLoss`, which calls it once a layer, all layers would share the memory.
+
+    Example::
+
+        >>> loss = EMC2SentenceLoss(model)
+        >>> memory = LossMemoryCallback(loss)
+        >>> SentenceTransformerTrainer(model, args, train_dataset, loss=loss, callbacks=[memory])  # doctest: +SKIP
+    """
+
+    def __init__(self, model: nn.Module, loss: ContrastiveLoss | None = None, *, ids_from_labels: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = EMC2Loss(None, temperature=0.05, kernel="isir") if loss is None else loss
+        self.ids_from_labels = ids_from_labels
+        if not ids_from_labels and any(size is not None for size in self.loss.sizes):
+            raise ValueError(
+                f"texts' ids are hashes, beyond num_samples={self.loss.num_samples}: build the loss with "
+                "num_samples=None, or give ids_from_labels=True"
+            )
+        self._by_width: dict[int, ContrastiveLoss] = {}
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Return the loss of a batch: what the model is given of each column, and the label column."""
+        columns = list(sentence_features)
+        if len(columns) < 2:
+            raise ValueError(f"the data must have columns (anchor, positive, [negative, …]), got {len(columns)}")
+        ids = self._ids_of_labels(labels, len(columns)) if self.ids_from_labels else _ids_of_texts(columns)
+        embeddings = [self.model(column)["sentence_embedding"] for column in columns]
+        (x, y, *hard), (index, y_index, *hard_index) = embeddings, ids
+        loss_fn = self._of_width(x.shape[1])
+        loss_fn.train(self.model.training and torch.is_grad_enabled())  # the trainer puts the model alone in evaluation
+        loss_fn.temperature = self.loss.temperature  # which may be learnt, or assigned
+        further = {"hard": torch.cat(hard), "hard_index": torch.cat(hard_index)} if hard else {}
+        if loss_fn.towers == 1:
+            index = torch.stack([index, y_index], dim=1)
+        else:
+            further["y_index"] = y_index
+        try:
+            loss: Tensor = loss_fn(x, y, index, **further)
+        except NoNegatives:
+            loss = torch.stack(embeddings).sum() * 0.0  # with a graph, for what goes backward
+        return loss
+
+    def _ids_of_labels(self, labels: Tensor | None, columns: int) -> list[Tensor]:
+        if labels is None or labels.is_floating_point() or labels.shape[1:] not in ((), (columns,)):
+            got = "none" if labels is None else f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(
+                f"ids_from_labels needs whole numbers in a column label, (b,) or (b, {columns}); got {got}"
+            )
+        if labels.ndim == 1:
+            labels = labels[:, None] * columns + torch.arange(columns, device=labels.device)
+        return list(labels.unbind(1))
+
+    def _of_width(self, width: int) -> ContrastiveLoss:
+        if width not in self._by_width:
+            self._by_width[width] = copy.deepcopy(self.loss)
+        return self._by_width[width]
+
+    @property
+    def last(self) -> dict[str, Tensor]:
+        """Detached numbers of the last call, for logs; of several widths the largest's."""
+        return self._by_width[max(self._by_width)].last if self._by_width else {}
+
+    def get_extra_state(self) -> dict[int, dict[str, Any]]:
+        """Return the memory by width, for ``state_dict()``."""
+        return {width: loss_fn.state_dict() for width, loss_fn in self._by_width.items()}
+
+    def set_extra_state(self, state: dict[int, dict[str, Any]]) -> None:
+        """Take over a saved memory: the next call does what would have come next."""
+        self._by_width = {}
+        for width, saved in state.items():
+            loss_fn = self._of_width(width)
+            loss_fn.temperature = self.loss.temperature
+            loss_fn.load_state_dict(saved)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings, for the model card."""
+        return {"loss": repr(self.loss), "ids_from_labels": self.ids_from_labels}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX, for the model card."""
+        return """
+@inproceedings{yau2024emc2,
+    title={{EMC}$^2$: Efficient {MCMC} Negative Sampling for Contrastive Learning with Global Convergence},
+    author={Chung-Yiu Yau and Hoi-To Wai and Parameswaran Raman and Soumajyoti Sarkar and Mingyi Hong},
+    booktitle={International Conference on Machine Learning},
+    year={2024},
+}
+"""
+
+
+def _ids_of_texts(columns: list[dict[str, Tensor]]) -> list[Tensor]:
+    try:
+        return [text_ids(column["input_ids"], column["attention_mask"]) for column in columns]
+    except KeyError as error:
+        raise ValueError(
+            f"what the model is given has no {error} (b, length) to tell texts by: give ids in a column label, with "
+            "ids_from_labels=True"
+        ) from error
+
+
+class LossMemoryCallback(TrainerCallback):
+    """Save what a loss remembers in the trainer's checkpoints, which hold the model alone, and load it on resume.
+
+    A run that is stopped and resumed goes on as one that was not.
+
+    Args:
+        loss: an `EMC2SentenceLoss`, or a module that has some, such as a `MatryoshkaLoss`; of a dictionary of losses
+            ``nn.ModuleDict(losses)``.
+    """
+
+    FILE = "loss_memory.pt"
+
+    def __init__(self, loss: nn.Module) -> None:
+        self._losses = {name: each for name, each in loss.named_modules() if isinstance(each, EMC2SentenceLoss)}
+        if not self._losses:
+            raise ValueError(f"there is no EMC2SentenceLoss in {type(loss).__name__}: give the trainer's loss")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the memory beside the model that has just been saved."""
+        if args.should_save:
+            memory = {name: each.get_extra_state() for name, each in self._losses.items()}
+            with whole_file(self._file(args.output_dir, state)) as partial:
+                torch.save(memory, partial)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Load the memory where a run goes on."""
+        if state.global_step == 0:
+            return
+        file = self._file(args.output_dir, state)
+        if args.resume_from_checkpoint:
+            file = Path(args.resume_from_checkpoint, self.FILE)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is not there: resume from a checkpoint that was saved with LossMemoryCallback; one outside of "
+                "output_dir is found if it is args.resume_from_checkpoint, too"
+            )
+        memory = torch.load(file, map_location="cpu", weights_only=True)
+        for name, each in self._losses.items():
+            each.set_extra_state(memory[name])
+
+    def _file(self, output_dir: str, state: Any) -> Path:
+        return Path(output_dir, f"checkpoint-{state.global_step}", self.FILE)

@@ -1,0 +1,274 @@
+"""Under sentence-transformers' own trainer, with a BERT of a few weights."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torch_emc2 import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, Temperature
+
+transformers = pytest.importorskip("transformers")
+sentence_transformers = pytest.importorskip("sentence_transformers")
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
+
+from page import code_of_page  # noqa: E402
+from sentence_transformers.sentence_transformer import losses  # noqa: E402
+
+from torch_emc2.integrations.sentence_transformers import EMC2SentenceLoss, LossMemoryCallback  # noqa: E402
+from torch_emc2.integrations.text_ids import text_ids  # noqa: E402
+
+T, WORDS = 0.05, 40
+COLUMNS = ["anchor", "positive", "negative", "worse"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT that knows words w0, w1, …"""
+    path = tmp_path_factory.mktemp("bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{word}" for word in range(WORDS))]
+    (path / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizerFast(str(path / "vocab.txt")).save_pretrained(path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **sizes)
+    transformers.BertModel(config).save_pretrained(path)
+    return path
+
+
+def load(folder: Path, dropout: float = 0.1) -> Any:
+    config = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return sentence_transformers.SentenceTransformer(str(folder), device="cpu", config_kwargs=config)
+
+
+@pytest.fixture
+def model(folder: Path) -> Any:
+    return load(folder, dropout=0.0).train()
+
+
+def texts(count: int, columns: int, seed: int = 0) -> dict[str, list[str]]:
+    """All different, and of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    words = [torch.randint(WORDS, (row % 4,), generator=generator).tolist() for row in range(count * columns)]
+    lines = [
+        f"w{row % WORDS} w{row // WORDS} " + " ".join(f"w{word}" for word in more) for row, more in enumerate(words)
+    ]
+    return {name: lines[column::columns] for column, name in enumerate(COLUMNS[:columns])}
+
+
+def tokens(model: Any, columns: dict[str, list[str]]) -> list[dict[str, Tensor]]:
+    return [model.preprocess(column) for column in columns.values()]
+
+
+def value_and_gradient(loss: nn.Module, model: Any, features: list[dict[str, Tensor]]) -> list[Tensor]:
+    value = loss([dict(each) for each in features], None)
+    weights = [each for each in model.parameters() if each.requires_grad]
+    gradients = torch.autograd.grad(value, weights, allow_unused=True)
+    return [value.detach(), *(each for each in gradients if each is not None)]
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4])
+@pytest.mark.parametrize("directions", ["x->y", "both"])
+def test_with_infonce_it_is_their_ranking_loss(model: Any, columns: int, directions: Any) -> None:
+    model.double()
+    both = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    theirs = losses.MultipleNegativesRankingLoss(model, 1 / T, **(both if directions == "both" else {}))
+    ours = EMC2SentenceLoss(model, InfoNCELoss(T, towers=2, directions=directions))
+    features = tokens(model, texts(6, columns))
+    got, want = (value_and_gradient(loss, model, features) for loss in (ours, theirs))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+    assert len(want) > 10
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+def test_what_comes_again_is_no_negative(model: Any, towers: Any) -> None:
+    """Against sums by hand: an anchor and a positive come again, and a hard negative is another one's positive."""
+    model.double()
+    data = texts(5, 4)
+    data["anchor"][3], data["positive"][4] = data["anchor"][0], data["positive"][1]
+    data["worse"][2] = data["positive"][0]
+    features = tokens(model, data)
+    with torch.no_grad():
+        x, y, *hard = (nn.functional.normalize(model(dict(each))["sentence_embedding"]) for each in features)
+    # Rows 0 and 3 share the anchor, so both positives are their own; 1 and 4 a positive. For others the second is no
+    # negative; with one tower nor is its partner.
+    group, value = [0, 1, 2, 0, 1], 0.0
+    first_x, first_y = ([0, 1, 2, 4], [0, 1, 2, 3]) if towers == 2 else ([0, 1, 2], [0, 1, 2])
+    directions = [(x, x, y)] if towers == 2 else [(x, x, y), (y, y, x)]
+    for rows, alike, other in directions:
+        columns_alike = first_x if rows is x else first_y
+        columns_other = first_y if rows is x else first_x
+        for row in range(5):
+            negatives = [rows[row] @ other[each] for each in columns_other if group[each] != group[row]]
+            if towers == 1:
+                negatives += [rows[row] @ alike[each] for each in columns_alike if group[each] != group[row]]
+            negatives += [*(hard[0] @ rows[row]), *(hard[1][[0, 1, 3, 4]] @ rows[row])]
+            value += float(torch.stack(negatives).div(T).logsumexp(0) - rows[row] @ other[row] / T)
+    loss = EMC2SentenceLoss(model, DCLLoss(T, towers=towers, **({"directions": "x->y"} if towers == 2 else {})))
+    assert loss(features).item() == pytest.approx(value / (5 * len(directions)), rel=1e-9)
+
+
+def train(
+    folder: Path,
+    out: Path,
+    loss: ContrastiveLoss | None = None,
+    wrap: Callable[[Any, nn.Module], nn.Module] = lambda model, loss: loss,
+    *,
+    resume: bool = False,
+    remember: bool = True,
+    dropout: float = 0.1,
+    **settings: Any,
+) -> tuple[dict[str, Tensor], Any, Any]:
+    """Return the weights, what the loss remembers, and the trainer."""
+    torch.manual_seed(1)
+    model = load(folder, dropout)
+    ours = EMC2SentenceLoss(model, loss)
+    whole = wrap(model, ours)
+    settings = {"num_train_epochs": 2, "save_steps": 3, "learning_rate": 0.01, **settings}
+    args = sentence_transformers.SentenceTransformerTrainingArguments(
+        str(out),
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+    trainer = sentence_transformers.SentenceTransformerTrainer(
+        model,
+        args,
+        datasets.Dataset.from_dict(texts(19, 3)),  # the last batch of an epoch has one row
+        datasets.Dataset.from_dict(texts(9, 3, seed=1)),
+        loss=whole,
+        callbacks=[LossMemoryCallback(whole)] if remember else [],
+    )
+    trainer.train(resume_from_checkpoint=str(out / "checkpoint-3") if resume else None)
+    return model.state_dict(), ours.get_extra_state(), trainer
+
+
+def same(one: Any, other: Any) -> bool:
+    try:
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    except AssertionError:
+        return False
+    return True
+
+
+def test_stopped_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path) -> None:
+    weights, memory, _ = train(folder, tmp_path)
+    assert same(train(folder, tmp_path, resume=True)[:2], (weights, memory))
+    assert memory[8]["_extra_state"]["calls"] == 14  # two epochs of seven batches, accumulated by twos
+    assert not same(train(folder, tmp_path, resume=True, remember=False)[0], weights)
+
+
+def test_so_with_a_memory_a_width_and_a_temperature_that_is_learnt(folder: Path, tmp_path: Path) -> None:
+    def wrap(model: Any, loss: nn.Module) -> nn.Module:
+        return losses.MatryoshkaLoss(model, loss, [8, 4])  # type: ignore[no-any-return]
+
+    weights, memory, _ = train(folder, tmp_path, EMC2Loss(None, Temperature(T), num_chains=2), wrap)
+    again = train(folder, tmp_path, EMC2Loss(None, Temperature(T), num_chains=2), wrap, resume=True)
+    assert same(again[:2], (weights, memory))
+    assert {width: state["_extra_state"]["embeddings"].shape[1] for width, state in memory.items()} == {8: 8, 4: 4}
+    first, second = (state["temperature.logit_scale"] for state in memory.values())
+    assert first == second != pytest.approx(-math.log(T), abs=1e-3)
+
+
+def test_evaluation_moves_nothing_and_changes_no_training(folder: Path, tmp_path: Path) -> None:
+    plain = train(folder, tmp_path / "plain", dropout=0.0)  # which evaluation would draw otherwise, with any loss
+    often = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2}
+    weights, memory, trainer = train(folder, tmp_path / "evaluated", dropout=0.0, **often)
+    assert same((weights, memory), plain[:2])
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+    assert same(trainer.loss.get_extra_state(), memory)
+
+
+def test_a_width_is_what_it_would_be_alone(model: Any) -> None:
+    ours = EMC2SentenceLoss(model)
+    matryoshka = losses.MatryoshkaLoss(model, ours, [8, 4], [1.0, 0.5])
+    alone = {width: EMC2Loss(None, T, kernel="isir") for width in (8, 4)}
+    for step in range(3):
+        features = tokens(model, texts(6, 2, seed=step % 2))
+        index = torch.stack([text_ids(each["input_ids"], each["attention_mask"]) for each in features], dim=1)
+        embeddings = [model(dict(each))["sentence_embedding"] for each in features]
+        each = [loss(*(z[:, :width] for z in embeddings), index) for width, loss in alone.items()]
+        got = matryoshka([dict(each) for each in features], None)
+        torch.testing.assert_close(got, each[0] + 0.5 * each[1])
+    torch.testing.assert_close(ours.last, alone[8].last)
+
+
+@pytest.mark.parametrize("of_texts", [False, True])
+def test_ids_from_labels(model: Any, of_texts: bool) -> None:
+    """Against the library's loss with ids of our own; three rows with one anchor, which only a label a text says."""
+    features = tokens(model, texts(6, 3))
+    labels = torch.tensor([[7, 1, 2], [7, 3, 4], [7, 5, 6], [8, 9, 10], [11, 12, 13], [14, 15, 16]])
+    labels = labels if of_texts else labels[:, 1]
+    ids = labels if of_texts else torch.stack([3 * labels, 3 * labels + 1, 3 * labels + 2], 1)
+    x, y, hard = (model(dict(each))["sentence_embedding"] for each in features)
+    want = InfoNCELoss(T)(x, y, ids[:, :2], hard=hard, hard_index=ids[:, 2])
+    got = EMC2SentenceLoss(model, InfoNCELoss(T), ids_from_labels=True)(features, labels)
+    torch.testing.assert_close(got, want)
+    by_text = EMC2SentenceLoss(model, InfoNCELoss(T))(features)  # which are all different
+    assert torch.isclose(got, by_text) == (not of_texts)
+
+
+def test_a_temperature_is_assigned_at_any_time(model: Any) -> None:
+    loss, features = EMC2SentenceLoss(model, DCLLoss(1.0)), tokens(model, texts(6, 2))
+    loss(features)
+    loss.loss.temperature = T
+    assert loss(features) == EMC2SentenceLoss(model, DCLLoss(T))(features)
+
+
+def test_a_batch_without_negatives_teaches_nothing(model: Any) -> None:
+    data = texts(1, 2)
+    for lines in (data, {name: lines * 3 for name, lines in data.items()}):  # one pair; one, three times
+        loss = EMC2SentenceLoss(model)(tokens(model, lines))
+        loss.backward()
+        assert loss == 0
+        assert all(each.grad is None or not each.grad.any() for each in model.parameters())
+
+
+def test_its_state_dict_has_the_memory(model: Any) -> None:
+    loss, again = EMC2SentenceLoss(model), EMC2SentenceLoss(model)
+    loss(tokens(model, texts(6, 2)))
+    again.load_state_dict(loss.state_dict())
+    assert same(again.get_extra_state(), loss.get_extra_state())
+    assert again.get_extra_state()[8]["_extra_state"]["calls"] == 1
+
+
+def test_model_card(folder: Path, tmp_path: Path) -> None:
+    *_, trainer = train(folder, tmp_path, max_steps=1, save_strategy="no")
+    card = trainer.model.model_card_data
+    assert "EMC2SentenceLoss" in " ".join(card.citations)
+    assert "@inproceedings{yau2024emc2" in trainer.loss.citation
+    assert "temperature=0.05" in json.dumps(trainer.loss.get_config_dict())
+
+
+def test_the_pages_code(model: Any) -> None:
+    names = {"model": model}
+    exec(code_of_page("sentence_transformers"), names)
+    theirs = losses.MultipleNegativesRankingLoss(model)
+    features = tokens(model, texts(4, 3))
+    torch.testing.assert_close(names["loss"]([dict(each) for each in features]), theirs(features, None))
+
+
+def test_what_is_wrong_is_named(model: Any, folder: Path, tmp_path: Path) -> None:
+    features = tokens(model, texts(4, 2))
+    with pytest.raises(ValueError, match=r"texts' ids are hashes, beyond num_samples=100: build the loss with"):
+        EMC2SentenceLoss(model, EMC2Loss(100))
+    with pytest.raises(ValueError, match=r"columns \(anchor, positive, \[negative, …\]\), got 1"):
+        EMC2SentenceLoss(model)(features[:1])
+    for labels, got in ((None, "none"), (torch.rand(4), r"float32 \(4,\)"), (torch.ones(4, 3).long(), r"\(4, 3\)")):
+        with pytest.raises(ValueError, match=f"whole numbers .* got .*{got}"):
+            EMC2SentenceLoss(model, ids_from_labels=True)(features, labels)
+    with pytest.raises(ValueError, match="has no 'attention_mask'"):
+        EMC2SentenceLoss(model)([{"input_ids": each["input_ids"]} for each in features])
+    with pytest.raises(ValueError, match="there is no EMC2SentenceLoss in MultipleNegativesRankingLoss"):
+        LossMemoryCallback(losses.MultipleNegativesRankingLoss(model))
+    train(folder, tmp_path, num_train_epochs=1, remember=False)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-3/loss_memory\.pt is not there: resume from a checkpoint"):
+        train(folder, tmp_path, resume=True)
