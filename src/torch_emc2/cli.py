@@ -84,9 +84,11 @@ def _train(argv: list[str]) -> None:
     from torch_emc2.locks import only_writer
     from torch_emc2.run_folder import refuse_used
     from torch_emc2.settings.images import require_data
+    from torch_emc2.settings.model import require_weights
 
     config = read_config(preset, rest)  # all that can be wrong, before the rest is imported, which takes seconds
     require_data(config.data.name)
+    require_weights(config.model)
     if not resume and config.devices == 1:  # of several processes others would find what the first has begun
         with only_writer(Path(config.out)):
             refuse_used(Path(config.out))
@@ -112,12 +114,14 @@ def _list_fields() -> None:
 def _quickstart(argv: list[str]) -> None:
     from torch_emc2.config import read_config
     from torch_emc2.settings.images import require_data
+    from torch_emc2.settings.model import require_weights
 
     start = time.monotonic()
     config = read_config("quickstart", argv, prog="emc2 quickstart")
     if config.devices != 1:
         raise ValueError(f"quickstart has one device, got {config.devices}: emc2 train quickstart takes more")
     require_data(config.data.name)
+    require_weights(config.model)
     config.out = _free(config.out)
     from torch_emc2.evaluation import to_text
     from torch_emc2.runs import evaluate_run
@@ -140,7 +144,7 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("run", type=finished_run)
     parser.add_argument("--data", type=data_set, metavar="NAME", help="another data set than the run's, as folder:PATH")
     parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)
-    parser.add_argument("--baselines", action="store_true", help="the untrained encoder and raw pixels beside it")
+    parser.add_argument("--baselines", action="store_true", help="the encoder before training and raw pixels beside it")
     args = parser.parse_args(argv)
     from torch_emc2.evaluation import to_text
     from torch_emc2.runs import evaluate_run
