@@ -56,6 +56,8 @@ WRONG = {
     "train quickstart --model.pretrained used": "the folder 'used' has no config.json",
     "train quickstart --model.backbone resnet18.a1_in1k": "'resnet18.a1_in1k' names pretrained weights",
     "quickstart --model.pretrained none.pth": "there is no model.pretrained 'none.pth': give a file of weights",
+    "train quickstart --optimizer.freeze_epochs 11": "optimizer.freeze_epochs must not exceed epochs (10), got 11",
+    "train quickstart --optimizer.backbone_lr_scale -1": "backbone_lr_scale must not be negative, got -1",
     "train quickstart --data.background pinkish": "background must be a colour",
     "train quickstart --data.name cifar11": "unknown data set 'cifar11'; use one of digits, fashion-mnist, cifar10,",
     "train quickstart --data.name folder:nowhere": "'nowhere' is not a folder",

@@ -54,16 +54,28 @@ class Encoder(nn.Module):
         width = _output_width(self.backbone, config.backbone, channels, image_size)
         self.head = _build_head(width, config)
         self.feature_dim = width if config.feature == "backbone" else config.hidden_dim
+        self.frozen = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images (b, c, s, s) -> (b, out_dim), not normalised."""
-        embedding: Tensor = self.head(self.backbone(self.normalize(images)))
+        embedding: Tensor = self.head(self._pooled(images))
         return embedding
 
     def features(self, images: Tensor) -> Tensor:
         """Compute what a probe sees: images (b, c, s, s) -> (b, feature_dim)."""
-        feature: Tensor = self.backbone(self.normalize(images))
+        feature = self._pooled(images)
         return feature if self.config.feature == "backbone" else self.head[:2](feature)
+
+    def freeze(self, frozen: bool) -> None:
+        """Keep the backbone as it is, its weights and its batch norms' statistics; or train it again."""
+        if frozen != self.frozen:
+            self.frozen = frozen
+            self.backbone.train(not frozen)
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            pooled: Tensor = self.backbone(self.normalize(images))
+        return pooled
 
 
 def build_encoder(config: ModelConfig, channels: int, image_size: int) -> Encoder:

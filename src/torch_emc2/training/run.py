@@ -155,12 +155,14 @@ def _trainer(config: Config, run: Path, callbacks: Sequence[L.Callback]) -> L.Tr
         ValueError: this machine does not have the accelerator, or so many devices.
     """
     interactive = sys.stdout.isatty()
+    unused = config.optimizer.freeze_epochs > 0 and config.devices != 1  # ranks would wait for frozen gradients
     shown = ProgressBar(refresh_rate=10) if interactive else EpochLines()
     try:
         return L.Trainer(
             max_epochs=config.epochs,
             accelerator=config.accelerator,
             devices=config.devices,
+            strategy="ddp_find_unused_parameters_true" if unused else "auto",
             precision=config.precision,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.optimizer.clip,
