@@ -25,6 +25,8 @@ usage: emc2 COMMAND …
   diagnose RUN                       how wrong each estimator's gradient is at a run's weights, and why
   embed RUN FOLDER_OR_IMAGE … -o OUT.parquet
                                      embed your own images
+  export RUN FOLDER [--onnx] [--push OWNER/NAME]
+                                     a folder that timm and the Hugging Face hub take, with a model card
   experiment NAME [--dataset D] [--scale smoke|small|full] [--seeds 0 1 2]
                                      run one of the paper's experiments, or ours; emc2 experiment lists them
   presets [NAME [--FIELD VALUE …]]   list the presets, or print one as YAML to start from
@@ -45,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         "evaluate": _evaluate,
         "diagnose": _diagnose,
         "embed": _embed,
+        "export": _export,
         "experiment": _experiment,
         "presets": _presets,
     }
@@ -192,6 +195,23 @@ def _embed(argv: list[str]) -> None:
         print(f"Unreadable, and left out: {shown(done.skipped)}")
     skipped, left_out = len(done.skipped), done.found.left_out.total()
     print(f"{done.embedded} images embedded, {skipped} skipped as unreadable, {left_out} files left out: {args.out}")
+
+
+def _export(argv: list[str]) -> None:
+    from torch_emc2.cli_arguments import Parser, finished_run, hub_name, path
+
+    parser = Parser(prog="emc2 export", description="Write a run's backbone to a folder that timm loads, and a card.")
+    parser.add_argument("run", type=finished_run)
+    parser.add_argument("folder", type=path, help="a new one")
+    parser.add_argument("--onnx", action="store_true", help="model.onnx too; needs onnxscript")
+    parser.add_argument("--push", type=hub_name, metavar="OWNER/NAME", help="of the hub; a new repository is private")
+    args = parser.parse_args(argv)
+    from torch_emc2.runs import export_run
+
+    written = export_run(args.run, args.folder, onnx=args.onnx, push=args.push)
+    print(f"Written: {', '.join(map(str, written))}")
+    if args.push:
+        print(f"Pushed: hf-hub:{args.push}")
 
 
 def _experiment(argv: list[str]) -> None:
