@@ -75,6 +75,16 @@ def test_finite_views_resume_bit_for_bit(
     assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
 
 
+@pytest.mark.parametrize("stop", [2, 4, 6])  # four batches an epoch: while the backbone is frozen, then, and after
+def test_resumes_from_before_and_after_the_backbone_is_free(
+    stop: int, tiny: Config, uninterrupted: Callable[[Config], Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = replace(tiny.optimizer, freeze_epochs=1, backbone_lr_scale=0.5)
+    tiny = replace(tiny, optimizer=optimizer, checkpoint_every_steps=1)
+    interrupt(tiny, stop, monkeypatch)
+    assert_same(outcome(train(tiny, resume=True)), uninterrupted(tiny))
+
+
 def test_carried_policies_resume_too(
     tiny: Config, uninterrupted: Callable[[Config], Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,8 @@ usage: emc2 COMMAND …
   embed RUN FOLDER_OR_IMAGE … -o OUT.parquet
                                      embed your own images
   report RUN … [-o FILE.html]        one page on runs side by side: curves, quality, diagnosis, pictures
+  export RUN FOLDER [--onnx] [--push OWNER/NAME]
+                                     a folder that timm and the Hugging Face hub take, with a model card
   experiment NAME [--dataset D] [--scale smoke|small|full] [--seeds 0 1 2]
                                      run one of the paper's experiments, or ours; emc2 experiment lists them
   presets [NAME [--FIELD VALUE …]]   list the presets, or print one as YAML to start from
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         "diagnose": _diagnose,
         "embed": _embed,
         "report": _report,
+        "export": _export,
         "experiment": _experiment,
         "presets": _presets,
     }
@@ -86,9 +89,11 @@ def _train(argv: list[str]) -> None:
     from torch_emc2.locks import only_writer
     from torch_emc2.run_folder import refuse_used
     from torch_emc2.settings.images import require_data
+    from torch_emc2.settings.model import require_weights
 
     config = read_config(preset, rest)  # all that can be wrong, before the rest is imported, which takes seconds
     require_data(config.data.name)
+    require_weights(config.model)
     if not resume and config.devices == 1:  # of several processes others would find what the first has begun
         with only_writer(Path(config.out)):
             refuse_used(Path(config.out))
@@ -114,12 +119,14 @@ def _list_fields() -> None:
 def _quickstart(argv: list[str]) -> None:
     from torch_emc2.config import read_config
     from torch_emc2.settings.images import require_data
+    from torch_emc2.settings.model import require_weights
 
     start = time.monotonic()
     config = read_config("quickstart", argv, prog="emc2 quickstart")
     if config.devices != 1:
         raise ValueError(f"quickstart has one device, got {config.devices}: emc2 train quickstart takes more")
     require_data(config.data.name)
+    require_weights(config.model)
     config.out = _free(config.out)
     from torch_emc2.evaluation import to_text
     from torch_emc2.runs import evaluate_run
@@ -142,7 +149,7 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("run", type=finished_run)
     parser.add_argument("--data", type=data_set, metavar="NAME", help="another data set than the run's, as folder:PATH")
     parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)
-    parser.add_argument("--baselines", action="store_true", help="the untrained encoder and raw pixels beside it")
+    parser.add_argument("--baselines", action="store_true", help="the encoder before training and raw pixels beside it")
     args = parser.parse_args(argv)
     from torch_emc2.evaluation import to_text
     from torch_emc2.runs import evaluate_run
@@ -203,6 +210,23 @@ def _report(argv: list[str]) -> None:
 
     write_report(args.runs, args.out)
     print(f"Written: {args.out}")
+
+
+def _export(argv: list[str]) -> None:
+    from torch_emc2.cli_arguments import Parser, finished_run, hub_name, path
+
+    parser = Parser(prog="emc2 export", description="Write a run's backbone to a folder that timm loads, and a card.")
+    parser.add_argument("run", type=finished_run)
+    parser.add_argument("folder", type=path, help="a new one")
+    parser.add_argument("--onnx", action="store_true", help="model.onnx too; needs onnxscript")
+    parser.add_argument("--push", type=hub_name, metavar="OWNER/NAME", help="of the hub; a new repository is private")
+    args = parser.parse_args(argv)
+    from torch_emc2.runs import export_run
+
+    written = export_run(args.run, args.folder, onnx=args.onnx, push=args.push)
+    print(f"Written: {', '.join(map(str, written))}")
+    if args.push:
+        print(f"Pushed: hf-hub:{args.push}")
 
 
 def _experiment(argv: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -11,7 +12,7 @@ from typing import NoReturn, TypeVar
 from torch_emc2.run_folder import require_finished
 from torch_emc2.settings.images import parse_range, require_data
 
-__all__ = ["Parser", "data_set", "finished_run", "images", "parquet", "path", "value_range", "whole"]
+__all__ = ["Parser", "data_set", "finished_run", "hub_name", "images", "parquet", "path", "value_range", "whole"]
 
 T = TypeVar("T")
 
@@ -75,6 +76,14 @@ def finished_run(text: str) -> Path:
     run = path(text)
     require_finished(run)
     return run
+
+
+@_telling
+def hub_name(text: str) -> str:
+    """Read the name of a repository of the Hugging Face hub."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise ValueError(f"must be OWNER/NAME, got {text!r}")
+    return text
 
 
 @_telling

@@ -93,6 +93,9 @@ class OptimizerConfig:
         momentum: of sgd and lars.
         warmup_epochs: length of the warm-up.
         clip: largest norm of the gradient, none by default.
+        backbone_lr_scale: the backbone's share of the learning rate; the head has all of it.
+        freeze_epochs: epochs at the start in which the head alone is trained, and the backbone kept as it is, its batch
+            norms' statistics too; the schedule is of all epochs.
     """
 
     name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
@@ -101,9 +104,11 @@ class OptimizerConfig:
     momentum: float = 0.9
     warmup_epochs: float = 0
     clip: float | None = None
+    backbone_lr_scale: float = 1.0
+    freeze_epochs: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "momentum", "warmup_epochs"):
+        for name in ("lr", "weight_decay", "momentum", "warmup_epochs", "backbone_lr_scale", "freeze_epochs"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.clip is not None and not self.clip > 0:
@@ -190,10 +195,9 @@ class Config(_Groups):  # type: ignore[misc]
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}: a lone sample has no negatives")
         if self.devices != "auto" and self.devices < 1:
             raise ValueError(f"devices must be at least 1, or auto for all there are, got {self.devices}")
-        if self.optimizer.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"optimizer.warmup_epochs must not exceed epochs ({self.epochs}), got {self.optimizer.warmup_epochs}"
-            )
+        for name in ("warmup_epochs", "freeze_epochs"):
+            if (value := getattr(self.optimizer, name)) > self.epochs:
+                raise ValueError(f"optimizer.{name} must not exceed epochs ({self.epochs}), got {value}")
 
 
 def presets() -> dict[str, Path]:
@@ -254,6 +258,8 @@ def _read(file: Path, words: Sequence[str] = (), prog: str = "emc2 train") -> Co
             from_file.out = str(file.parent)
             if from_file.emc2.kernel == "isir":
                 from_file.emc2.burn_in = None  # earlier versions wrote metropolis's, which had no effect
+            if not from_file.model.pretrained:
+                from_file.model.backbone = from_file.model.backbone.partition(".")[0]  # nor had a pretrained tag
         given = parser.parse_args(list(words), namespace=from_file)
         return Config(**parser.instantiate(given).as_dict())
     except (argparse.ArgumentError, TypeError, ValueError) as error:

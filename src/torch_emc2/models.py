@@ -1,15 +1,13 @@
 """The encoder: a timm backbone, an MLP projection head, and the files both are kept in."""
 
-import difflib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,6 +15,7 @@ from timm.layers.norm_act import BatchNormAct2d, GroupNormAct
 from torch import Tensor, nn
 
 from torch_emc2.files import one_line, whole_file
+from torch_emc2.pretrained import RECIPE, Architecture, load_pretrained
 from torch_emc2.settings.model import ModelConfig, Norm
 
 __all__ = [
@@ -35,37 +34,62 @@ SMALL_IMAGE = 64  # pixels; up to here a stride-2 convolution and a pooling woul
 
 
 class Encoder(nn.Module):
-    """Images to embeddings through `backbone` and `head`; made by `build_encoder`."""
+    """Images in [0, 1] to embeddings through `normalize`, `backbone` and `head`; made by `build_encoder`."""
 
-    def __init__(self, backbone: nn.Module, config: ModelConfig, channels: int, image_size: int) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: ModelConfig,
+        channels: int,
+        image_size: int,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         if config.feature == "hidden" and config.hidden_layers < 1:
             raise ValueError("feature='hidden' needs a hidden layer in the head; set hidden_layers to 1 or more, got 0")
         self.config, self.channels, self.image_size = config, channels, image_size
-        self.backbone = backbone
-        width = _output_width(backbone, config.backbone, channels, image_size)
+        self.architecture = architecture
+        self.normalize = architecture.normalize()
+        self.backbone = _build_backbone(architecture, config, channels, image_size, weights)
+        width = _output_width(self.backbone, config.backbone, channels, image_size)
         self.head = _build_head(width, config)
         self.feature_dim = width if config.feature == "backbone" else config.hidden_dim
+        self.frozen = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images (b, c, s, s) -> (b, out_dim), not normalised."""
-        embedding: Tensor = self.head(self.backbone(images))
+        embedding: Tensor = self.head(self._pooled(images))
         return embedding
 
     def features(self, images: Tensor) -> Tensor:
         """Compute what a probe sees: images (b, c, s, s) -> (b, feature_dim)."""
-        feature: Tensor = self.backbone(images)
+        feature = self._pooled(images)
         return feature if self.config.feature == "backbone" else self.head[:2](feature)
+
+    def freeze(self, frozen: bool) -> None:
+        """Keep the backbone as it is, its weights and its batch norms' statistics; or train it again."""
+        if frozen != self.frozen:
+            self.frozen = frozen
+            self.backbone.train(not frozen)
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            pooled: Tensor = self.backbone(self.normalize(images))
+        return pooled
 
 
 def build_encoder(config: ModelConfig, channels: int, image_size: int) -> Encoder:
-    """Build an untrained encoder for square images.
+    """Build the encoder that training starts from, for square images.
 
     Raises:
-        ValueError: the backbone's name is unknown (the message lists close ones), it has no stem that "small" could
-            change, images of this size are too small for it, or `feature="hidden"` without a hidden layer.
+        ValueError: the backbone's name is unknown (the message lists close ones), its pretrained weights cannot be had,
+            it has no stem that "small" could change, images of this size are too small for it, or `feature="hidden"`
+            without a hidden layer.
     """
-    return Encoder(_build_backbone(config, channels, image_size), config, channels, image_size)
+    if not config.pretrained:
+        return Encoder(Architecture(config.backbone), config, channels, image_size)
+    architecture, weights = load_pretrained(config, channels, image_size)
+    return Encoder(architecture, config, channels, image_size, weights)
 
 
 def adapt_backbone(backbone: nn.Module, norm: Norm, small_stem: bool) -> nn.Module:
@@ -89,22 +113,25 @@ def save_backbone(encoder: Encoder, path: str | Path) -> None:
     """Write the backbone's weights, under timm's own keys, to a safetensors file.
 
     With `norm="batch"` and the standard stem, `timm.create_model(name, num_classes=0, in_chans=channels,
-    checkpoint_path=path)` loads it. `load_backbone` always does: the file's metadata says how to build the model.
+    checkpoint_path=path)` loads it, whose images are then yours to normalise, where they were for pretrained weights.
+    `load_backbone` always does: the file's metadata says how to build the model.
     """
     _save(encoder.backbone, encoder, path)
 
 
 def load_backbone(path: str | Path) -> nn.Module:
-    """Rebuild the backbone that `save_backbone` wrote, (b, c, s, s) -> (b, width), in training mode on the CPU.
+    """Rebuild the backbone that `save_backbone` wrote, in training mode on the CPU.
+
+    It takes images (b, c, s, s) in [0, 1], which it normalises where training did, and gives (b, width).
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or of another model.
     """
     with _naming(path):
-        backbone = _build_backbone(*_read_recipe(path))
-        backbone.load_state_dict(load_file(path))
-    return backbone
+        encoder = Encoder(*_read_recipe(path))
+        encoder.backbone.load_state_dict(load_file(path))
+    return nn.Sequential(encoder.normalize, encoder.backbone) if encoder.architecture.mean else encoder.backbone
 
 
 def save_encoder(encoder: Encoder, folder: str | Path) -> None:
@@ -122,27 +149,28 @@ def load_encoder(folder: str | Path) -> Encoder:
     """
     backbone, head = Path(folder) / "encoder.safetensors", Path(folder) / "head.safetensors"
     with _naming(backbone):
-        encoder = build_encoder(*_read_recipe(backbone))
+        encoder = Encoder(*_read_recipe(backbone))
         encoder.backbone.load_state_dict(load_file(backbone))
     with _naming(head):
         encoder.head.load_state_dict(load_file(head))
     return encoder
 
 
-def _build_backbone(config: ModelConfig, channels: int, image_size: int) -> nn.Module:
-    name = config.backbone
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=5)
-        hint = f"close: {', '.join(close)}" if close else "timm.list_models() lists the names"
-        raise ValueError(f"timm has no backbone {name!r}; {hint}")
-    # Transformers have position embeddings, so they must know the image size; convolutional nets do not take it.
-    pretrained = timm.get_pretrained_cfg(name)
-    size: dict[str, Any] = {"img_size": image_size} if pretrained is not None and pretrained.fixed_input_size else {}
-    backbone: nn.Module = timm.create_model(name, num_classes=0, in_chans=channels, **size)
+def _build_backbone(
+    architecture: Architecture,
+    config: ModelConfig,
+    channels: int,
+    image_size: int,
+    weights: Mapping[str, Tensor] | None,
+) -> nn.Module:
+    """Build a backbone with the weights that timm has of it, or random ones, and adapt it."""
+    backbone = architecture.build(channels, image_size)
+    if weights is not None:  # and a classifier's, which is gone
+        backbone.load_state_dict({name: weights[name] for name in backbone.state_dict()})
     if config.stem == "small" and not _has_resnet_stem(backbone):
-        raise ValueError(f"backbone {name!r} has no conv1 and maxpool to make small; set stem='standard'")
+        raise ValueError(f"backbone {config.backbone!r} has no conv1 and maxpool to make small; set stem='standard'")
     small_stem = config.stem == "small" or (
-        config.stem == "auto" and image_size <= SMALL_IMAGE and _has_resnet_stem(backbone)
+        config.stem == "auto" and not config.pretrained and image_size <= SMALL_IMAGE and _has_resnet_stem(backbone)
     )
     return adapt_backbone(backbone, config.norm, small_stem)
 
@@ -217,9 +245,10 @@ def _shrink_stem(backbone: nn.Module) -> None:
 
 def _save(module: nn.Module, encoder: Encoder, path: str | Path) -> None:
     recipe = {"config": asdict(encoder.config), "channels": encoder.channels, "image_size": encoder.image_size}
+    recipe["architecture"] = asdict(encoder.architecture)
     weights = {key: value.contiguous() for key, value in module.state_dict().items()}
     with whole_file(Path(path)) as file:
-        save_file(weights, file, metadata={"torch_emc2": json.dumps(recipe)})
+        save_file(weights, file, metadata={RECIPE: json.dumps(recipe)})
 
 
 @contextmanager
@@ -235,10 +264,14 @@ def _naming(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _read_recipe(path: str | Path) -> tuple[ModelConfig, int, int]:
+def _read_recipe(path: str | Path) -> tuple[Architecture, ModelConfig, int, int]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    if "torch_emc2" not in metadata:
+    if RECIPE not in metadata:
         raise ValueError("it does not say how its model is built: save_backbone and save_encoder write files that do")
-    recipe = json.loads(metadata["torch_emc2"])
-    return ModelConfig(**recipe["config"]), recipe["channels"], recipe["image_size"]
+    recipe = json.loads(metadata[RECIPE])
+    config = recipe["config"]
+    if "architecture" not in recipe:  # of an earlier version, which took no notice of a pretrained tag
+        config["backbone"] = config["backbone"].partition(".")[0]
+    architecture = Architecture(**recipe.get("architecture", {"name": config["backbone"]}))
+    return architecture, ModelConfig(**config), recipe["channels"], recipe["image_size"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -59,14 +60,21 @@ def test_evaluation_is_that_of_the_features(finished: Path) -> None:
     assert metrics["retrieval"] == pytest.approx(retrieval(torch.stack(pairs)), abs=0.005)
 
 
-def test_the_untrained_encoder_is_the_one_the_run_started_from(tiny: Config) -> None:
-    frozen = replace(tiny, optimizer=replace(tiny.optimizer, lr=0.0, weight_decay=0.0), epochs=1, probe="sgd")
-    frozen = replace(frozen, model=replace(frozen.model, norm="group"))  # batch norm would move its statistics
-    numbers = evaluate_run(train(frozen), baselines=True)[0].numbers
-    assert list(numbers) == ["trained", "untrained", "raw pixels"]
-    assert numbers["trained"] == numbers["untrained"]
-    assert numbers["raw pixels"].keys() == numbers["untrained"].keys()
-    assert numbers["raw pixels"] != numbers["untrained"]
+@pytest.mark.parametrize("before", ["untrained", "pretrained"])
+def test_the_encoder_before_training_is_the_one_the_run_started_from(before: str, tiny: Config, tmp_path: Path) -> None:
+    frozen = replace(tiny, optimizer=replace(tiny.optimizer, freeze_epochs=1), epochs=1, probe="sgd")
+    if before == "pretrained":
+        torch.save(timm.create_model(tiny.model.backbone).state_dict(), tmp_path / "w.pth")
+        frozen = replace(frozen, model=replace(tiny.model, pretrained=str(tmp_path / "w.pth")))
+    run = train(frozen)
+    numbers = evaluate_run(run, baselines=True)[0].numbers
+    assert list(numbers) == ["trained", before, "raw pixels"]
+    assert numbers["trained"] == numbers[before]
+    assert numbers["raw pixels"].keys() == numbers[before].keys()
+    assert numbers["raw pixels"] != numbers[before]
+    if before == "pretrained":
+        (tmp_path / "w.pth").unlink()
+        assert evaluate_run(run)[0].numbers["trained"] == numbers["trained"]
 
 
 def paint(folder: Path, *counts: tuple[str, int]) -> str:

@@ -67,6 +67,19 @@ def test_unreadable_images_are_skipped_and_counted(tiny: Config, tmp_path: Path)
     assert [float(row["skipped"]) for row in (rows[1], rows[-1])] == [1, 2]  # once an epoch
 
 
+def test_a_backbone_and_its_weights_are_looked_at_before_images(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_text("no weights")
+    data = replace(tiny.data, name="folder:nowhere")
+    for model, words in [
+        (replace(tiny.model, backbone="resnet81"), "timm has no backbone 'resnet81'"),
+        (replace(tiny.model, pretrained=str(tmp_path / "w.pth")), "are none of backbone 'test_resnet'"),
+        (tiny.model, "'nowhere' is not a folder"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            train(replace(tiny, model=model, data=data))
+    assert not Path(tiny.out).exists()
+
+
 def test_training_from_python_is_quiet(tiny: Config, capfd: pytest.CaptureFixture[str]) -> None:
     train(replace(tiny, epochs=1))
     out, err = capfd.readouterr()
@@ -75,8 +88,12 @@ def test_training_from_python_is_quiet(tiny: Config, capfd: pytest.CaptureFixtur
     assert line.startswith("Epoch 1/1: loss ")
 
 
-def test_torchrun_trains_as_one_process(tiny: Config, tmp_path: Path) -> None:
+def test_torchrun_trains_as_one_process_and_with_a_backbone_that_is_frozen_at_first(
+    tiny: Config, tmp_path: Path
+) -> None:
+    optimizer = replace(tiny.optimizer, freeze_epochs=1)
     tiny = replace(tiny, model=replace(tiny.model, norm="group"), precision="64-true", log_every_steps=9)
+    tiny = replace(tiny, optimizer=optimizer)
     one = outcome(train(replace(tiny, out=tiny.out + "-one")))[3]
     assert [row["step"] for row in one] == ["3", "7"]  # one an epoch, at least
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny))

@@ -21,6 +21,7 @@ from outcomes import Outcome, Weights, assert_same, outcome
 from torch_emc2.cli import main
 from torch_emc2.config import Config, OptimizerConfig, to_yaml
 from torch_emc2.data import ContrastiveDataset, open_dataset
+from torch_emc2.files import load_checkpoint
 from torch_emc2.losses import EMC2Loss
 from torch_emc2.losses.visiting import Visiting
 from torch_emc2.settings.model import Norm
@@ -168,6 +169,38 @@ def test_optimisers(name: Any, kind: type, tiny: Config, monkeypatch: pytest.Mon
     assert all(decayed[id(p)] == (0.01 if p.ndim > 1 else 0) for p in module.encoder.parameters())
     if name in ("sgd", "lars"):
         assert all(group["momentum"] == 0.8 and not group["nesterov"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lars"])
+def test_the_backbone_has_its_share_of_the_rate(name: Any, tiny: Config) -> None:
+    own = OptimizerConfig(name, 0.1, 0.01, 0.8, warmup_epochs=1, backbone_lr_scale=0.25)
+    module = ContrastiveModule(replace(tiny, optimizer=own), 1, 66)
+    module.trainer = type("Trainer", (), {"world_size": 1})()  # type: ignore[assignment]
+    made = module.configure_optimizers()
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(groups) == len(list(module.encoder.parameters()))
+    assert all(groups[id(p)]["weight_decay"] == (0.01 if p.ndim > 1 else 0) for p in module.encoder.parameters())
+    warm = [0.1 * (step + 1) / 4 for step in range(4)]  # four batches an epoch, two epochs
+    for rate in warm + [0.05 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]:
+        for part, share in ((module.encoder.head, 1), (module.encoder.backbone, 0.25)):
+            assert all(groups[id(p)]["lr"] == pytest.approx(share * rate) for p in part.parameters())
+        assert schedule.get_last_lr()[0] == pytest.approx(rate)  # which is logged
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(("name", "rate"), [("adamw", 1e-3), ("lars", 1.0)])
+def test_a_frozen_backbone_stays_as_it_is_and_then_trains(name: Any, rate: float, tiny: Config) -> None:
+    assert tiny.model.norm == "batch"
+    run = train(replace(tiny, optimizer=OptimizerConfig(name, rate, 0.1, freeze_epochs=1), checkpoint_every_epochs=1))
+    torch.manual_seed(tiny.seed)
+    start = ContrastiveModule(tiny, 1, 66).encoder.state_dict()
+    after = [load_checkpoint(run / "checkpoints" / f"epoch-{epoch}.ckpt")["state_dict"] for epoch in (0, 1)]
+    for key, value in start.items():
+        frozen, trained = (state[f"encoder.{key}"] for state in after)
+        assert torch.equal(frozen, value) == key.startswith("backbone"), key
+        assert not torch.equal(trained, frozen), key
 
 
 def test_similarities_are_float32_under_bf16(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,8 +59,9 @@ def evaluate_run(
     encoders: dict[str, Callable[[Tensor], Tensor]] = {"trained": encoder.features}
     if baselines:
         torch.manual_seed(config.seed)  # the weights that the run started from
-        untrained = build_encoder(config.model, encoder.channels, encoder.image_size).to(device)
-        encoders |= {"untrained": untrained.features, "raw pixels": raw_pixels}
+        before = build_encoder(config.model, encoder.channels, encoder.image_size).to(device)
+        name = "pretrained" if config.model.pretrained else "untrained"
+        encoders |= {name: before.features, "raw pixels": raw_pixels}
     with leave_out_advised(run):
         features = {
             name: _features(encode, train, test, source, config.seed, device) for name, encode in encoders.items()

@@ -27,7 +27,8 @@ def require_data(name: str) -> None:
 class Augmentation:
     """How random views are drawn, in this order; the defaults are those of STL-10.
 
-    Mean and standard deviation are not normalised. Grey images (one channel) know no saturation, hue or greying.
+    Mean and standard deviation are not normalised: what a pretrained encoder needs is a part of it. Grey images (one
+    channel) know no saturation, hue or greying.
 
     Attributes:
         size: of a view, in pixels.

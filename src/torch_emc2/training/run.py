@@ -25,7 +25,7 @@ from torch_emc2.files import cause
 from torch_emc2.locks import only_writer
 from torch_emc2.losses import EMC2Loss
 from torch_emc2.losses.registry import find
-from torch_emc2.models import save_encoder
+from torch_emc2.models import build_encoder, save_encoder
 from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_used, resume_command
 from torch_emc2.training.batches import ContrastiveData
 from torch_emc2.training.callbacks import (
@@ -81,7 +81,8 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     run = Path(config.out)
     if not resume:
         rank_zero_only(refuse_used)(run)  # before the work: views may have to be drawn
-    find(config.loss)  # likewise: a class of the user's own may not be there
+    find(config.loss)  # likewise: a class of the user's own may not be there, nor a backbone or its weights
+    build_encoder(config.model, config.data.channels or 3, config.data.augmentation.size)
     checkpoint = find_checkpoint(run) if resume else None
     images = first_images(config, run) if checkpoint is None else same_images(config, run)
     known = identity(images)
@@ -154,12 +155,14 @@ def _trainer(config: Config, run: Path, callbacks: Sequence[L.Callback]) -> L.Tr
         ValueError: this machine does not have the accelerator, or so many devices.
     """
     interactive = sys.stdout.isatty()
+    unused = config.optimizer.freeze_epochs > 0 and config.devices != 1  # ranks would wait for frozen gradients
     shown = ProgressBar(refresh_rate=10) if interactive else EpochLines()
     try:
         return L.Trainer(
             max_epochs=config.epochs,
             accelerator=config.accelerator,
             devices=config.devices,
+            strategy="ddp_find_unused_parameters_true" if unused else "auto",
             precision=config.precision,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.optimizer.clip,

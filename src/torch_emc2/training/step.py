@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from timm.optim import create_optimizer_v2, param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor
 
 from torch_emc2.config import Config
@@ -69,7 +69,8 @@ class ContrastiveModule(L.LightningModule):
         schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make dropout and its like a function of the place in training, so that a resumed run draws the same."""
+        """Make a resumed run the same: dropout and its like, and what is frozen, depend on the place in training."""
+        self.encoder.freeze(self.current_epoch < self.config.optimizer.freeze_epochs)
         torch.manual_seed(mix_seed(self.config.seed, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -145,6 +146,16 @@ class ContrastiveModule(L.LightningModule):
         ids = index if index.ndim == 1 else index[:, 0] // cast(int, self.config.data.finite_views)
         return f"samples {', '.join(map(str, ids[:_NAMED].tolist()))}{', …' if len(ids) > _NAMED else ''}"
 
+    def _two_rates(self) -> list[dict[str, Any]]:
+        """Group weights by rate, and as timm does by weight decay; the head's come first, whose rate is logged."""
+        own = self.config.optimizer
+        rates = {self.encoder.head: own.lr, self.encoder.backbone: own.lr * own.backbone_lr_scale}
+        return [
+            group | {"lr": rate}
+            for part, rate in rates.items()
+            for group in param_groups_weight_decay(part, own.weight_decay)
+        ]
+
     def configure_optimizers(self) -> Any:
         """Return the optimiser with linear warm-up and half a cosine, a step at a time."""
         own = self.config.optimizer
@@ -152,7 +163,12 @@ class ContrastiveModule(L.LightningModule):
         # One kernel for all weights. With fp16 it would unscale gradients itself, after they are to be clipped.
         fused: dict[str, Any] = {"fused": True} if own.name != "lars" and self.config.precision != "16-mixed" else {}
         optimizer = create_optimizer_v2(
-            self.encoder, opt=name, lr=own.lr, weight_decay=own.weight_decay, momentum=own.momentum, **fused
+            self.encoder if own.backbone_lr_scale == 1 else self._two_rates(),
+            opt=name,
+            lr=own.lr,
+            weight_decay=own.weight_decay,
+            momentum=own.momentum,
+            **fused,
         )
         # Lightning's estimate would load the data before the steps of a resumed run are known, and so from the start.
         total = self.config.epochs * self.steps_per_epoch(self.trainer.world_size)
