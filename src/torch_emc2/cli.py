@@ -177,17 +177,28 @@ def _embed(argv: list[str]) -> None:
     parser.add_argument("run", type=finished_run)
     parser.add_argument("paths", type=images, nargs="+", metavar="FOLDER_OR_IMAGE")
     parser.add_argument("-o", "--out", type=parquet, required=True, help="Parquet file to write")
+    parser.add_argument("--normalize", action="store_true", help="rows of length 1: their products are cosines")
+    parser.add_argument("--append", action="store_true", help="keep a table of this model, embed what it does not have")
     parser.add_argument("--on-bad-image", choices=("raise", "skip"), help="by default the run's setting")
     parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)
     args = parser.parse_args(argv)
     from torch_emc2.data import shown
     from torch_emc2.runs import embed_images
 
-    done = embed_images(args.run, args.paths, args.out, on_bad_image=args.on_bad_image, value_range=args.value_range)
+    done = embed_images(
+        args.run,
+        args.paths,
+        args.out,
+        on_bad_image=args.on_bad_image,
+        value_range=args.value_range,
+        normalize=args.normalize,
+        append=args.append,
+    )
     if done.skipped:
         print(f"Unreadable, and left out: {shown(done.skipped)}")
-    skipped, left_out = len(done.skipped), done.found.left_out.total()
-    print(f"{done.embedded} images embedded, {skipped} skipped as unreadable, {left_out} files left out: {args.out}")
+    told = f"{len(done.skipped)} skipped as unreadable, {done.found.left_out.total()} files left out"
+    there = f", {done.there} were in the table" if args.append else ""
+    print(f"{done.embedded} images embedded, {told}{there}: {args.out}")
 
 
 def _experiment(argv: list[str]) -> None:

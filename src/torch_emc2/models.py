@@ -95,7 +95,7 @@ def save_backbone(encoder: Encoder, path: str | Path) -> None:
 
 
 def load_backbone(path: str | Path) -> nn.Module:
-    """Rebuild the backbone that `save_backbone` wrote, (b, c, s, s) -> (b, width), in training mode on the CPU.
+    """Rebuild the backbone that `save_backbone` wrote, (b, c, s, s) -> (b, width), in evaluation mode on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -104,7 +104,7 @@ def load_backbone(path: str | Path) -> nn.Module:
     with _naming(path):
         backbone = _build_backbone(*_read_recipe(path))
         backbone.load_state_dict(load_file(path))
-    return backbone
+    return backbone.eval()
 
 
 def save_encoder(encoder: Encoder, folder: str | Path) -> None:
@@ -114,7 +114,7 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> None:
 
 
 def load_encoder(folder: str | Path) -> Encoder:
-    """Rebuild the encoder that `save_encoder` wrote, in training mode on the CPU.
+    """Rebuild the encoder that `save_encoder` wrote, in evaluation mode on the CPU.
 
     Raises:
         FileNotFoundError: one of the two files is not there.
@@ -126,7 +126,7 @@ def load_encoder(folder: str | Path) -> Encoder:
         encoder.backbone.load_state_dict(load_file(backbone))
     with _naming(head):
         encoder.head.load_state_dict(load_file(head))
-    return encoder
+    return encoder.eval()
 
 
 def _build_backbone(config: ModelConfig, channels: int, image_size: int) -> nn.Module:
