@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from torch_emc2 import cli_runs
+
 __all__ = ["main"]
 
 _USAGE = """\
@@ -25,12 +27,15 @@ usage: emc2 COMMAND …
   diagnose RUN                       how wrong each estimator's gradient is at a run's weights, and why
   embed RUN FOLDER_OR_IMAGE … -o OUT.parquet
                                      embed your own images
+  neighbours RUN FOLDER_OR_IMAGE … [--in EMBEDDINGS.parquet]
+                                     the images nearest to given ones
+  duplicates RUN_OR_PARQUET [--threshold 0.98]
+                                     groups of near duplicates
+  map RUN_OR_PARQUET [-o map.png]    draw embeddings in the plane, by class or cluster
   experiment NAME [--dataset D] [--scale smoke|small|full] [--seeds 0 1 2]
                                      run one of the paper's experiments, or ours; emc2 experiment lists them
   presets [NAME [--FIELD VALUE …]]   list the presets, or print one as YAML to start from
 """
-
-_VALUE_RANGE = "of values deeper than 8 bits: --value-range=0,4095, --value-range=-1000,3000, or --value-range=1%%,99%%"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,9 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "quickstart": _quickstart,
         "train": _train,
-        "evaluate": _evaluate,
-        "diagnose": _diagnose,
-        "embed": _embed,
+        "evaluate": cli_runs.evaluate,
+        "diagnose": cli_runs.diagnose,
+        "embed": cli_runs.embed,
+        "neighbours": cli_runs.neighbours,
+        "duplicates": cli_runs.duplicates,
+        "map": cli_runs.draw_map,
         "experiment": _experiment,
         "presets": _presets,
     }
@@ -128,77 +136,6 @@ def _quickstart(argv: list[str]) -> None:
     print(f"\n{to_text(evaluation)}\n")
     print(f"Written: {', '.join(map(str, written))}. Encoder: {run}/encoder.safetensors.", end=" ")
     print(f"{time.monotonic() - start:.0f} seconds.")
-
-
-def _evaluate(argv: list[str]) -> None:
-    from torch_emc2.cli_arguments import Parser, data_set, finished_run, value_range
-
-    parser = Parser(
-        prog="emc2 evaluate",
-        description="Linear probe and k-NN of a run's encoder, and numbers and a picture that need no labels.",
-    )
-    parser.add_argument("run", type=finished_run)
-    parser.add_argument("--data", type=data_set, metavar="NAME", help="another data set than the run's, as folder:PATH")
-    parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)
-    parser.add_argument("--baselines", action="store_true", help="the untrained encoder and raw pixels beside it")
-    args = parser.parse_args(argv)
-    from torch_emc2.evaluation import to_text
-    from torch_emc2.runs import evaluate_run
-
-    evaluation, written = evaluate_run(args.run, args.data, value_range=args.value_range, baselines=args.baselines)
-    print(to_text(evaluation))
-    print(f"Written: {', '.join(map(str, written))}")
-
-
-def _diagnose(argv: list[str]) -> None:
-    from torch_emc2.cli_arguments import Parser, finished_run, whole
-
-    parser = Parser(
-        prog="emc2 diagnose", description="How wrong each estimator's gradient is at a run's weights, and why."
-    )
-    parser.add_argument("run", type=finished_run)
-    parser.add_argument("--samples", type=whole(2), default=512, help="random training images, two views each")
-    parser.add_argument("--batch-size", type=whole(2), help="by default the run's")
-    parser.add_argument("--epochs", type=whole(1), default=64, help="largest number of epochs that are averaged")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the choice of images and views")
-    args = parser.parse_args(argv)
-    from torch_emc2.evaluation.estimators import to_markdown
-    from torch_emc2.runs import diagnose_run
-
-    settings = {"samples": args.samples, "batch_size": args.batch_size, "epochs": args.epochs, "seed": args.seed}
-    print(to_markdown(diagnose_run(args.run, **settings)))
-    print(f"Written: {args.run}/diagnosis.json, {args.run}/diagnosis.md, {args.run}/diagnosis.png")
-
-
-def _embed(argv: list[str]) -> None:
-    from torch_emc2.cli_arguments import Parser, finished_run, images, parquet, value_range
-
-    parser = Parser(prog="emc2 embed", description="Embed images: a row a path.")
-    parser.add_argument("run", type=finished_run)
-    parser.add_argument("paths", type=images, nargs="+", metavar="FOLDER_OR_IMAGE")
-    parser.add_argument("-o", "--out", type=parquet, required=True, help="Parquet file to write")
-    parser.add_argument("--normalize", action="store_true", help="rows of length 1: their products are cosines")
-    parser.add_argument("--append", action="store_true", help="keep a table of this model, embed what it does not have")
-    parser.add_argument("--on-bad-image", choices=("raise", "skip"), help="by default the run's setting")
-    parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)
-    args = parser.parse_args(argv)
-    from torch_emc2.data import shown
-    from torch_emc2.runs import embed_images
-
-    done = embed_images(
-        args.run,
-        args.paths,
-        args.out,
-        on_bad_image=args.on_bad_image,
-        value_range=args.value_range,
-        normalize=args.normalize,
-        append=args.append,
-    )
-    if done.skipped:
-        print(f"Unreadable, and left out: {shown(done.skipped)}")
-    told = f"{len(done.skipped)} skipped as unreadable, {done.found.left_out.total()} files left out"
-    there = f", {done.there} were in the table" if args.append else ""
-    print(f"{done.embedded} images embedded, {told}{there}: {args.out}")
 
 
 def _experiment(argv: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,19 @@ from typing import NoReturn, TypeVar
 from torch_emc2.run_folder import require_finished
 from torch_emc2.settings.images import parse_range, require_data
 
-__all__ = ["Parser", "data_set", "finished_run", "images", "parquet", "path", "value_range", "whole"]
+__all__ = [
+    "Parser",
+    "data_set",
+    "embedded",
+    "finished_run",
+    "images",
+    "parquet",
+    "path",
+    "picture",
+    "similarity",
+    "value_range",
+    "whole",
+]
 
 T = TypeVar("T")
 
@@ -63,10 +76,42 @@ def images(text: str) -> Path:
 
 @_telling
 def parquet(text: str) -> Path:
-    """Read the name of a table that is to be written."""
+    """Read the name of a table."""
     if not text.endswith(".parquet"):
         raise ValueError(f"{text} will be a Parquet file: give it a name that ends in .parquet")
     return path(text)
+
+
+@_telling
+def picture(text: str) -> Path:
+    """Read the name of a picture that is to be written."""
+    if not text.endswith(".png"):
+        raise ValueError(f"{text} will be a PNG: give it a name that ends in .png")
+    return path(text)
+
+
+@_telling
+def similarity(text: str) -> float:
+    """Read a cosine."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not -1 <= value <= 1:
+        raise ValueError(f"must be a cosine, from -1 to 1, got {text!r}")
+    return value
+
+
+@_telling
+def embedded(text: str) -> Path:
+    """Read the name of a table of embeddings, or the folder of a run that has come to its end."""
+    source = path(text)
+    if text.endswith(".parquet"):
+        if not os.path.isfile(source):
+            raise ValueError(f"there is no {text!r}: emc2 embed RUN FOLDER -o {text} writes it")
+    else:
+        require_finished(source)
+    return source
 
 
 @_telling

@@ -86,6 +86,10 @@ class Model:
             DataError: there is no image, or what is given is none.
             BadImageError: one cannot be read.
         """
+        return self.features(self.images(images), batch_size=batch_size, normalize=normalize)
+
+    def images(self, images: Givable) -> ImageDataset:
+        """Return images as the encoder takes them, those in files checked; see `embed`."""
         given = list(_given(images, "images"))
         if not given:
             raise DataError("no images: give files, or folders that hold some, images of Pillow, or uint8 (c, h, w)")
@@ -94,7 +98,7 @@ class Model:
         decoding, unreadable = check.resolve(self.decoding)
         if unreadable:
             raise BadImageError(check.refusal("mend or remove them", "value_range"))
-        return self.features(ImageDataset(_GivenImages(given, decoding)), batch_size=batch_size, normalize=normalize)
+        return ImageDataset(_GivenImages(given, decoding))
 
     def features(self, images: Images, *, batch_size: int = _BATCH, normalize: bool = False) -> Tensor:
         """Embed a data set, float32 (n, d)."""

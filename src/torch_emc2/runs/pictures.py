@@ -1,22 +1,18 @@
-"""What a run looks like: training curves, nearest neighbours, and the errors of gradients."""
+"""What a run looks like: training curves, and the errors of gradients."""
 
 import csv
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from torch_emc2.diagnostics import GradientError
 
-__all__ = ["PANELS", "plot_curves", "plot_errors", "plot_neighbours", "thumbnail"]
+__all__ = ["PANELS", "plot_curves", "plot_errors"]
 
 # Title of the panel of each number. Its column may also be named "train/acceptance", "acceptance_step" or "lr-Adam".
 PANELS = {
@@ -26,7 +22,7 @@ PANELS = {
     "lr": "Learning rate",
 }
 
-_LINE, _QUERY, _SAME, _OTHER = "#3b6ea8", "#8a8a8a", "#2e9e5b", "#d1453b"
+_LINE, _GUIDE = "#3b6ea8", "#8a8a8a"
 
 
 def plot_curves(metrics: Sequence[Mapping[str, float]] | str | Path, out: str | Path) -> None:
@@ -59,60 +55,6 @@ def plot_curves(metrics: Sequence[Mapping[str, float]] | str | Path, out: str | 
     figure.savefig(out, format="png", dpi=150)
 
 
-def plot_neighbours(
-    queries: Sequence[Tensor],
-    neighbours: Sequence[Sequence[Tensor]],
-    query_labels: Sequence[object] | None,
-    neighbour_labels: Sequence[Sequence[object]] | None,
-    out: str | Path,
-) -> None:
-    """Draw each query at the left of a row and its nearest neighbours to the right, nearest first, as a PNG.
-
-    Args:
-        queries: q images, uint8 (c, h, w) with c of 1 or 3.
-        neighbours: k images a query.
-        query_labels: q labels, printed above the images. With them a neighbour's frame is green where its label is the
-            query's, else red. None where there are no labels.
-        neighbour_labels: k labels a query; None goes with None.
-        out: the file to write.
-
-    Raises:
-        ValueError: no query, or numbers of neighbours or labels that differ.
-    """
-    sizes = {len(row) for row in (*neighbours, *(neighbour_labels or ()))}
-    counts = {len(queries), len(neighbours), *(len(x) for x in (query_labels, neighbour_labels) if x is not None)}
-    if len(sizes) != 1 or len(counts) != 1 or (query_labels is None) != (neighbour_labels is None):
-        raise ValueError(
-            f"lists of {counts} queries and {sizes} neighbours; give each query equally many, and all labels or none"
-        )
-    (k,) = sizes
-    labels = list(zip(query_labels or (), neighbour_labels or (), strict=True))
-    height = (1.25 if labels else 1.0) * len(queries)
-    gap = 0.2  # an empty column between queries and neighbours
-    figure, grid = _subplots(len(queries), k + 2, width=1 + gap + k, height=height, width_ratios=[1, gap, *[1] * k])
-    for row, (query, between, *rest) in enumerate(grid):
-        between.set_axis_off()
-        _draw_image(query, queries[row], _QUERY)
-        for axes, image in zip(rest, neighbours[row], strict=True):
-            _draw_image(axes, image, _QUERY)
-        if labels:
-            own, others = labels[row]
-            _set_label(query, own)
-            for axes, label in zip(rest, others, strict=True):
-                _set_label(axes, label)
-                axes.spines[:].set_color(_SAME if label == own else _OTHER)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a script that the font lacks: boxes say enough
-        figure.savefig(out, format="png", dpi=150)
-
-
-def thumbnail(image: Tensor) -> Tensor:
-    """Shrink an image (c, h, w) to about 256 pixels at its longer side; it costs little memory in a picture then."""
-    step = max(1, max(image.shape[1:]) // 256)
-    height, width = (max(1, side // step) for side in image.shape[1:])
-    return adaptive_avg_pool2d(image.float(), (height, width)).round().to(torch.uint8)
-
-
 def plot_errors(errors: Mapping[str, GradientError], out: str | Path) -> None:
     """Draw squared error against the number of epochs averaged as a PNG: a line an estimator, with 1/n as a guide.
 
@@ -131,7 +73,7 @@ def plot_errors(errors: Mapping[str, GradientError], out: str | Path) -> None:
             axes.plot(error.epochs, error.squared_error, style, label=name, marker=".", color=f"C{place % 10}")
         lengths = next(iter(shown.values())).epochs
         start = min(error.squared_error[0] for error in shown.values())
-        axes.plot(lengths, [start / n for n in lengths], ":", color=_QUERY, label="1/n")
+        axes.plot(lengths, [start / n for n in lengths], ":", color=_GUIDE, label="1/n")
         axes.set(xscale="log", yscale="log", xlabel="Epochs averaged", xticks=lengths, xticklabels=lengths)
         axes.minorticks_off()
         axes.set_title(title, fontsize=11)
@@ -157,15 +99,3 @@ def _subplots(rows: int, columns: int, width: float, height: float, **layout: An
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **layout)
-
-
-def _draw_image(axes: Any, image: Tensor, frame: str) -> None:
-    axes.imshow(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())  # grey to RGB
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(color=frame, linewidth=2.5)
-
-
-def _set_label(axes: Any, label: object) -> None:
-    """Write a label above an image: in one line of its width, and as it is, "$" included."""
-    text = repr(str(label))[1:-1]
-    axes.set_title(text if len(text) <= 16 else f"{text[:15]}…", fontsize=8, pad=3, parse_math=False)
