@@ -102,9 +102,9 @@ def test_frames_tell_whether_classes_agree(tmp_path: Path, monkeypatch: pytest.M
     (((rows, *_), settings),) = drawn
     assert [[tile.frame for tile in row] for row in rows] == [[PLAIN, SAME, OTHER, PLAIN], [PLAIN] * 4]
     assert [list(tile.lines) for tile in rows[0]] == [
-        ["a", "0.png"],
-        ["0.500 · a", "0.png"],
-        ["0.250 · b", "1.png"],
+        ["query", "a", "0.png"],
+        ["0.500", "a", "0.png"],
+        ["0.250", "b", "1.png"],
         ["0.125", "2.png"],
     ]
     assert list(settings["legend"].values()) == [SAME, OTHER]

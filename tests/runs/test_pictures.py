@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from torch_emc2.diagnostics import GradientError
-from torch_emc2.runs.pictures import _GUIDE, plot_curves, plot_errors
+from torch_emc2.runs.pictures import _GUIDE, _running_mean, plot_curves, plot_errors
 
 
 def shape(path):
@@ -23,8 +23,8 @@ def test_one_panel_for_each_number_that_was_logged(tmp_path):
     ]
     plot_curves(rows, tmp_path / "three.png")
     plot_curves([{"epoch": 0, "global_loss": 1.0, "validation": 2.0}], tmp_path / "one.png")
-    assert shape(tmp_path / "three.png") == (420, 3 * 525)
-    assert shape(tmp_path / "one.png") == (420, 525)
+    assert shape(tmp_path / "three.png") == (450, 3 * 525)
+    assert shape(tmp_path / "one.png") == (450, 525)
 
 
 def test_csv_of_lightning_draws_the_same_picture(tmp_path):
@@ -53,3 +53,17 @@ def test_errors_at_the_parameters_have_a_panel_of_their_own(tmp_path):
     assert shape(tmp_path / "one.png") == (570, 900)
     assert shape(tmp_path / "two.png") == (570, 1500)
     assert pixels_of(tmp_path / "one.png", _GUIDE) > 50  # the guide
+
+
+def test_the_running_mean_is_that_of_the_values_around():
+    values = np.random.default_rng(0).normal(size=50)
+    by_hand = [np.mean(values[max(0, i - 2) : i + 3]) for i in range(50)]
+    np.testing.assert_allclose(_running_mean(values, 5), by_hand)
+
+
+def test_many_noisy_points_are_pale_beside_their_mean(tmp_path):
+    rows = [{"step": t, "global_loss": (-1.0) ** t, "lr": 1.0} for t in range(100)]
+    plot_curves(rows, tmp_path / "many.png")
+    plot_curves(rows[:30], tmp_path / "few.png")
+    line = "#3b6ea8"
+    assert pixels_of(tmp_path / "few.png", line) > 2 * pixels_of(tmp_path / "many.png", line) > 1000

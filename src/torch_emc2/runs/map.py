@@ -22,14 +22,15 @@ from torch.nn.functional import normalize
 
 from torch_emc2.files import whole_file
 from torch_emc2.runs.gallery import Gallery, open_gallery
-from torch_emc2.runs.tiles import PLAIN, fitted, thumbnail
+from torch_emc2.runs.tiles import fitted, thumbnail
 
 __all__ = ["Map", "draw_map", "map_of"]
 
 _MOST = 5000  # images of which t-SNE takes a minute
 _LEAST = 5
 _COLOURS = [to_hex(colour) for colour in colormaps["tab20"].colors]
-_COLOURS = [*_COLOURS[::2], *_COLOURS[1::2]]  # strong ones first
+_COLOURS = [*_COLOURS[:14:2], *_COLOURS[16::2], *_COLOURS[1:14:2], *_COLOURS[17::2]]  # strong ones first, no grey
+_NONE = "#c8c8c8"
 _THUMBNAIL = 0.034  # of the map's width: no two are nearer
 
 
@@ -72,7 +73,8 @@ def map_of(source: Path, *, seed: int = 0) -> Map:
     if any(label is not None for label in gallery.labels):
         return Map(gallery, places, gallery.labels, total, "class")
     found = HDBSCAN(min_cluster_size=max(_LEAST, len(main) // 100), copy=True).fit_predict(main[:, :10])
-    groups = [None if cluster < 0 else f"cluster {cluster + 1}" for cluster in found.tolist()]
+    by_size = [cluster for cluster, _ in Counter(found[found >= 0].tolist()).most_common()]
+    groups = [None if cluster < 0 else f"cluster {by_size.index(cluster) + 1}" for cluster in found.tolist()]
     return Map(gallery, places, groups, total, "cluster")
 
 
@@ -82,7 +84,7 @@ def draw_map(found: Map, out: Path) -> None:
     places = places / places.max()
     sizes = Counter(group for group in found.groups if group is not None)
     colour_of = {group: _COLOURS[i] for i, (group, _) in enumerate(sizes.most_common(len(_COLOURS)))}
-    colours = [colour_of.get(group, PLAIN) if group is not None else PLAIN for group in found.groups]
+    colours = [colour_of.get(group, _NONE) if group is not None else _NONE for group in found.groups]
     figure = Figure(figsize=(11.5, 9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -110,7 +112,7 @@ def draw_map(found: Map, out: Path) -> None:
     alone = len(found.groups) - sum(sizes[group] for group in colour_of)
     if alone:
         words = f"{rest} smaller {found.kind}es" if rest else f"no {found.kind}"
-        handles.append(axes.scatter([], [], c=PLAIN, s=40, label=f"{words} ({alone})"))
+        handles.append(axes.scatter([], [], c=_NONE, s=40, label=f"{words} ({alone})"))
     legend = figure.legend(
         handles=handles, loc="outside right upper", fontsize=9, frameon=False, title=f"{found.kind} (images)"
     )

@@ -82,12 +82,14 @@ def draw_neighbours(found: Neighbours, out: Path, title: str = "Queries, and the
     queries, gallery, rows = found.queries, found.gallery, []
     for i, hits in list(enumerate(found.hits))[:_DRAWN]:
         own = queries.labels[i]
-        row = [Tile(queries.image(i), [own or "query", os.path.basename(queries.names[i])])]
+        name = os.path.basename(queries.names[i])
+        row = [Tile(queries.image(i), ["query", name] if own is None else ["query", own, name])]
         for index, similarity in hits:
             label = gallery.labels[index]
             frame = PLAIN if own is None or label is None else SAME if own == label else OTHER
-            words = f"{similarity:.3f}" + ("" if label is None else f" · {label}")
-            row.append(Tile(gallery.image(index), [words, os.path.basename(gallery.names[index])], frame))
+            name = os.path.basename(gallery.names[index])
+            lines = [f"{similarity:.3f}", name] if label is None else [f"{similarity:.3f}", label, name]
+            row.append(Tile(gallery.image(index), lines, frame))
         rows.append(row)
     frames = {tile.frame for row in rows for tile in row}
     words = {"frame: the query's class": SAME, "another class": OTHER}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -14,13 +15,17 @@ from torch_emc2.diagnostics import GradientError
 
 __all__ = ["PANELS", "plot_curves", "plot_errors"]
 
-# Title of the panel of each number. Its column may also be named "train/acceptance", "acceptance_step" or "lr-Adam".
+# Title of the panel of each number, and what it says. Its column may also be named "train/acceptance",
+# "acceptance_step" or "lr-Adam".
 PANELS = {
-    "global_loss": "Global loss, estimated",
-    "acceptance": "Acceptance rate",
-    "carried_share": "Weight of carried negatives",
-    "lr": "Learning rate",
+    "global_loss": ("Global loss, estimated (nats)", "0: all embeddings are equal; lower is better"),
+    "acceptance": ("Acceptance (share of proposals)", "1: negatives are alike; near 0: chains hardly move"),
+    "carried_share": ("Weight of carried negatives (share)", "how much of a row's negatives its batch lacks"),
+    "lr": ("Learning rate", "warm-up, then half a cosine to 0"),
 }
+
+_EXACT = 1e-6  # smaller errors are rounding's, and drawn there
+_SMOOTHED = 40  # points, from which on a mean over a tenth of them is drawn too
 
 _LINE, _GUIDE = "#3b6ea8", "#8a8a8a"
 
@@ -42,13 +47,18 @@ def plot_curves(metrics: Sequence[Mapping[str, float]] | str | Path, out: str | 
     if not panels:
         raise ValueError(f"nothing to draw in the columns {columns}; log one of {', '.join(PANELS)}")
     x = "step" if "step" in columns else "epoch"
-    figure, grid = _subplots(1, len(panels), width=3.5 * len(panels), height=2.8)
+    figure, grid = _subplots(1, len(panels), width=3.5 * len(panels), height=3)
     for axes, (key, column) in zip(grid[0], panels.items(), strict=True):
-        points = [(row[x], row[column]) for row in rows if column in row]
-        axes.plot(*zip(*points, strict=True), color=_LINE, linewidth=1.5, marker="." if len(points) < 20 else "")
-        axes.set_title(PANELS[key], fontsize=11)
+        places, values = np.array([(row[x], row[column]) for row in rows if column in row]).T
+        smoothed = key != "lr" and len(values) >= _SMOOTHED
+        axes.plot(places, values, color=_LINE, linewidth=1.5, alpha=0.3 if smoothed else 1, marker=_marker(values))
+        if smoothed:
+            axes.plot(places, _running_mean(values, len(values) // 10), color=_LINE, linewidth=1.8)
+        title, meaning = PANELS[key]
+        axes.set_title(title, fontsize=10.5, loc="left", pad=20)
+        axes.text(0, 1.03, meaning, fontsize=8, color="#5a5a5a", transform=axes.transAxes)
         axes.set_xlabel(x.capitalize())
-        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # no power of ten beside the axis
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -70,18 +80,35 @@ def plot_errors(errors: Mapping[str, GradientError], out: str | Path) -> None:
     for axes, (title, shown) in zip(grid[0], panels.items(), strict=True):
         for place, (name, error) in enumerate(shown.items()):
             style = "-" if place < 10 else "--"  # there are ten colours
-            axes.plot(error.epochs, error.squared_error, style, label=name, marker=".", color=f"C{place % 10}")
+            seen = np.maximum(error.squared_error, _EXACT)
+            axes.plot(error.epochs, seen, style, label=name, marker=".", color=f"C{place % 10}")
         lengths = next(iter(shown.values())).epochs
-        start = min(error.squared_error[0] for error in shown.values())
-        axes.plot(lengths, [start / n for n in lengths], ":", color=_GUIDE, label="1/n")
-        axes.set(xscale="log", yscale="log", xlabel="Epochs averaged", xticks=lengths, xticklabels=lengths)
+        start = np.median([max(error.squared_error[0], _EXACT) for error in shown.values()])
+        axes.plot(lengths, [start / n for n in lengths], ":", color=_GUIDE, label="1/n, without bias")
+        axes.set(xscale="log", yscale="log", xlabel="epochs averaged", xticks=lengths, xticklabels=lengths)
         axes.minorticks_off()
-        axes.set_title(title, fontsize=11)
+        axes.set_title(title, fontsize=10.5, loc="left")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    grid[0][0].set_ylabel("Squared error, relative")
+    grid[0][0].set_ylabel("squared error, relative (lower is better)")
+    figure.suptitle(
+        "A line that falls beside 1/n has no bias; one that levels off is at its bias, which no averaging removes",
+        fontsize=9,
+        color="#5a5a5a",
+    )
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(out, format="png", dpi=150)
+
+
+def _marker(values: np.ndarray) -> str:
+    return "." if len(values) < 20 else ""
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Return means over so many values around each; at the ends, of those that there are."""
+    ones = np.ones(width)
+    mean: np.ndarray = np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
+    return mean
 
 
 def _read_csv(path: Path) -> list[dict[str, float]]:

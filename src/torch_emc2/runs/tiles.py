@@ -21,7 +21,7 @@ __all__ = ["PLAIN", "Tile", "draw_rows", "fitted", "thumbnail"]
 PLAIN = "#8a8a8a"
 
 # In inches.
-_SIDE, _SPACE, _LINE, _HEADER, _MARGIN = 1.2, 0.14, 0.15, 0.62, 0.12
+_SIDE, _SPACE, _LINE, _MARGIN = 1.2, 0.14, 0.15, 0.12
 _FONT = 8
 
 
@@ -54,7 +54,8 @@ def draw_rows(
     gap = 0.25 if first else 0.0
     width = max(2 * _MARGIN + columns * (_SIDE + _SPACE) - _SPACE + gap, 5.0)
     step = _SIDE + 0.06 + lines * _LINE + _SPACE
-    height = _HEADER + len(rows) * step
+    header = 0.62 if legend else 0.46
+    height = header + len(rows) * step
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     shown = fitted(title, width - 2 * _MARGIN, 11)
@@ -73,7 +74,7 @@ def draw_rows(
             borderaxespad=0,
         )
     for i, row in enumerate(rows):
-        top = height - _HEADER - i * step
+        top = height - header - i * step
         for j, tile in enumerate(row):
             left = _MARGIN + j * (_SIDE + _SPACE) + (gap if j >= first else 0)
             axes = figure.add_axes((left / width, (top - _SIDE) / height, _SIDE / width, _SIDE / height))
@@ -82,7 +83,7 @@ def draw_rows(
                 figure.text(
                     (left + _SIDE / 2) / width,
                     (top - _SIDE - 0.06 - number * _LINE) / height,
-                    fitted(line, _SIDE + _SPACE / 2, _FONT),
+                    fitted(line, _SIDE, _FONT),
                     fontsize=_FONT,
                     ha="center",
                     va="top",
