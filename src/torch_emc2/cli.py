@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -12,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from torch_emc2 import cli_runs
+from torch_emc2 import __version__, cli_runs
+from torch_emc2.names import did_you_mean
 
 __all__ = ["main"]
 
@@ -21,7 +23,7 @@ usage: emc2 COMMAND …
 
   quickstart                         train on bundled digits, evaluate, draw: about a minute on two CPU cores
   train PRESET_OR_YAML [--FIELD VALUE …] [--resume]
-                                     pre-train an encoder; emc2 train --help lists the fields
+                                     pre-train an encoder; emc2 train --help names the fields, --help all describes them
   evaluate RUN [--data NAME] [--value-range MIN,MAX] [--baselines]
                                      linear probe and k-NN of a run's encoder, and numbers that need no labels
   diagnose RUN                       how wrong each estimator's gradient is at a run's weights, and why
@@ -35,6 +37,8 @@ usage: emc2 COMMAND …
   experiment NAME [--dataset D] [--scale smoke|small|full] [--seeds 0 1 2]
                                      run one of the paper's experiments, or ours; emc2 experiment lists them
   presets [NAME [--FIELD VALUE …]]   list the presets, or print one as YAML to start from
+
+  --version                          print the version
 """
 
 
@@ -43,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(_USAGE, end="")
+        return 0
+    if command in ("-V", "--version"):
+        print(f"emc2 {__version__}")
         return 0
     commands = {
         "quickstart": _quickstart,
@@ -57,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         "presets": _presets,
     }
     if command not in commands:
-        print(f"emc2: error: no command {command!r}; there are {', '.join(commands)}", file=sys.stderr)
+        meant = did_you_mean(command, [*commands]) or f"; there are {', '.join(commands)}"
+        print(f"emc2: error: no command {command!r}{meant}", file=sys.stderr)
         return 2
     try:
         with _interruptible(), _told():
@@ -81,8 +89,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str]) -> None:
-    if not argv or "-h" in argv or "--help" in argv:
-        _list_fields()
+    if not argv or _asks_for_help(argv):
+        _list_fields(argv, "emc2 train")
         return
     resume = "--resume" in argv
     preset, *rest = [argument for argument in argv if argument != "--resume"] or [""]
@@ -105,22 +113,36 @@ def _train(argv: list[str]) -> None:
     if rank_zero_only.rank:  # type: ignore[attr-defined]  # one process tells
         logging.getLogger("torch_emc2").setLevel(logging.WARNING)
     run = train(config, resume=resume)
-    rank_zero_only(print)(f"Run: {run}. Next: emc2 evaluate {run}")
+    rank_zero_only(print)(_what_next(run, config.data.name))
 
 
-def _list_fields() -> None:
-    from torch_emc2.config import config_parser
-    from torch_emc2.settings.losses import LOSSES
+def _what_next(run: Path, data: str) -> str:
+    """Say what can be done with a run's own folder and images."""
+    own = shlex.quote(str(run))
+    lines = [f"Run: {run}. Next: emc2 evaluate {own}"]
+    if data.startswith("folder:"):
+        images = shlex.quote(data.removeprefix("folder:"))
+        lines.append(f"Then: emc2 embed {own} {images} -o embeddings.parquet")
+    return "\n".join([*lines, f"Or: emc2 map {own}; emc2 duplicates {own}; emc2 neighbours {own} YOUR_IMAGE"])
 
-    print("usage: emc2 train PRESET_OR_YAML [--FIELD VALUE …] [--resume]; emc2 presets lists the presets\n")
-    print(f"LOSS: {', '.join(LOSSES)}, or a class of your own as package.module:Class\n")
-    config_parser("emc2 train PRESET_OR_YAML").print_help()
+
+def _asks_for_help(argv: list[str]) -> bool:
+    return "-h" in argv or "--help" in argv
+
+
+def _list_fields(argv: list[str], prog: str) -> None:
+    from torch_emc2.cli_fields import all_fields, groups_of_fields
+
+    print(all_fields(prog) if "all" in argv else groups_of_fields(prog), end="")
 
 
 def _quickstart(argv: list[str]) -> None:
     from torch_emc2.config import read_config
     from torch_emc2.settings.images import require_data
 
+    if _asks_for_help(argv):
+        _list_fields(argv, "emc2 quickstart")
+        return
     start = time.monotonic()
     config = read_config("quickstart", argv, prog="emc2 quickstart")
     if config.devices != 1:
@@ -140,6 +162,7 @@ def _quickstart(argv: list[str]) -> None:
 
 def _experiment(argv: list[str]) -> None:
     from torch_emc2.cli_arguments import Parser, data_set, path, whole
+    from torch_emc2.config import plain_words
     from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES, base_config, read_tuned
 
     parser = Parser(
@@ -159,7 +182,8 @@ def _experiment(argv: list[str]) -> None:
         for name, experiment in EXPERIMENTS.items():
             print(f"{name:16s} {experiment.title}")
         return
-    args, overrides = parser.parse_known_args(argv)
+    args, given = parser.parse_known_args(argv)
+    overrides = plain_words(given)
     base_config(args.dataset or EXPERIMENTS[args.name].dataset, args.scale, overrides)  # refuses what is no setting
     tuned = None if args.tuned is None else read_tuned(args.tuned)
     from torch_emc2.experiments.run import run_experiment

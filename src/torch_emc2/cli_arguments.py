@@ -7,8 +7,9 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from torch_emc2.names import did_you_mean
 from torch_emc2.run_folder import require_finished
 from torch_emc2.settings.images import parse_range, require_data
 
@@ -34,7 +35,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise it as the user's to mend."""
-        raise ValueError(f"{message} (see {self.prog} --help)")
+        words = message.removeprefix("unrecognized arguments: ").split()
+        meant = did_you_mean(words[0], [*self._option_string_actions]) if words[0].startswith("--") else ""
+        raise ValueError(f"{message}{meant} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Take an option with underscores in the place of hyphens too."""
+        parted = (word.partition("=") for word in args)
+        plain = (((name.replace("_", "-"), *value), (name, *value)) for name, *value in parted)
+        known = self._option_string_actions
+        return super().parse_known_args(["".join(a if a[0] in known else b) for a, b in plain], namespace)
 
 
 def _telling(read: Callable[[str], T]) -> Callable[[str], T]:

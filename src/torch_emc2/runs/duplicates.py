@@ -20,6 +20,7 @@ from torch_emc2.runs.tiles import Tile, draw_rows
 __all__ = ["Duplicates", "draw_duplicates", "find_duplicates", "near_duplicates"]
 
 _CHUNK = 256  # rows that are compared with all others at once
+_ROUNDING = 1e-9  # the cosine of a row and itself may lack it
 _DRAWN, _ABREAST = 12, 8
 
 
@@ -50,11 +51,11 @@ def find_duplicates(source: Path, threshold: float) -> Duplicates:
 
 def near_duplicates(embeddings: Tensor, threshold: float) -> list[list[Hit]]:
     """Return the rows (n, d) that hang together by cosines of at least ``threshold``, groups of two and more."""
-    unit = normalize(embeddings.float(), dim=1)
+    unit = normalize(embeddings.double(), dim=1)
     rows = np.arange(len(unit))
     first = rows  # of each row's group
     for start, chunk in zip(range(0, len(unit), _CHUNK), unit.split(_CHUNK), strict=True):
-        one, other = (chunk @ unit.T >= threshold).nonzero(as_tuple=True)
+        one, other = (chunk @ unit.T >= threshold - _ROUNDING).nonzero(as_tuple=True)
         ends = np.concatenate([one.numpy() + start, rows]), np.concatenate([other.numpy(), first])
         graph = coo_array((np.ones(len(ends[0]), np.int8), ends), shape=(len(unit), len(unit)))
         group = connected_components(graph, directed=False)[1]
