@@ -34,13 +34,13 @@ def test_groups_hang_together_by_pairs(size: int, seed: int, threshold: float, c
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CHUNK", chunk)
         groups = near_duplicates(z, threshold)
-    assert {frozenset(hit.index for hit in group) for group in groups} == by_loop(z, threshold)
+    assert {frozenset(hit.row for hit in group) for group in groups} == by_loop(z, threshold)
     twice = near_duplicates(torch.cat([z, z]), 1.0)
-    assert sorted([hit.index for hit in group] for group in twice) == [[i, i + size] for i in range(size)]
+    assert sorted([hit.row for hit in group] for group in twice) == [[i, i + size] for i in range(size)]
     assert [len(group) for group in groups] == sorted((len(group) for group in groups), reverse=True)
     for group in groups:
-        first = z[group[0].index]
-        expected = torch.nn.functional.cosine_similarity(z[[hit.index for hit in group]], first[None])
+        first = z[group[0].row]
+        expected = torch.nn.functional.cosine_similarity(z[[hit.row for hit in group]], first[None])
         assert [hit.similarity for hit in group] == pytest.approx(expected.tolist(), abs=1e-5)
 
 

@@ -48,7 +48,7 @@ def test_neighbours_in_a_table_are_those_of_the_largest_cosines(finished: Path, 
     rows, own = zip(table.embeddings, table.paths, strict=True), Model(finished).embed(query)[0]
     by_hand = sorted(((cosine(own, row), path) for row, path in rows), reverse=True)
     for hits, expected in zip(found.hits, (by_hand[1:4], by_hand[:3]), strict=True):  # a copy elsewhere finds it
-        assert [table.paths[hit.index] for hit in hits] == [path for _, path in expected]
+        assert [table.paths[hit.row] for hit in hits] == [path for _, path in expected]
         assert [hit.similarity for hit in hits] == pytest.approx([similarity for similarity, _ in expected], abs=1e-4)
     first, *lines = str(found).splitlines()
     assert first == str(query)
@@ -64,7 +64,7 @@ def test_without_a_table_the_runs_own_images_are_searched(finished: Path, photos
     assert len(found.gallery) == 66
     assert len(found.hits[0]) == 66  # all there are
     best = found.hits[0][0]
-    assert (best.index, best.similarity) == (40, pytest.approx(1, abs=1e-5))
+    assert (best.row, best.similarity) == (40, pytest.approx(1, abs=1e-5))
     assert found.gallery.names[40] == f"digits {int(images.rows[40])}"
 
 
@@ -89,7 +89,7 @@ def gallery(labels: list[str | None]) -> Gallery:
 def test_an_image_is_not_its_own_neighbour(tmp_path: Path) -> None:
     own = gallery(["a", "b", "c"])
     found = nearest_in(own, own, 2)
-    assert [sorted(hit.index for hit in hits) for hits in found.hits] == [[1, 2], [0, 2], [0, 1]]
+    assert [sorted(hit.row for hit in hits) for hits in found.hits] == [[1, 2], [0, 2], [0, 1]]
 
 
 def test_frames_tell_whether_classes_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
@@ -54,7 +55,7 @@ def near_duplicates(embeddings: Tensor, threshold: float) -> list[list[Hit]]:
     unit = normalize(embeddings.double(), dim=1)
     rows = np.arange(len(unit))
     first = rows  # of each row's group
-    for start, chunk in zip(range(0, len(unit), _CHUNK), unit.split(_CHUNK), strict=True):
+    for start, chunk in zip(range(0, len(unit), _CHUNK), torch.split(unit, _CHUNK), strict=True):
         one, other = (chunk @ unit.T >= threshold - _ROUNDING).nonzero(as_tuple=True)
         ends = np.concatenate([one.numpy() + start, rows]), np.concatenate([other.numpy(), first])
         graph = coo_array((np.ones(len(ends[0]), np.int8), ends), shape=(len(unit), len(unit)))

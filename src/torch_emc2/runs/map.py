@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import color_sequences
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ __all__ = ["Map", "draw_map", "map_of"]
 
 _MOST = 5000  # images of which t-SNE takes a minute
 _LEAST = 5
-_COLOURS = [to_hex(colour) for colour in colormaps["tab20"].colors]
+_COLOURS = [to_hex(colour) for colour in color_sequences["tab20"]]
 _COLOURS = [*_COLOURS[:14:2], *_COLOURS[16::2], *_COLOURS[1:14:2], *_COLOURS[17::2]]  # strong ones first, no grey
 _NONE = "#c8c8c8"
 _THUMBNAIL = 0.034  # of the map's width: no two are nearer
@@ -88,7 +88,7 @@ def draw_map(found: Map, out: Path) -> None:
     figure = Figure(figsize=(11.5, 9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.scatter(*places.T, c=colours, s=10, linewidths=0)
+    axes.scatter(places[:, 0], places[:, 1], c=colours, s=10, linewidths=0)
     axes.set_aspect("equal")
     axes.axis("off")
     for i in _apart(places):

@@ -22,9 +22,9 @@ _DRAWN = 50  # queries
 
 
 class Hit(NamedTuple):
-    """An image that was found, by its number, and the cosine of its embedding and the query's."""
+    """An image that was found, by its row, and the cosine of its embedding and the query's."""
 
-    index: int
+    row: int
     similarity: float
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import lightning as L
 import torch
@@ -51,7 +52,7 @@ class Progress(L.Callback):
 
     def __init__(self, interactive: bool) -> None:
         self.interactive = interactive
-        self.bar: tqdm[None] | None = None
+        self.bar: Any = None  # of tqdm, on a terminal
         self.means: list[float] = []
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -110,7 +111,6 @@ class Progress(L.Callback):
         return (time.monotonic() - self.begun) * (self.total - self.steps) / max(1, self.steps - self.first)
 
     def _describe(self, trainer: L.Trainer) -> None:
-        assert self.bar is not None
         epoch = min(self.steps * (trainer.max_epochs or 1) // self.total + 1, trainer.max_epochs or 1)
         self.bar.set_description(f"Epoch {epoch}/{trainer.max_epochs}")
         if self.means:
