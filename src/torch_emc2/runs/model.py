@@ -28,7 +28,6 @@ from torch_emc2.data import (
     image_pixels,
 )
 from torch_emc2.evaluation import extract_features
-from torch_emc2.evaluation.features import Images
 from torch_emc2.files import one_line
 from torch_emc2.runs.finished import load_run
 from torch_emc2.settings.images import Decoding
@@ -100,13 +99,11 @@ class Model:
             raise BadImageError(check.refusal("mend or remove them", "value_range"))
         return ImageDataset(_GivenImages(given, decoding))
 
-    def features(self, images: Images, *, batch_size: int = _BATCH, normalize: bool = False) -> Tensor:
+    def features(self, images: ImageDataset, *, batch_size: int = _BATCH, normalize: bool = False) -> Tensor:
         """Embed a data set, float32 (n, d)."""
-        if isinstance(images, ImageDataset):
-            images = images.converted(self.encoder.channels)
         features = extract_features(
             self.encoder.features,
-            images,
+            images.converted(self.encoder.channels),
             evaluation_transform(self.encoder.image_size),
             batch_size=batch_size,
             device=self.device,
