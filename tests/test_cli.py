@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import torch_emc2
 from outcomes import break_inside
 from torch_emc2 import runs
 from torch_emc2.cli import main
@@ -43,11 +44,17 @@ def test_usage(argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 WRONG = {
-    "learn": "no command 'learn'",
+    "learn": "no command 'learn'; there are quickstart, train,",
+    "evalute runs": "no command 'evalute': did you mean evaluate?",
     "train nothing": "'nothing' is neither a preset",
     "train quickstart --batch_size x": "batch_size",
     "train quickstart --batch_size 1": "batch_size must be at least 2, got 1",
-    "train quickstart --lss dcl": "--lss",
+    "train quickstart --lss dcl": "there is no field --lss: did you mean --loss?",
+    "train quickstart --lr 0.1": "there is no field --lr: did you mean --optimizer.lr?",
+    "train quickstart --batchsize=8": "there is no field --batchsize: did you mean --batch_size?",
+    "train quickstart --optimiser.lr 1": "there is no field --optimiser.lr: did you mean --optimizer.lr?",
+    "train wrong.yaml": "there is no field data.augmentation.sise: did you mean data.augmentation.size?",
+    "quickstart --eppochs 1": "there is no field --eppochs: did you mean --epochs?",
     "train quickstart --loss x": "loss must be one of",
     "train quickstart --emc2.kernel gibbs": "gibbs",
     "train quickstart --emc2.carry cached": "cached",
@@ -75,7 +82,9 @@ WRONG = {
     "evaluate begun": "the run in 'begun' is not finished: emc2 train begun/config.yaml --resume goes on",
     "evaluate done --data mnist": "unknown data set 'mnist'",
     "evaluate done --value-range 9,1": "value_range must be as 0,4095 or 1%,99%, the lower value first, got '9,1'",
-    "evaluate done --baseline-s": "unrecognized arguments: --baseline-s",
+    "evaluate done --baseline-s": "unrecognized arguments: --baseline-s: did you mean --baselines?",
+    "evaluate done --value_range 9,1": "value_range must be as 0,4095 or 1%,99%",
+    "diagnose done --batch_size 1": "--batch-size: must be a whole number, at least 2, got '1'",
     "diagnose nowhere": "'nowhere' is not a run's folder",
     "diagnose done --samples 1": "--samples: must be a whole number, at least 2, got '1'",
     "diagnose done --epochs many": "--epochs: must be a whole number, at least 1, got 'many'",
@@ -87,6 +96,15 @@ WRONG = {
     "export nowhere out": "'nowhere' is not a run's folder",
     "export done": "required: folder",
     "export done out --push me": "--push: must be OWNER/NAME, got 'me'",
+    "neighbours done": "required: FOLDER_OR_IMAGE",
+    "neighbours done photos": "there is no 'photos'",
+    "neighbours done used -k 0": "-k: must be a whole number, at least 1, got '0'",
+    "neighbours done used -o n.jpg": "n.jpg will be a PNG: give it a name that ends in .png",
+    "duplicates nowhere": "'nowhere' is not a run's folder",
+    "duplicates e.parquet": "there is no 'e.parquet': emc2 embed RUN FOLDER -o e.parquet writes it",
+    "duplicates done --threshold 2": "--threshold: must be a cosine, from -1 to 1, got '2'",
+    "duplicates done --treshold 0.9": "unrecognized arguments: --treshold 0.9: did you mean --threshold?",
+    "map begun": "the run in 'begun' is not finished",
     "experiment chain": "invalid choice: 'chain'",
     "experiment chains --epochs none": "epochs",
     "experiment chains --jobs 0": "--jobs: must be a whole number, at least 1, got '0'",
@@ -94,7 +112,10 @@ WRONG = {
     "experiment chains --dataset mnist": "unknown data set 'mnist'",
     "experiment chains --tuned used/notes.txt": "is not a search's best.yaml",
 }
-RIGHT = ("--help", "train --help", "evaluate --help", "experiment", "presets", "presets quickstart --epochs 3")
+RIGHT = (
+    *("--help", "--version", "train --help", "train --help all", "quickstart --help", "evaluate --help", "map --help"),
+    *("experiment", "presets", "presets quickstart --epochs 3", "presets quickstart --batch-size 8"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +126,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         (folder / run).mkdir()
         (folder / run / "config.yaml").write_text(to_yaml(Config()))
     (folder / "done" / "head.safetensors").touch()
+    (folder / "wrong.yaml").write_text("data: {augmentation: {sise: 8}}")
     (folder / "used").mkdir()
     (folder / "used" / "notes.txt").write_text("own")
     code = """
@@ -187,11 +209,76 @@ def test_a_preset_is_printed_as_yaml_to_start_from(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.startswith("usage: emc2 presets")
 
 
-def test_help_lists_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--help"]) == 0
-    out = capsys.readouterr().out
-    for field in ("--loss", "--emc2.num_chains", "--data.augmentation.crop_scale", "--optimizer.warmup_epochs"):
-        assert field in out
+def test_help_names_all_fields_on_a_screen_and_describes_them_where_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def told(*argv: str) -> str:
+        assert main([*argv]) == 0
+        return capsys.readouterr().out
+
+    def names(tree: dict[str, Any], path: str = "") -> set[str]:
+        inner = ((f"{path}{name}", value) for name, value in tree.items())
+        return {at for one, value in inner for at in (names(value, f"{one}.") if isinstance(value, dict) else {one})}
+
+    fields = names(asdict(Config()))
+    brief = told("train", "--help")
+    assert len(brief.splitlines()) <= 40
+    assert {word.removeprefix("--") for word in brief.split() if word.startswith("--")} >= fields
+    described = told("train", "--help", "all")
+    assert all(f"--{name} " in described for name in fields)
+    for group in ("data", "data.augmentation", "emc2", "optimizer"):
+        assert f"--{group} " not in described  # no file may be given there
+    of_views = described.split("how the random views are drawn")[1].split("What the encoder is made of")[0]
+    for part in of_views.split("  --data.augmentation.")[1:]:
+        assert len(" ".join(part.split("(")[0].split()[2:])) > 10, part  # each has words, not its type alone
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"emc2 {torch_emc2.__version__}\n"
+
+
+def test_hyphens_are_underscores_in_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--batch-size 8 --data.augmentation.crop-scale=[0.5,1] --negative-cache.refresh-fraction 0.5 --seed=3"
+    config = read_config("quickstart", words.split())
+    assert (config.batch_size, config.data.augmentation.crop_scale) == (8, (0.5, 1.0))
+    assert (config.negative_cache.refresh_fraction, config.seed) == (0.5, 3)
+    assert read_config("quickstart", ["--data.value-range=-5,3"]).data.value_range == "-5,3"
+    assert main(["presets", "quickstart", "--log-every-steps", "7"]) == 0
+    assert "log_every_steps: 7" in capsys.readouterr().out
+
+
+def test_embeddings_are_searched_grouped_and_mapped(
+    finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for name in ("cat/a.png", "cat/b.png", "dog/c.png", "dog/d.png", "dog/e.png"):
+        Path("photos", name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(f"photos/{name}")
+    Path("photos/dog/copy.png").write_bytes(Path("photos/cat/a.png").read_bytes())
+    run = str(finished)
+    assert main(["embed", run, "photos", "-o", "e.parquet", "--normalize"]) == 0
+    assert main(["embed", run, "photos", "-o", "e.parquet", "--normalize", "--append"]) == 0
+    assert "0 images embedded, 0 skipped as unreadable, 0 files left out, 6 were in" in capsys.readouterr().out
+    assert main(["neighbours", run, "photos/cat/a.png", "--in", "e.parquet", "-k", "2", "-o", "n.png"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[:3] == [
+        "Cosine similarity, class and name of the nearest of 6 images:",
+        "photos/cat/a.png",
+        "   1.000  dog  photos/dog/copy.png",
+    ]
+    assert (len(told), told[-1]) == (5, "Written: n.png")
+    assert main(["duplicates", "e.parquet", "--threshold", "0.9999"]) == 0
+    assert " 1.000  photos/cat/a.png\n 1.000  photos/dog/copy.png\n" in capsys.readouterr().out
+    Path("photos/dog/copy.png").unlink()
+    assert main(["duplicates", "e.parquet", "--threshold", "1"]) == 0  # files are only drawn
+    assert "photos/dog/copy.png\n\n1 groups hold 2 of 6 images." in capsys.readouterr().out
+    assert main(["map", "e.parquet"]) == 0
+    assert capsys.readouterr().out == "Written: map.png\n"
+    assert {file.name for file in Path().glob("*.png")} >= {"n.png", "duplicates.png", "map.png"}
 
 
 def test_quickstart_train_evaluate_embed(
@@ -201,11 +288,16 @@ def test_quickstart_train_evaluate_embed(
     assert main(["quickstart", *TINY]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    first, *_, last = lines = [line for line in out.splitlines() if not line.startswith("Compiling ")]
-    assert first.startswith("Epoch 1/1: loss ")
+    *_, last = lines = [line for line in out.splitlines() if not line.startswith("Compiling ")]
+    assert lines[0].startswith("Device: cpu, ")
+    assert lines[1] == "Images: 66 to train on; 10 classes, not seen in training; views of 8 x 8 x 1."
+    assert lines[2].startswith("Model: test_resnet, 0.")
+    assert lines[3] == "Steps: 4 of 16 images an epoch, 4 in all; loss emc2."
+    assert lines[4].startswith("Epoch 1/1: global loss ")
+    assert lines[5].startswith("Trained: 4 steps in ")
     assert last.startswith("Written: runs/quickstart/evaluation.json, runs/quickstart/neighbours.png, ")
     assert all(len(line) <= 80 for line in lines[:-1])
-    header, *table = lines[3:-2]
+    header, *table = lines[9:-2]
     assert header.split() == ["trained", "untrained", "raw", "pixels"]
     numbers = json.loads((tmp_path / "runs" / "quickstart" / "evaluation.json").read_text())["numbers"]
     assert [line.split()[0] for line in table] == list(numbers["trained"])
@@ -216,7 +308,9 @@ def test_quickstart_train_evaluate_embed(
     assert main(["train", "quickstart", "--loss", "infonce", *TINY]) == 2  # the folder is taken
     assert "runs/quickstart is not empty: --resume goes on" in capsys.readouterr().err
     assert main(["train", "quickstart", "--loss", "infonce", *TINY, "--out", "other"]) == 0
-    capsys.readouterr()
+    *_, following, further = capsys.readouterr().out.splitlines()
+    assert following == "Run: other. Next: emc2 evaluate other"
+    assert further == "Or: emc2 map other; emc2 duplicates other; emc2 neighbours other YOUR_IMAGE"
     assert main(["evaluate", "other"]) == 0
     *lines, written = capsys.readouterr().out.splitlines()
     metrics = json.loads((tmp_path / "other" / "evaluation.json").read_text())["numbers"]["trained"]

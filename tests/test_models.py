@@ -146,18 +146,18 @@ def test_timm_loads_an_adapted_backbone_after_the_same_change(norm, tmp_path):
 def test_files_rebuild_the_encoder_by_themselves(name, norm, tmp_path):
     encoder = trained(build_encoder(ModelConfig(name, norm, hidden_dim=24, feature="hidden"), 1, 32)).eval()
     save_encoder(encoder, tmp_path)
-    loaded = load_encoder(tmp_path).eval()
+    loaded = load_encoder(tmp_path)
     assert loaded.config == encoder.config
     torch.testing.assert_close(loaded(images(1)), encoder(images(1)), rtol=0, atol=0)
     torch.testing.assert_close(loaded.features(images(1)), encoder.features(images(1)), rtol=0, atol=0)
-    backbone = load_backbone(tmp_path / "encoder.safetensors").eval()
+    backbone = load_backbone(tmp_path / "encoder.safetensors")
     torch.testing.assert_close(backbone(images(1)), encoder.backbone(images(1)), rtol=0, atol=0)
 
 
 def test_channels_last_weights_can_be_saved(tmp_path):
     encoder = build_encoder(ModelConfig("test_resnet"), 3, 32).to(memory_format=torch.channels_last).eval()
     save_backbone(encoder, tmp_path / "encoder.safetensors")
-    loaded = load_backbone(tmp_path / "encoder.safetensors").eval()
+    loaded = load_backbone(tmp_path / "encoder.safetensors")
     torch.testing.assert_close(loaded(images()), encoder.backbone(images()))
 
 

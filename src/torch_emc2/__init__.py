@@ -1,13 +1,19 @@
 """The gradient of the global contrastive loss at the price of an in-batch one."""
 
+from __future__ import annotations
+
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from torch_emc2 import exact
     from torch_emc2.chunked import cached_backward
     from torch_emc2.kernels import metropolis
     from torch_emc2.losses import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
+    from torch_emc2.runs.model import Model
     from torch_emc2.temperature import Temperature
 
 __version__ = "0.1.0"
@@ -22,10 +28,24 @@ __all__ = [
     "Temperature",
     "cached_backward",
     "exact",
+    "load",
     "metropolis",
 ]
 
 _HOMES = {"Temperature": "temperature", "cached_backward": "chunked", "exact": "exact", "metropolis": "kernels"}
+
+
+def load(
+    run: str | os.PathLike[str], *, device: torch.device | str | None = None, value_range: str | None = None
+) -> Model:
+    """Load a finished run's encoder, to embed images with: ``torch_emc2.load("runs/photos").embed("a.jpg")``.
+
+    Needs what ``torch-emc2[train]`` installs. `torch_emc2.runs.Model` says what the arguments are.
+    """
+    from torch_emc2.runs import Model
+
+    return Model(run, device=device, value_range=value_range)
+
 
 if not TYPE_CHECKING:  # to whom any name would be one of these
 

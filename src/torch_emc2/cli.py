@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -12,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from torch_emc2 import __version__, cli_runs
+from torch_emc2.names import did_you_mean
+
 __all__ = ["main"]
 
 _USAGE = """\
@@ -19,21 +23,26 @@ usage: emc2 COMMAND …
 
   quickstart                         train on bundled digits, evaluate, draw: about a minute on two CPU cores
   train PRESET_OR_YAML [--FIELD VALUE …] [--resume]
-                                     pre-train an encoder; emc2 train --help lists the fields
+                                     pre-train an encoder; emc2 train --help names the fields, --help all describes them
   evaluate RUN [--data NAME] [--value-range MIN,MAX] [--baselines]
                                      linear probe and k-NN of a run's encoder, and numbers that need no labels
   diagnose RUN                       how wrong each estimator's gradient is at a run's weights, and why
   embed RUN FOLDER_OR_IMAGE … -o OUT.parquet
                                      embed your own images
+  neighbours RUN FOLDER_OR_IMAGE … [--in EMBEDDINGS.parquet]
+                                     the images nearest to given ones
+  duplicates RUN_OR_PARQUET [--threshold 0.98]
+                                     groups of near duplicates
+  map RUN_OR_PARQUET [-o map.png]    draw embeddings in the plane, by class or cluster
   report RUN … [-o FILE.html]        one page on runs side by side: curves, quality, diagnosis, pictures
   export RUN FOLDER [--onnx] [--push OWNER/NAME]
                                      a folder that timm and the Hugging Face hub take, with a model card
   experiment NAME [--dataset D] [--scale smoke|small|full] [--seeds 0 1 2]
                                      run one of the paper's experiments, or ours; emc2 experiment lists them
   presets [NAME [--FIELD VALUE …]]   list the presets, or print one as YAML to start from
-"""
 
-_VALUE_RANGE = "of values deeper than 8 bits: --value-range=0,4095, --value-range=-1000,3000, or --value-range=1%%,99%%"
+  --version                          print the version
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,19 +51,26 @@ def main(argv: list[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
+    if command in ("-V", "--version"):
+        print(f"emc2 {__version__}")
+        return 0
     commands = {
         "quickstart": _quickstart,
         "train": _train,
-        "evaluate": _evaluate,
-        "diagnose": _diagnose,
-        "embed": _embed,
-        "report": _report,
-        "export": _export,
+        "evaluate": cli_runs.evaluate,
+        "diagnose": cli_runs.diagnose,
+        "embed": cli_runs.embed,
+        "neighbours": cli_runs.neighbours,
+        "duplicates": cli_runs.duplicates,
+        "map": cli_runs.draw_map,
+        "report": cli_runs.report,
+        "export": cli_runs.export,
         "experiment": _experiment,
         "presets": _presets,
     }
     if command not in commands:
-        print(f"emc2: error: no command {command!r}; there are {', '.join(commands)}", file=sys.stderr)
+        meant = did_you_mean(command, [*commands]) or f"; there are {', '.join(commands)}"
+        print(f"emc2: error: no command {command!r}{meant}", file=sys.stderr)
         return 2
     try:
         with _interruptible(), _told():
@@ -78,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str]) -> None:
-    if not argv or "-h" in argv or "--help" in argv:
-        _list_fields()
+    if not argv or _asks_for_help(argv):
+        _list_fields(argv, "emc2 train")
         return
     resume = "--resume" in argv
     preset, *rest = [argument for argument in argv if argument != "--resume"] or [""]
@@ -104,16 +120,27 @@ def _train(argv: list[str]) -> None:
     if rank_zero_only.rank:  # type: ignore[attr-defined]  # one process tells
         logging.getLogger("torch_emc2").setLevel(logging.WARNING)
     run = train(config, resume=resume)
-    rank_zero_only(print)(f"Run: {run}. Next: emc2 evaluate {run}")
+    rank_zero_only(print)(_what_next(run, config.data.name))
 
 
-def _list_fields() -> None:
-    from torch_emc2.config import config_parser
-    from torch_emc2.settings.losses import LOSSES
+def _what_next(run: Path, data: str) -> str:
+    """Say what can be done with a run's own folder and images."""
+    own = shlex.quote(str(run))
+    lines = [f"Run: {run}. Next: emc2 evaluate {own}"]
+    if data.startswith("folder:"):
+        images = shlex.quote(data.removeprefix("folder:"))
+        lines.append(f"Then: emc2 embed {own} {images} -o embeddings.parquet")
+    return "\n".join([*lines, f"Or: emc2 map {own}; emc2 duplicates {own}; emc2 neighbours {own} YOUR_IMAGE"])
 
-    print("usage: emc2 train PRESET_OR_YAML [--FIELD VALUE …] [--resume]; emc2 presets lists the presets\n")
-    print(f"LOSS: {', '.join(LOSSES)}, or a class of your own as package.module:Class\n")
-    config_parser("emc2 train PRESET_OR_YAML").print_help()
+
+def _asks_for_help(argv: list[str]) -> bool:
+    return "-h" in argv or "--help" in argv
+
+
+def _list_fields(argv: list[str], prog: str) -> None:
+    from torch_emc2.cli_fields import all_fields, groups_of_fields
+
+    print(all_fields(prog) if "all" in argv else groups_of_fields(prog), end="")
 
 
 def _quickstart(argv: list[str]) -> None:
@@ -121,6 +148,9 @@ def _quickstart(argv: list[str]) -> None:
     from torch_emc2.settings.images import require_data
     from torch_emc2.settings.model import require_weights
 
+    if _asks_for_help(argv):
+        _list_fields(argv, "emc2 quickstart")
+        return
     start = time.monotonic()
     config = read_config("quickstart", argv, prog="emc2 quickstart")
     if config.devices != 1:
@@ -139,98 +169,9 @@ def _quickstart(argv: list[str]) -> None:
     print(f"{time.monotonic() - start:.0f} seconds.")
 
 
-def _evaluate(argv: list[str]) -> None:
-    from torch_emc2.cli_arguments import Parser, data_set, finished_run, value_range
-
-    parser = Parser(
-        prog="emc2 evaluate",
-        description="Linear probe and k-NN of a run's encoder, and numbers and a picture that need no labels.",
-    )
-    parser.add_argument("run", type=finished_run)
-    parser.add_argument("--data", type=data_set, metavar="NAME", help="another data set than the run's, as folder:PATH")
-    parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)
-    parser.add_argument("--baselines", action="store_true", help="the encoder before training and raw pixels beside it")
-    args = parser.parse_args(argv)
-    from torch_emc2.evaluation import to_text
-    from torch_emc2.runs import evaluate_run
-
-    evaluation, written = evaluate_run(args.run, args.data, value_range=args.value_range, baselines=args.baselines)
-    print(to_text(evaluation))
-    print(f"Written: {', '.join(map(str, written))}")
-
-
-def _diagnose(argv: list[str]) -> None:
-    from torch_emc2.cli_arguments import Parser, finished_run, whole
-
-    parser = Parser(
-        prog="emc2 diagnose", description="How wrong each estimator's gradient is at a run's weights, and why."
-    )
-    parser.add_argument("run", type=finished_run)
-    parser.add_argument("--samples", type=whole(2), default=512, help="random training images, two views each")
-    parser.add_argument("--batch-size", type=whole(2), help="by default the run's")
-    parser.add_argument("--epochs", type=whole(1), default=64, help="largest number of epochs that are averaged")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the choice of images and views")
-    args = parser.parse_args(argv)
-    from torch_emc2.evaluation.estimators import to_markdown
-    from torch_emc2.runs import diagnose_run
-
-    settings = {"samples": args.samples, "batch_size": args.batch_size, "epochs": args.epochs, "seed": args.seed}
-    print(to_markdown(diagnose_run(args.run, **settings)))
-    print(f"Written: {args.run}/diagnosis.json, {args.run}/diagnosis.md, {args.run}/diagnosis.png")
-
-
-def _embed(argv: list[str]) -> None:
-    from torch_emc2.cli_arguments import Parser, finished_run, images, parquet, value_range
-
-    parser = Parser(prog="emc2 embed", description="Embed images: a row a path.")
-    parser.add_argument("run", type=finished_run)
-    parser.add_argument("paths", type=images, nargs="+", metavar="FOLDER_OR_IMAGE")
-    parser.add_argument("-o", "--out", type=parquet, required=True, help="Parquet file to write")
-    parser.add_argument("--on-bad-image", choices=("raise", "skip"), help="by default the run's setting")
-    parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)
-    args = parser.parse_args(argv)
-    from torch_emc2.data import shown
-    from torch_emc2.runs import embed_images
-
-    done = embed_images(args.run, args.paths, args.out, on_bad_image=args.on_bad_image, value_range=args.value_range)
-    if done.skipped:
-        print(f"Unreadable, and left out: {shown(done.skipped)}")
-    skipped, left_out = len(done.skipped), done.found.left_out.total()
-    print(f"{done.embedded} images embedded, {skipped} skipped as unreadable, {left_out} files left out: {args.out}")
-
-
-def _report(argv: list[str]) -> None:
-    from torch_emc2.cli_arguments import Parser, finished_run, path
-
-    parser = Parser(prog="emc2 report", description="One page on a run, or on several side by side, in a single file.")
-    parser.add_argument("runs", type=finished_run, nargs="+", metavar="RUN", help="those that differ in seed are one")
-    parser.add_argument("-o", "--out", type=path, default=Path("report.html"), metavar="FILE.html")
-    args = parser.parse_args(argv)
-    from torch_emc2.runs import write_report
-
-    write_report(args.runs, args.out)
-    print(f"Written: {args.out}")
-
-
-def _export(argv: list[str]) -> None:
-    from torch_emc2.cli_arguments import Parser, finished_run, hub_name, path
-
-    parser = Parser(prog="emc2 export", description="Write a run's backbone to a folder that timm loads, and a card.")
-    parser.add_argument("run", type=finished_run)
-    parser.add_argument("folder", type=path, help="a new one")
-    parser.add_argument("--onnx", action="store_true", help="model.onnx too; needs onnxscript")
-    parser.add_argument("--push", type=hub_name, metavar="OWNER/NAME", help="of the hub; a new repository is private")
-    args = parser.parse_args(argv)
-    from torch_emc2.runs import export_run
-
-    written = export_run(args.run, args.folder, onnx=args.onnx, push=args.push)
-    print(f"Written: {', '.join(map(str, written))}")
-    if args.push:
-        print(f"Pushed: hf-hub:{args.push}")
-
-
 def _experiment(argv: list[str]) -> None:
     from torch_emc2.cli_arguments import Parser, data_set, path, whole
+    from torch_emc2.config import plain_words
     from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES, base_config, read_tuned
 
     parser = Parser(
@@ -250,7 +191,8 @@ def _experiment(argv: list[str]) -> None:
         for name, experiment in EXPERIMENTS.items():
             print(f"{name:16s} {experiment.title}")
         return
-    args, overrides = parser.parse_known_args(argv)
+    args, given = parser.parse_known_args(argv)
+    overrides = plain_words(given)
     base_config(args.dataset or EXPERIMENTS[args.name].dataset, args.scale, overrides)  # refuses what is no setting
     tuned = None if args.tuned is None else read_tuned(args.tuned)
     from torch_emc2.experiments.run import run_experiment

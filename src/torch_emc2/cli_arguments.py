@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from torch_emc2.names import did_you_mean
 from torch_emc2.run_folder import require_finished
 from torch_emc2.settings.images import parse_range, require_data
 
-__all__ = ["Parser", "data_set", "finished_run", "hub_name", "images", "parquet", "path", "value_range", "whole"]
+__all__ = [
+    "Parser",
+    "data_set",
+    "embedded",
+    "finished_run",
+    "hub_name",
+    "images",
+    "parquet",
+    "path",
+    "picture",
+    "similarity",
+    "value_range",
+    "whole",
+]
 
 T = TypeVar("T")
 
@@ -22,7 +37,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise it as the user's to mend."""
-        raise ValueError(f"{message} (see {self.prog} --help)")
+        words = message.removeprefix("unrecognized arguments: ").split()
+        meant = did_you_mean(words[0], [*self._option_string_actions]) if words[0].startswith("--") else ""
+        raise ValueError(f"{message}{meant} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Take an option with underscores in the place of hyphens too."""
+        parted = (word.partition("=") for word in args)
+        plain = (((name.replace("_", "-"), *value), (name, *value)) for name, *value in parted)
+        known = self._option_string_actions
+        return super().parse_known_args(["".join(a if a[0] in known else b) for a, b in plain], namespace)
 
 
 def _telling(read: Callable[[str], T]) -> Callable[[str], T]:
@@ -64,10 +88,42 @@ def images(text: str) -> Path:
 
 @_telling
 def parquet(text: str) -> Path:
-    """Read the name of a table that is to be written."""
+    """Read the name of a table."""
     if not text.endswith(".parquet"):
         raise ValueError(f"{text} will be a Parquet file: give it a name that ends in .parquet")
     return path(text)
+
+
+@_telling
+def picture(text: str) -> Path:
+    """Read the name of a picture that is to be written."""
+    if not text.endswith(".png"):
+        raise ValueError(f"{text} will be a PNG: give it a name that ends in .png")
+    return path(text)
+
+
+@_telling
+def similarity(text: str) -> float:
+    """Read a cosine."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not -1 <= value <= 1:
+        raise ValueError(f"must be a cosine, from -1 to 1, got {text!r}")
+    return value
+
+
+@_telling
+def embedded(text: str) -> Path:
+    """Read the name of a table of embeddings, or the folder of a run that has come to its end."""
+    source = path(text)
+    if text.endswith(".parquet"):
+        if not os.path.isfile(source):
+            raise ValueError(f"there is no {text!r}: emc2 embed RUN FOLDER -o {text} writes it")
+    else:
+        require_finished(source)
+    return source
 
 
 @_telling

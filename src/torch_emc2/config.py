@@ -13,12 +13,21 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser
 
-from torch_emc2.config_tree import load_tree, refuse_extremes, refuse_groups, validate_tree
+from torch_emc2.config_tree import load_tree, refuse_extremes, refuse_groups, refuse_unknown, validate_tree
 from torch_emc2.settings.images import Augmentation, Decoding
 from torch_emc2.settings.losses import LOSSES, group_of, is_outside, require_loss, require_positive_weight
 from torch_emc2.settings.model import ModelConfig
 
-__all__ = ["Config", "DataConfig", "config_parser", "presets", "read_config", "recorded_config", "to_yaml"]
+__all__ = [
+    "Config",
+    "DataConfig",
+    "config_parser",
+    "plain_words",
+    "presets",
+    "read_config",
+    "recorded_config",
+    "to_yaml",
+]
 
 _MOST_WORKERS = 1024
 
@@ -208,9 +217,24 @@ def presets() -> dict[str, Path]:
 
 def config_parser(prog: str) -> ArgumentParser:
     """Return a parser of every field of `Config`; unknown ones are errors."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
+    usage = f"{prog} {'PRESET_OR_YAML [--resume] ' if prog == 'emc2 train' else ''}[--FIELD VALUE …]"
+    parser = ArgumentParser(prog=prog, usage=usage, exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(Config)
+    names = [action.dest for action in parser._actions]
+    for action in parser._actions:
+        if any(name.startswith(f"{action.dest}.") for name in names):  # a group, in whose place no file may be given
+            action.help = argparse.SUPPRESS
     return parser
+
+
+def plain_words(words: Sequence[str]) -> list[str]:
+    """Write fields as they are called: on a command line a hyphen may stand for an underscore."""
+
+    def plain(word: str) -> str:
+        name, equals, value = word.removeprefix("--").partition("=")
+        return f"--{name.replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+    return [plain(word) for word in words]
 
 
 def read_config(preset: str, overrides: list[str] | None = None, prog: str = "emc2 train") -> Config:
@@ -222,7 +246,7 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
         ValueError: no such preset or file, an unknown field, or a value that does not fit. Or the file names a loss of
             the user's own, which would be imported, and the overrides do not.
     """
-    known, words = presets(), overrides or []
+    known, words = presets(), plain_words(overrides or [])
     file = known.get(preset, Path(os.path.expanduser(preset)))
     if not os.path.isfile(file):  # Path's own raises where the name is too long
         raise ValueError(f"{preset!r} is neither a preset ({', '.join(known)}) nor a YAML file")
@@ -253,6 +277,7 @@ def _read(file: Path, words: Sequence[str] = (), prog: str = "emc2 train") -> Co
             raise ValueError(f"{file} is no text: {error}") from error
         validate_tree(load_tree(text, file), Config)
         refuse_groups(words, Config)
+        refuse_unknown([word.partition("=")[0] for word in words if word.startswith("--")], Config, "--")
         from_file = parser.parse_string(text or "{}")
         if file.name == "config.yaml" and (file.parent / "versions.json").is_file():
             from_file.out = str(file.parent)

@@ -12,7 +12,9 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-__all__ = ["load_tree", "refuse_extremes", "refuse_groups", "validate_tree"]
+from torch_emc2.names import did_you_mean
+
+__all__ = ["load_tree", "refuse_extremes", "refuse_groups", "refuse_unknown", "validate_tree"]
 
 _MOST_VALUES = 10_000
 _LARGEST = 2**32 - 1  # seeds go so far; no other whole number comes near
@@ -48,7 +50,7 @@ def _size(node: Any, known: dict[int, int]) -> int:
 
 
 def validate_tree(tree: Any, kind: type) -> None:
-    """Refuse null where a field has no such value, and a class in the place of a group of fields.
+    """Refuse what is no field, null where a field has no such value, and a class in the place of a group of fields.
 
     A class jsonargparse would import, and run its module.
     """
@@ -59,6 +61,7 @@ def validate_tree(tree: Any, kind: type) -> None:
             raise ValueError(f"{name} must be fields and their values, got {'null' if value is None else repr(value)}")
         if value is None and hint is not None and NoneType not in get_args(hint):
             raise ValueError(f"{name} must not be null: give a value, or leave the line out for the default")
+    refuse_unknown([".".join(path) for path, _ in _leaves(tree) if path], kind)
 
 
 def refuse_groups(words: Sequence[str], kind: type) -> None:
@@ -68,6 +71,14 @@ def refuse_groups(words: Sequence[str], kind: type) -> None:
         name = word.partition("=")[0].removeprefix("--")
         if word.startswith("--") and (name in groups or "class_path" in name.split(".")):
             raise ValueError(f"{word} must be a field of a group and its value, as --optimizer.lr 0.1")
+
+
+def refuse_unknown(names: Iterable[str], kind: type, sign: str = "") -> None:
+    """Refuse names that no field has, each after ``sign``, with those that may have been meant."""
+    known = [sign + ".".join(path) for path, hint in _hints(kind) if not is_dataclass(hint)]
+    for name in names:
+        if name not in (*known, "--help"):
+            raise ValueError(f"there is no field {name}{did_you_mean(name, known)} (emc2 train --help lists them)")
 
 
 def refuse_extremes(tree: Any) -> None:

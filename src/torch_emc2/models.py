@@ -120,7 +120,7 @@ def save_backbone(encoder: Encoder, path: str | Path) -> None:
 
 
 def load_backbone(path: str | Path) -> nn.Module:
-    """Rebuild the backbone that `save_backbone` wrote, in training mode on the CPU.
+    """Rebuild the backbone that `save_backbone` wrote, in evaluation mode on the CPU.
 
     It takes images (b, c, s, s) in [0, 1], which it normalises where training did, and gives (b, width).
 
@@ -129,9 +129,9 @@ def load_backbone(path: str | Path) -> nn.Module:
         ValueError: it is damaged, or of another model.
     """
     with _naming(path):
-        encoder = Encoder(*_read_recipe(path))
+        encoder = Encoder(*_read_recipe(path)).eval()
         encoder.backbone.load_state_dict(load_file(path))
-    return nn.Sequential(encoder.normalize, encoder.backbone) if encoder.architecture.mean else encoder.backbone
+    return nn.Sequential(encoder.normalize, encoder.backbone).eval() if encoder.architecture.mean else encoder.backbone
 
 
 def save_encoder(encoder: Encoder, folder: str | Path) -> None:
@@ -141,7 +141,7 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> None:
 
 
 def load_encoder(folder: str | Path) -> Encoder:
-    """Rebuild the encoder that `save_encoder` wrote, in training mode on the CPU.
+    """Rebuild the encoder that `save_encoder` wrote, in evaluation mode on the CPU.
 
     Raises:
         FileNotFoundError: one of the two files is not there.
@@ -153,7 +153,7 @@ def load_encoder(folder: str | Path) -> Encoder:
         encoder.backbone.load_state_dict(load_file(backbone))
     with _naming(head):
         encoder.head.load_state_dict(load_file(head))
-    return encoder
+    return encoder.eval()
 
 
 def _build_backbone(

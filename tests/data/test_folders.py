@@ -1,10 +1,11 @@
 import os
 import socket
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from torch_emc2.data import BadImageError, DataError, decode_image, find_images, folders, read_folder
+from torch_emc2.data import BadImageError, DataError, class_of, decode_image, find_images, folders, read_folder
 
 
 def _images(folder, *names):
@@ -215,3 +216,14 @@ def test_heic_is_an_image_that_stops_or_is_counted(tmp_path):
     assert len(read_folder(tmp_path).train) == 3
     with pytest.raises(BadImageError, match="pillow-heif"):
         decode_image(tmp_path / "c.HEIC")
+
+
+def test_an_image_is_of_the_class_that_its_folder_is_read_as(tmp_path):
+    _images(tmp_path, "train/cat/deep/a.png", "train/dog/b.png", "test/cat/c.png")
+    folder = read_folder(tmp_path)
+    for file, name in [*folder.train, *folder.held_out]:
+        assert class_of(file, [tmp_path]) == name
+    dog = str(tmp_path / "train/dog/b.png")
+    assert class_of(dog, [tmp_path / "train/dog", tmp_path]) is None  # in the first folder that holds it
+    assert class_of(dog, [tmp_path / "train"]) == "dog"
+    assert class_of(dog, [Path(dog)]) is None

@@ -1,5 +1,6 @@
 """Tables and figures against means and spreads worked out by hand."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -37,3 +38,22 @@ def test_a_figure_shows_every_line(tmp_path: Path) -> None:
     pixels = np.array(Image.open(tmp_path / "figure.png").convert("RGB")).reshape(-1, 3)
     for colour in ((0x8A, 0x8A, 0x8A), (0xB0, 0x7A, 0xA1)):
         assert (pixels == colour).all(1).sum() > 100
+
+
+def test_long_titles_and_names_have_room_and_a_band_on_a_logarithmic_axis_stays_positive(tmp_path: Path) -> None:
+    names = [f"lr {rate}, temperature 0.07" for rate in (0.1, 0.01, 0.001, 0.0001)]
+    runs = np.array([[1.0, 1, 1, 1], [100, 100, 100, 100]])  # of mean 50.5, and a deviation of 70
+    panels = [
+        Panel("settings", "a number with a rather long name, in a unit", [Line("one", names, runs)]),
+        Panel("step", "y", [Line("one", [1, 2, 3, 4], runs)], log_y=True),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as matplotlib gives where axes have no room
+        draw_panels(panels, "A title that says at length what the figure shows " * 3, tmp_path / "figure.png")
+    picture = np.array(Image.open(tmp_path / "figure.png").convert("L"))
+    edges = [picture[:, :3], picture[:, -3:], picture[:3], picture[-3:]]
+    assert all((edge == 255).all() for edge in edges)  # nothing is cut
+    band = np.array(Image.open(tmp_path / "figure.png").convert("RGB"))[:, picture.shape[1] // 2 :]
+    grey = np.rint(0.85 * 255 + 0.15 * np.array([0x8A, 0x8A, 0x8A]))
+    rows = (np.abs(band - grey).max(2) <= 1).any(1).nonzero()[0]
+    assert rows.max() < picture.shape[0] * 0.8  # the axis ends at the smallest value

@@ -40,7 +40,7 @@ def test_a_diagnosis_is_that_of_the_run_s_views_and_weights(tiny: Config) -> Non
     images = open_dataset("digits", "train", Path("data"), limit=66, seed=config.seed)
     views = ContrastiveDataset(images, RandomView(config.data.augmentation), seed=1)
     picks = torch.randperm(66, generator=torch.Generator().manual_seed(1))[:24].tolist()
-    encoder = load_encoder(finished).eval()
+    encoder = load_encoder(finished)
 
     def embed(i: int) -> Tensor:
         return F.normalize(encoder(torch.stack([views.view(0, i, view) for view in range(2)])), dim=1).detach()
@@ -77,7 +77,7 @@ def test_a_run_with_a_weight_of_the_positive_is_held_to_its_objective(finished: 
     images = open_dataset("digits", "train", Path("data"), limit=66, seed=config.seed)
     views = ContrastiveDataset(images, RandomView(config.data.augmentation), seed=0)
     picks = torch.randperm(66, generator=torch.Generator().manual_seed(0))[:16].tolist()
-    encoder = load_encoder(finished).eval()
+    encoder = load_encoder(finished)
     z = embed_views(encoder, torch.stack([torch.stack([views.view(0, i, view) for view in range(2)]) for i in picks]))
     for name, make in (
         ("InfoNCE", lambda _: InfoNCELoss(0.1, positive_weight=kappa, num_samples=32)),

@@ -1,5 +1,7 @@
 """The table of embeddings, against the encoder's features by hand."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from torch_emc2.data import (
     decode_image,
     evaluation_transform,
 )
-from torch_emc2.models import load_encoder
-from torch_emc2.runs import embed_images, evaluate_run
+from torch_emc2.models import load_encoder, save_encoder
+from torch_emc2.runs import Model, embed_images, evaluate_run, read_table
 
 
 @pytest.fixture
@@ -38,7 +40,13 @@ def test_embeddings_are_the_features_of_the_images(finished: Path, photos: Path)
     table = pq.read_table(out)
     paths = table["path"].to_pylist()
     assert paths == sorted(str(photos / name) for name in ("a.jpg", "b.png", "deep/ü.png"))
-    encoder, transform = load_encoder(finished).eval(), evaluation_transform(8)
+    assert table["label"].to_pylist() == [None, None, "deep"]
+    assert json.loads(table.schema.metadata[b"torch_emc2"]) == {
+        "model": Model(finished).identity,
+        "run": str(finished),
+        "normalized": False,
+    }
+    encoder, transform = load_encoder(finished), evaluation_transform(8)
     for path, embedding in zip(paths, table["embedding"].to_pylist(), strict=True):
         red, green, blue = decode_image(path).float()
         grey = (0.299 * red + 0.587 * green + 0.114 * blue).round().to(torch.uint8)[None]
@@ -106,3 +114,45 @@ def test_there_must_be_images_and_a_run(finished: Path, photos: Path) -> None:
     (photos.parent / "none").mkdir()
     with pytest.raises(DataError, match=r"no images in .*none"):
         embed_images(finished, photos.parent / "none", photos.parent / "out.parquet")
+
+
+def test_a_table_takes_further_rows_of_its_own_model_only(finished: Path, photos: Path, tmp_path: Path) -> None:
+    out, first = tmp_path / "out.parquet", photos / "a.jpg"
+    assert embed_images(finished, first, out, append=True).embedded == 1
+    done = embed_images(finished, photos, out, append=True)
+    assert (done.embedded, done.there) == (2, 1)
+    whole, once = read_table(out), tmp_path / "once.parquet"
+    assert list(whole.paths) == [str(photos / name) for name in ("a.jpg", "b.png", "deep/ü.png")]
+    embed_images(finished, photos, once)
+    torch.testing.assert_close(whole.embeddings, read_table(once).embeddings)
+    content = out.read_bytes()
+    assert embed_images(finished, photos, out, append=True)[::3] == (0, 3)
+
+    moved = shutil.copytree(finished, tmp_path / "moved")  # the same model, wherever it is
+    assert embed_images(moved, photos, out, append=True).embedded == 0
+    other = shutil.copytree(finished, tmp_path / "other")
+    encoder = load_encoder(other)
+    next(iter(encoder.parameters())).data += 1
+    save_encoder(encoder, other)
+    with pytest.raises(ValueError, match=rf"out.parquet is of another model, that of {re.escape(str(finished))}: give"):
+        embed_images(other, photos, out, append=True)
+    with pytest.raises(ValueError, match=r"the rows of .*out.parquet are not normalised: leave out --normalize, or"):
+        embed_images(finished, photos, out, append=True, normalize=True)
+    assert out.read_bytes() == content
+    pq.write_table(pq.read_table(out).replace_schema_metadata(None), out)
+    with pytest.raises(ValueError, match=r"out.parquet does not say which model it is of"):
+        embed_images(finished, photos, out, append=True)
+    (tmp_path / "half.parquet").write_bytes(content[:100])
+    with pytest.raises(ValueError, match=r"half.parquet' is damaged, or no table of emc2 embed"):
+        embed_images(finished, photos, tmp_path / "half.parquet", append=True)
+
+
+def test_rows_have_length_one_where_that_is_asked_for(finished: Path, photos: Path, tmp_path: Path) -> None:
+    plain, normal = tmp_path / "plain.parquet", tmp_path / "normal.parquet"
+    embed_images(finished, photos, plain)
+    embed_images(finished, photos, normal, normalize=True)
+    rows = read_table(plain).embeddings
+    torch.testing.assert_close(read_table(normal).embeddings, rows / (rows * rows).sum(1, keepdim=True).sqrt())
+    origin = read_table(normal).origin
+    assert origin is not None
+    assert origin.normalized

@@ -34,7 +34,7 @@ def test_evaluation_is_that_of_the_features(finished: Path) -> None:
     assert all(file.is_file() for file in written)
     assert (evaluation.train_images, evaluation.test_images, evaluation.viewed_images) == (1437, 360, 360)
     assert evaluation.notes == []
-    encoder, transform = load_encoder(finished).eval(), evaluation_transform(8)
+    encoder, transform = load_encoder(finished), evaluation_transform(8)
     images, features, labels = {}, {}, {}
     for split in ("probe", "test"):
         images[split] = open_dataset("digits", split, Path("data"))  # type: ignore[arg-type]

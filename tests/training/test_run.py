@@ -85,7 +85,7 @@ def test_training_from_python_is_quiet(tiny: Config, capfd: pytest.CaptureFixtur
     out, err = capfd.readouterr()
     assert err == ""
     (line,) = out.splitlines()
-    assert line.startswith("Epoch 1/1: loss ")
+    assert line.startswith("Epoch 1/1: global loss ")
 
 
 def test_torchrun_trains_as_one_process_and_with_a_backbone_that_is_frozen_at_first(

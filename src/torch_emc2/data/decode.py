@@ -26,6 +26,7 @@ __all__ = [
     "depth_of",
     "formats",
     "heif_bytes",
+    "image_pixels",
     "no_range",
     "open_image",
     "refusal",
@@ -70,12 +71,23 @@ def decode_image(path: str | os.PathLike[str], decoding: Decoding = Decoding()) 
 def decode(path: str | os.PathLike[str], decoding: Decoding) -> Tensor:
     """Do what `decode_image` does, with errors as they come; `refusal` has them in words."""
     with open_image(path, decoding) as file:
-        depth = depth_of(file)
-        _scale_transparent_grey(file)
-        ImageOps.exif_transpose(file, in_place=True)
-        image = file if depth is None else _eight_bit(file, depth, decoding.value_range)
-        pixels = torch.from_numpy(np.asarray(_flat(image, decoding.background)))
-        return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+        return _pixels(file, decoding)
+
+
+def image_pixels(image: Image.Image, decoding: Decoding) -> Tensor:
+    """Return what `decode_image` makes of an image that Pillow has opened or made; it stays as it is."""
+    upright = ImageOps.exif_transpose(image)
+    return _pixels(upright, decoding)
+
+
+def _pixels(file: Image.Image, decoding: Decoding) -> Tensor:
+    """Return an image as RGB, uint8 (3, h, w); it may be changed."""
+    depth = depth_of(file)
+    _scale_transparent_grey(file)
+    ImageOps.exif_transpose(file, in_place=True)
+    image = file if depth is None else _eight_bit(file, depth, decoding.value_range)
+    pixels = torch.from_numpy(np.asarray(_flat(image, decoding.background)))
+    return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch_emc2.data.errors import DataError
 from torch_emc2.files import one_line
 from torch_emc2.settings.images import Decoding
 
-__all__ = ["Found", "ImageFolder", "find_images", "read_folder"]
+__all__ = ["Found", "ImageFolder", "class_of", "find_images", "read_folder"]
 
 _PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -144,6 +144,17 @@ def find_images(*paths: Path) -> Found:
         else:
             left_out[suffix if suffix.isprintable() and suffix else "without suffix"] += 1
     return Found(sorted(set(files)), left_out)
+
+
+def class_of(file: str, folders: Sequence[Path]) -> str | None:
+    """Return the class of an image found in one of these folders, as `read_folder` names it; None where it has none."""
+    for folder in folders:
+        if (inside := Path(file).parent).is_relative_to(folder):
+            parts = inside.relative_to(folder).parts
+            if parts and parts[0].casefold() in _PARTS:
+                parts = parts[1:]
+            return "/".join(parts) or None
+    return None
 
 
 def _walk(folder: str, above: tuple[str, ...]) -> Iterator[os.DirEntry[str]]:

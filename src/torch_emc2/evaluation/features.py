@@ -51,7 +51,7 @@ def extract_features(
     """
     batches = DataLoader(_Transformed(dataset, transform), batch_size=batch_size, num_workers=num_workers)
     with _evaluating(encode):
-        shown = tqdm(batches, "Embedding", leave=False, disable=None if progress else True)
+        shown = tqdm(batches, "Embedding", leave=False, delay=1, disable=None if progress else True)
         return torch.cat([encode(images.to(device)).float().cpu() for images in shown])
 
 

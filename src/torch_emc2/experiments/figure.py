@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,9 @@ Row = dict[str, Any]
 
 # Colours and markers of the methods, the same in every figure; other series take them in turn.
 _STYLES = {method.title: (method.colour, method.marker) for row in ESTIMATORS.values() for method in row.methods}
+
+
+_WIDE = 8  # letters; longer names on an axis are turned
 
 
 class Line(NamedTuple):
@@ -99,21 +103,32 @@ def draw_panels(panels: Sequence[Panel], title: str, out: Path) -> None:
             colour, marker = _STYLES.get(line.label) or [*_STYLES.values()][number % len(_STYLES)]
             mean = line.y.mean(0)
             spread = line.y.std(0, ddof=1) if len(line.y) > 1 else np.zeros_like(mean)
-            axes.plot(line.x, mean, color=colour, marker=marker, markersize=4, linewidth=1.5, label=line.label)
-            axes.fill_between(line.x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+            x = [place.replace(", ", ",\n") if isinstance(place, str) else place for place in line.x]
+            axes.plot(x, mean, color=colour, marker=marker, markersize=4, linewidth=1.5, label=line.label)
+            low = np.maximum(mean - spread, line.y.min(0)) if panel.log_y else mean - spread  # which may be below 0
+            axes.fill_between(x, low, mean + spread, color=colour, alpha=0.15, linewidth=0)
         if panel.level is not None:
             label, height = panel.level
             axes.axhline(height, color="#4a4a4a", linestyle=":", linewidth=1, label=label)
         if panel.log_x:
             axes.set_xscale("log", base=2)
+            places = sorted({x for line in panel.lines for x in line.x})
+            axes.set_xticks(places, [f"{x:g}" for x in places])
         if panel.log_y:
             axes.set_yscale("log")
-        axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+        axes.set_xlabel(panel.x_label)
+        axes.set_title(panel.y_label, fontsize=10, loc="left")
+        if any(len(str(x)) > _WIDE for line in panel.lines for x in line.x if isinstance(x, str)):
+            axes.tick_params(axis="x", labelrotation=30)
+            for label in axes.get_xticklabels():
+                label.set(horizontalalignment="right", rotation_mode="anchor")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
-    figure.suptitle(title, fontsize=11)
+    seeds = max(len(line.y) for panel in panels for line in panel.lines)
+    what = f"{title}: mean{f' ± standard deviation over {seeds} seeds' if seeds > 1 else ' of one seed'}"
+    figure.suptitle(fill(what, 50 * len(panels)), fontsize=11)
     figure.savefig(out, format="png", dpi=150)
 
 

@@ -42,7 +42,6 @@ def diagnose_run(
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}: a lone sample has no negatives")
     config, encoder, _ = load_run(run)
-    encoder.eval()
     data = config.data
     images = same_images(config, run)
     views = ContrastiveDataset(images, RandomView(data.augmentation), seed=seed, on_bad_image=data.on_bad_image)

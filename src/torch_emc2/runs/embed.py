@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import torch
 
-from torch_emc2.data import (
-    BadImageError,
-    DataError,
-    FileImages,
-    Found,
-    ImageDataset,
-    check_files,
-    evaluation_transform,
-    find_images,
-    shown,
-)
-from torch_emc2.evaluation import extract_features
+from torch_emc2.data import BadImageError, DataError, FileImages, Found, ImageDataset, class_of, find_images, shown
 from torch_emc2.files import whole_file
-from torch_emc2.runs.finished import leave_out_advised, load_run
+from torch_emc2.runs.finished import leave_out_advised
+from torch_emc2.runs.model import Model
+from torch_emc2.runs.table import EmbeddingTable, Origin, read_table, write_table
 
 __all__ = ["Embedded", "embed_images"]
 
@@ -37,6 +26,7 @@ class Embedded(NamedTuple):
     embedded: int
     skipped: dict[str, str]  # images that cannot be read, and why
     found: Found
+    there: int  # that the table had already
 
 
 def embed_images(
@@ -46,10 +36,12 @@ def embed_images(
     *,
     on_bad_image: Literal["raise", "skip"] | None = None,
     value_range: str | None = None,
+    normalize: bool = False,
+    append: bool = False,
 ) -> Embedded:
-    """Write a Parquet table of images: ``path``, and ``embedding``, the run's probed feature.
+    """Write a Parquet table of images: ``path``, ``label``, and ``embedding``, the run's probed feature.
 
-    The file appears once it is whole.
+    The file appears once it is whole. `torch_emc2.runs.read_table` reads it, with the model that it is of.
 
     Args:
         run: the run's folder.
@@ -57,48 +49,69 @@ def embed_images(
         out: the table.
         on_bad_image: what to do with an unreadable one; by default the run's setting.
         value_range: of values deeper than 8 bits; by default the run's, unless that was found in its images.
+        normalize: give rows the length 1.
+        append: keep the rows of the table that is there, if it is of this model, and embed what it does not have.
 
     Raises:
         DataError: there is no image; or, unless they are to be skipped, one cannot be read.
-        ValueError: the folder is no finished run, or the table's name is not one of a Parquet file.
+        ValueError: the folder is no finished run, the table's name is not one of a Parquet file, or the table that is
+            there is another model's.
     """
     if out.suffix != ".parquet":
         raise ValueError(f"{out} will be a Parquet file: give it a name that ends in .parquet")
-    config, encoder, device = load_run(run)
-    data, paths = config.data, [paths] if isinstance(paths, Path) else paths
-    named = ", ".join(repr(str(path)) for path in paths)
-    found = find_images(*paths)
+    model = Model(run, value_range=value_range)
+    origin = Origin(model.identity, str(run), normalize)
+    before = read_table(out) if append and out.exists() else None
+    if before is not None:
+        _require_same(before.origin, origin, out)
+    folders = [paths] if isinstance(paths, Path) else paths
+    named = ", ".join(repr(str(path)) for path in folders)
+    found = find_images(*folders)
     if not found.files:
         raise DataError(f"no images in {named}: give images, or folders that hold some. {found}".rstrip())
-    _LOG.info("%s: %d images to embed. %s", named, len(found.files), found)
-    skip = (on_bad_image or data.on_bad_image) == "skip"
-    decoding = replace(data.decoding, value_range=value_range or data.value_range)
-    check = check_files(found.files, decoding, whole=skip, num_workers=data.num_workers)
-    decoding, unreadable = check.resolve(decoding)
+    there = set(before.paths).intersection(found.files) if before is not None else set()
+    new = [path for path in found.files if path not in there]
+    _LOG.info("%s: %d images to embed. %s", named, len(new), found)
+    skip = (on_bad_image or model.config.data.on_bad_image) == "skip"
+    check = model.check(new, whole=skip)
+    decoding, unreadable = check.resolve(model.decoding)
     if unreadable and not skip:
         advice = "mend or remove them, or leave them out by --on-bad-image skip"
         raise BadImageError(check.refusal(advice, "--value-range"))
-    good = [path for path in found.files if path not in unreadable]
-    if not good:
+    good = [path for path in new if path not in unreadable]
+    if not good and not there:
         raise DataError(f"none of the {len(found.files)} images in {named} can be read: {shown(unreadable)}")
     for path in good:
         if path != path.encode(errors="replace").decode():
             raise DataError(f"the name {path!r} is not UTF-8, which a table's text must be: rename the file")
-    images = ImageDataset(FileImages(good, decoding), channels=encoder.channels)
-    with whole_file(out) as file:
-        file.touch()  # fails now where it cannot be written, not after the work
-        with leave_out_advised(run):
-            embeddings = extract_features(
-                encoder.features,
-                images,
-                evaluation_transform(encoder.image_size),
-                device=device,
-                num_workers=data.num_workers,
-                progress=True,
-            )
-        table = pa.table({
-            "path": good,
-            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embeddings.flatten().numpy()), embeddings.shape[1]),
-        })  # fmt: skip
-        pq.write_table(table, file)
-    return Embedded(len(good), unreadable, found)
+    if good:
+        with whole_file(out) as file:
+            file.touch()  # fails now where it cannot be written, not after the work
+            with leave_out_advised(run):
+                embeddings = model.features(ImageDataset(FileImages(good, decoding)), normalize=normalize)
+            table = EmbeddingTable(good, [class_of(path, folders) for path in good], embeddings, origin)
+            write_table(table if before is None else _joined(before, table), file)
+    return Embedded(len(good), unreadable, found, len(there))
+
+
+def _require_same(there: Origin | None, own: Origin, out: Path) -> None:
+    """Raise ValueError where rows of a run's model do not belong into a table."""
+    other = "another name, or leave out --append to write it anew"
+    if there is None:
+        raise ValueError(f"{out} does not say which model it is of: give {other}")
+    if there.model != own.model:
+        raise ValueError(f"{out} is of another model, that of {there.run}: give {other}")
+    if there.normalized != own.normalized:
+        option = "add --normalize" if there.normalized else "leave out --normalize"
+        raise ValueError(
+            f"the rows of {out} are {'' if there.normalized else 'not '}normalised: {option}, or give {other}"
+        )
+
+
+def _joined(first: EmbeddingTable, second: EmbeddingTable) -> EmbeddingTable:
+    return EmbeddingTable(
+        [*first.paths, *second.paths],
+        [*first.labels, *second.labels],
+        torch.cat([first.embeddings, second.embeddings]),
+        second.origin,
+    )

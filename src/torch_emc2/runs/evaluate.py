@@ -16,16 +16,19 @@ from torch import Tensor
 
 from torch_emc2.config import DataConfig
 from torch_emc2.data import ContrastiveDataset, ImageDataset, RandomView, evaluation_transform
-from torch_emc2.evaluation import Evaluation, Features, compare, extract_features, nearest_neighbours, raw_pixels
+from torch_emc2.evaluation import Evaluation, Features, compare, extract_features, raw_pixels
 from torch_emc2.files import whole_file
 from torch_emc2.models import build_encoder
 from torch_emc2.runs.finished import leave_out_advised, load_run
-from torch_emc2.runs.pictures import plot_curves, plot_neighbours, thumbnail
+from torch_emc2.runs.gallery import of_images
+from torch_emc2.runs.neighbours import draw_neighbours, nearest_in
+from torch_emc2.runs.pictures import plot_curves
 from torch_emc2.training.run_images import evaluation_parts
 
 __all__ = ["evaluate_run"]
 
 _VIEWED = 1000  # test images of which two random views are compared
+_QUERIES, _NEIGHBOURS = 5, 8  # in the picture
 
 
 def evaluate_run(
@@ -74,8 +77,7 @@ def evaluate_run(
     numbers, grid, curves = run / f"evaluation{suffix}.json", run / f"neighbours{suffix}.png", run / "curves.png"
     with whole_file(numbers) as file:
         file.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
-    with whole_file(grid) as file:
-        _draw_neighbours(features["trained"], train, test, file)
+    _draw_neighbours(features["trained"], train, test, grid)
     if suffix:
         return evaluation, [numbers, grid]
     with whole_file(curves) as file:
@@ -112,22 +114,10 @@ class _Pairs:
         return self.views.view(0, *divmod(index, 2))
 
 
-def _draw_neighbours(
-    features: Features, train: ImageDataset, test: ImageDataset, out: Path, queries: int = 5, neighbours: int = 8
-) -> None:
-    neighbours = min(neighbours, len(train))
-    nearest, _ = nearest_neighbours(features.train, features.test[:queries], neighbours, "cosine")
-    own = others = None
-    if train.labels is not None and test.labels is not None:
-        own = [test.classes[label] for label in test.labels[:queries].tolist()]
-        others = [[train.classes[label] for label in row] for row in train.labels[nearest].tolist()]
-    plot_neighbours(
-        [thumbnail(test.image(i)) for i in range(len(nearest))],
-        [[thumbnail(train.image(i)) for i in row] for row in nearest.tolist()],
-        own,
-        others,
-        out,
-    )
+def _draw_neighbours(features: Features, train: ImageDataset, test: ImageDataset, out: Path) -> None:
+    gallery, queries = of_images(train, features.train, "training"), of_images(test, features.test, "test")
+    found = nearest_in(gallery, queries.subset(torch.arange(min(_QUERIES, len(test)))), _NEIGHBOURS)
+    draw_neighbours(found, out, "Random test images, and the training images nearest to them")
 
 
 def _file_name(data: str) -> str:

@@ -18,15 +18,15 @@ __all__ = ["FinishedRun", "leave_out_advised", "load_run"]
 
 
 class FinishedRun(NamedTuple):
-    """What a run's folder has; the encoder is on the device."""
+    """What a run's folder has; the encoder is on the device, in evaluation mode."""
 
     config: Config
     encoder: Encoder
     device: torch.device
 
 
-def load_run(run: Path) -> FinishedRun:
-    """Load a run's encoder.
+def load_run(run: Path, device: torch.device | str | None = None) -> FinishedRun:
+    """Load a run's encoder; by default to a GPU, where there is one and the run's accelerator allows it.
 
     Raises:
         ValueError: the folder is no finished run, or its files are damaged.
@@ -34,7 +34,7 @@ def load_run(run: Path) -> FinishedRun:
     require_finished(run)
     config = recorded_config(run)
     cuda = torch.cuda.is_available() and config.accelerator != "cpu"
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device(device or ("cuda" if cuda else "cpu"))
     return FinishedRun(config, load_encoder(run).to(device), device)
 
 

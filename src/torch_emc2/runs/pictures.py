@@ -1,32 +1,33 @@
-"""What a run looks like: training curves, nearest neighbours, and the errors of gradients."""
+"""What a run looks like: training curves, and the errors of gradients."""
 
 import csv
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from torch_emc2.diagnostics import GradientError
 
-__all__ = ["PANELS", "plot_curves", "plot_errors", "plot_neighbours", "thumbnail"]
+__all__ = ["PANELS", "plot_curves", "plot_errors"]
 
-# Title of the panel of each number. Its column may also be named "train/acceptance", "acceptance_step" or "lr-Adam".
+# Title of the panel of each number, and what it says. Its column may also be named "train/acceptance",
+# "acceptance_step" or "lr-Adam".
 PANELS = {
-    "global_loss": "Global loss, estimated",
-    "acceptance": "Acceptance rate",
-    "carried_share": "Weight of carried negatives",
-    "lr": "Learning rate",
+    "global_loss": ("Global loss, estimated (nats)", "0: all embeddings are equal; lower is better"),
+    "acceptance": ("Acceptance (share of proposals)", "1: negatives are alike; near 0: chains hardly move"),
+    "carried_share": ("Weight of carried negatives (share)", "how much of a row's negatives its batch lacks"),
+    "lr": ("Learning rate", "warm-up, then half a cosine to 0"),
 }
 
-_LINE, _QUERY, _SAME, _OTHER = "#3b6ea8", "#8a8a8a", "#2e9e5b", "#d1453b"
+_EXACT = 1e-6  # smaller errors are rounding's, and drawn there
+_SMOOTHED = 40  # points, from which on a mean over a tenth of them is drawn too
+
+_LINE, _GUIDE = "#3b6ea8", "#8a8a8a"
 
 
 def plot_curves(metrics: Sequence[Mapping[str, float]] | str | Path, out: str | Path) -> None:
@@ -46,71 +47,22 @@ def plot_curves(metrics: Sequence[Mapping[str, float]] | str | Path, out: str | 
     if not panels:
         raise ValueError(f"nothing to draw in the columns {columns}; log one of {', '.join(PANELS)}")
     x = "step" if "step" in columns else "epoch"
-    figure, grid = _subplots(1, len(panels), width=3.5 * len(panels), height=2.8)
+    figure, grid = _subplots(1, len(panels), width=3.5 * len(panels), height=3)
     for axes, (key, column) in zip(grid[0], panels.items(), strict=True):
-        points = [(row[x], row[column]) for row in rows if column in row]
-        axes.plot(*zip(*points, strict=True), color=_LINE, linewidth=1.5, marker="." if len(points) < 20 else "")
-        axes.set_title(PANELS[key], fontsize=11)
+        places, values = np.array([(row[x], row[column]) for row in rows if column in row]).T
+        smoothed = key != "lr" and len(values) >= _SMOOTHED
+        axes.plot(places, values, color=_LINE, linewidth=1.5, alpha=0.3 if smoothed else 1, marker=_marker(values))
+        if smoothed:
+            axes.plot(places, _running_mean(values, len(values) // 10), color=_LINE, linewidth=1.8)
+        title, meaning = PANELS[key]
+        axes.set_title(title, fontsize=10.5, loc="left", pad=20)
+        axes.text(0, 1.03, meaning, fontsize=8, color="#5a5a5a", transform=axes.transAxes)
         axes.set_xlabel(x.capitalize())
-        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # no power of ten beside the axis
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, format="png", dpi=150)
-
-
-def plot_neighbours(
-    queries: Sequence[Tensor],
-    neighbours: Sequence[Sequence[Tensor]],
-    query_labels: Sequence[object] | None,
-    neighbour_labels: Sequence[Sequence[object]] | None,
-    out: str | Path,
-) -> None:
-    """Draw each query at the left of a row and its nearest neighbours to the right, nearest first, as a PNG.
-
-    Args:
-        queries: q images, uint8 (c, h, w) with c of 1 or 3.
-        neighbours: k images a query.
-        query_labels: q labels, printed above the images. With them a neighbour's frame is green where its label is the
-            query's, else red. None where there are no labels.
-        neighbour_labels: k labels a query; None goes with None.
-        out: the file to write.
-
-    Raises:
-        ValueError: no query, or numbers of neighbours or labels that differ.
-    """
-    sizes = {len(row) for row in (*neighbours, *(neighbour_labels or ()))}
-    counts = {len(queries), len(neighbours), *(len(x) for x in (query_labels, neighbour_labels) if x is not None)}
-    if len(sizes) != 1 or len(counts) != 1 or (query_labels is None) != (neighbour_labels is None):
-        raise ValueError(
-            f"lists of {counts} queries and {sizes} neighbours; give each query equally many, and all labels or none"
-        )
-    (k,) = sizes
-    labels = list(zip(query_labels or (), neighbour_labels or (), strict=True))
-    height = (1.25 if labels else 1.0) * len(queries)
-    gap = 0.2  # an empty column between queries and neighbours
-    figure, grid = _subplots(len(queries), k + 2, width=1 + gap + k, height=height, width_ratios=[1, gap, *[1] * k])
-    for row, (query, between, *rest) in enumerate(grid):
-        between.set_axis_off()
-        _draw_image(query, queries[row], _QUERY)
-        for axes, image in zip(rest, neighbours[row], strict=True):
-            _draw_image(axes, image, _QUERY)
-        if labels:
-            own, others = labels[row]
-            _set_label(query, own)
-            for axes, label in zip(rest, others, strict=True):
-                _set_label(axes, label)
-                axes.spines[:].set_color(_SAME if label == own else _OTHER)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a script that the font lacks: boxes say enough
-        figure.savefig(out, format="png", dpi=150)
-
-
-def thumbnail(image: Tensor) -> Tensor:
-    """Shrink an image (c, h, w) to about 256 pixels at its longer side; it costs little memory in a picture then."""
-    step = max(1, max(image.shape[1:]) // 256)
-    height, width = (max(1, side // step) for side in image.shape[1:])
-    return adaptive_avg_pool2d(image.float(), (height, width)).round().to(torch.uint8)
 
 
 def plot_errors(errors: Mapping[str, GradientError], out: str | Path) -> None:
@@ -128,18 +80,35 @@ def plot_errors(errors: Mapping[str, GradientError], out: str | Path) -> None:
     for axes, (title, shown) in zip(grid[0], panels.items(), strict=True):
         for place, (name, error) in enumerate(shown.items()):
             style = "-" if place < 10 else "--"  # there are ten colours
-            axes.plot(error.epochs, error.squared_error, style, label=name, marker=".", color=f"C{place % 10}")
+            seen = np.maximum(error.squared_error, _EXACT)
+            axes.plot(error.epochs, seen, style, label=name, marker=".", color=f"C{place % 10}")
         lengths = next(iter(shown.values())).epochs
-        start = min(error.squared_error[0] for error in shown.values())
-        axes.plot(lengths, [start / n for n in lengths], ":", color=_QUERY, label="1/n")
-        axes.set(xscale="log", yscale="log", xlabel="Epochs averaged", xticks=lengths, xticklabels=lengths)
+        start = np.median([max(error.squared_error[0], _EXACT) for error in shown.values()])
+        axes.plot(lengths, [start / n for n in lengths], ":", color=_GUIDE, label="1/n, without bias")
+        axes.set(xscale="log", yscale="log", xlabel="epochs averaged", xticks=lengths, xticklabels=lengths)
         axes.minorticks_off()
-        axes.set_title(title, fontsize=11)
+        axes.set_title(title, fontsize=10.5, loc="left")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    grid[0][0].set_ylabel("Squared error, relative")
+    grid[0][0].set_ylabel("squared error, relative (lower is better)")
+    figure.suptitle(
+        "A line that falls beside 1/n has no bias; one that levels off is at its bias, which no averaging removes",
+        fontsize=9,
+        color="#5a5a5a",
+    )
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(out, format="png", dpi=150)
+
+
+def _marker(values: np.ndarray) -> str:
+    return "." if len(values) < 20 else ""
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Return means over so many values around each; at the ends, of those that there are."""
+    ones = np.ones(width)
+    mean: np.ndarray = np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
+    return mean
 
 
 def _read_csv(path: Path) -> list[dict[str, float]]:
@@ -157,15 +126,3 @@ def _subplots(rows: int, columns: int, width: float, height: float, **layout: An
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **layout)
-
-
-def _draw_image(axes: Any, image: Tensor, frame: str) -> None:
-    axes.imshow(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())  # grey to RGB
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(color=frame, linewidth=2.5)
-
-
-def _set_label(axes: Any, label: object) -> None:
-    """Write a label above an image: in one line of its width, and as it is, "$" included."""
-    text = repr(str(label))[1:-1]
-    axes.set_title(text if len(text) <= 16 else f"{text[:15]}…", fontsize=8, pad=3, parse_math=False)

@@ -34,7 +34,7 @@ class Augmentation:
         size: of a view, in pixels.
         crop_scale: least and largest share of the image's area that is cut out and resized.
         flip: probability of a mirror image.
-        jitter: of brightness, contrast, saturation and hue.
+        jitter: largest change of brightness, contrast and saturation, as shares, and of hue, of a full turn.
         jitter_p: probability of a jitter.
         grey_p: probability that colours go.
         blur_p: probability of a blur.

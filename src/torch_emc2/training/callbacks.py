@@ -1,8 +1,7 @@
-"""What goes along with a training run: its metrics file, whole checkpoints, how it stops, and what it shows."""
+"""What goes along with a training run: its metrics file, whole checkpoints, and how it stops."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import os
 import signal
@@ -14,7 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -22,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch_emc2.files import whole_file
 from torch_emc2.run_folder import resume_command
 
-__all__ = ["EpochLines", "KeptCheckpoints", "MetricsFile", "ProgressBar", "StopOnSIGTERM", "WholeCheckpoints"]
+__all__ = ["KeptCheckpoints", "MetricsFile", "StopOnSIGTERM", "WholeCheckpoints"]
 
 
 class MetricsFile(L.Callback):
@@ -167,31 +166,3 @@ class StopOnSIGTERM(L.Callback):
         """End the other ranks where this one, which alone writes files, cannot: they would wait for it."""
         if isinstance(exception, OSError) and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, less the loggers' version, and closed when training is interrupted."""
-
-    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """Say how many epochs there are."""
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave the line to what is printed next."""
-        with contextlib.suppress(TypeError):  # there is no bar yet
-            self.train_progress_bar.close()
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Return what is shown beside the bar."""
-        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
-
-
-class EpochLines(L.Callback):
-    """What stands for the bar in a log or a notebook."""
-
-    @rank_zero_only
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print a line an epoch."""
-        loss = float(trainer.callback_metrics["loss"])
-        print(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: loss {loss:.4f}", flush=True)

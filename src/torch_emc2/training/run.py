@@ -28,19 +28,15 @@ from torch_emc2.losses.registry import find
 from torch_emc2.models import build_encoder, save_encoder
 from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_used, resume_command
 from torch_emc2.training.batches import ContrastiveData
-from torch_emc2.training.callbacks import (
-    EpochLines,
-    KeptCheckpoints,
-    MetricsFile,
-    ProgressBar,
-    StopOnSIGTERM,
-    WholeCheckpoints,
-)
+from torch_emc2.training.callbacks import KeptCheckpoints, MetricsFile, StopOnSIGTERM, WholeCheckpoints
+from torch_emc2.training.progress import Progress, made_of
 from torch_emc2.training.resume import find_checkpoint, refuse_another, validate_checkpoint
 from torch_emc2.training.run_images import first_images, same_images
 from torch_emc2.training.step import ContrastiveModule
 
 __all__ = ["train"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def train(config: Config, *, resume: bool = False, callbacks: Sequence[L.Callback] = ()) -> Path:
@@ -102,6 +98,8 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
         prepare_folder(config, run, facts, checkpoint)
         if resume and checkpoint is None:
             print(f"emc2: {run} has no checkpoint to go on from: starting", file=sys.stderr)
+        for line in made_of(config, images, module, trainer):
+            _LOG.info("%s", line)
     if trainer.world_size > 1:
         stop.meet()
     with _saying_how_to_go_on(run, trainer.global_rank, lambda: identity(images) == known):
@@ -154,9 +152,7 @@ def _trainer(config: Config, run: Path, callbacks: Sequence[L.Callback]) -> L.Tr
     Raises:
         ValueError: this machine does not have the accelerator, or so many devices.
     """
-    interactive = sys.stdout.isatty()
     unused = config.optimizer.freeze_epochs > 0 and config.devices != 1  # ranks would wait for frozen gradients
-    shown = ProgressBar(refresh_rate=10) if interactive else EpochLines()
     try:
         return L.Trainer(
             max_epochs=config.epochs,
@@ -167,10 +163,10 @@ def _trainer(config: Config, run: Path, callbacks: Sequence[L.Callback]) -> L.Tr
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.optimizer.clip,
             logger=TensorBoardLogger(run, name="", version="tensorboard"),
-            callbacks=[MetricsFile(run / "metrics.csv"), shown, *callbacks],
+            callbacks=[MetricsFile(run / "metrics.csv"), Progress(sys.stdout.isatty()), *callbacks],
             plugins=[WholeCheckpoints()],
             use_distributed_sampler=False,  # the sampler knows its rank
-            enable_progress_bar=interactive,
+            enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=run,
         )

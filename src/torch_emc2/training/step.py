@@ -100,9 +100,9 @@ class ContrastiveModule(L.LightningModule):
         self._step_index.append(batch.index)
         numbers = {"loss": loss.detach(), **self.loss.last}
         means = self.trainer.strategy.reduce(torch.stack(list(numbers.values())), reduce_op="mean")  # over ranks
-        self._numbers = dict(zip(numbers, cast(Tensor, means), strict=True))
-        if not self._numbers["loss"].isfinite():
-            raise self._not_finite("loss", batch.index, self._numbers)
+        self.numbers = dict(zip(numbers, cast(Tensor, means), strict=True))
+        if not self.numbers["loss"].isfinite():
+            raise self._not_finite("loss", batch.index, self.numbers)
         if self.config.data.on_bad_image == "skip":
             skipped = torch.tensor(batch.skipped, device=self.device)
             self.skipped += cast(Tensor, self.trainer.strategy.reduce(skipped, reduce_op="sum"))
@@ -119,7 +119,7 @@ class ContrastiveModule(L.LightningModule):
         return (self.trainer.global_step + 1) % every == 0 or self.trainer.is_last_batch
 
     def _log_numbers(self) -> None:
-        for name, value in self._numbers.items():
+        for name, value in self.numbers.items():
             self.log(name, value, prog_bar=name in ("loss", "acceptance", "carried_share"))
         self.log("lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
         if self.config.data.on_bad_image == "skip":
@@ -132,7 +132,7 @@ class ContrastiveModule(L.LightningModule):
             return
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.encoder.parameters() if p.grad is not None])
         if not norm.isfinite():
-            raise self._not_finite("gradient", torch.cat(self._step_index), self._numbers | {"gradient_norm": norm})
+            raise self._not_finite("gradient", torch.cat(self._step_index), self.numbers | {"gradient_norm": norm})
 
     def _not_finite(self, what: str, index: Tensor, numbers: dict[str, Tensor]) -> ValueError:
         shown = ", ".join(f"{name} {float(value):.4g}" for name, value in numbers.items())

@@ -1,0 +1,83 @@
+"""Embedded images with their names: what is searched, grouped and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from torch_emc2.data import BadImageError, ImageDataset, decode_image
+from torch_emc2.runs.finished import leave_out_advised
+from torch_emc2.runs.model import Model
+from torch_emc2.runs.table import EmbeddingTable, read_table
+from torch_emc2.settings.images import Decoding
+from torch_emc2.training.run_images import same_images
+
+__all__ = ["Gallery", "of_images", "of_run", "of_table", "open_gallery"]
+
+# To be looked at only: values of an unknown range show what there is.
+_ANY_RANGE = Decoding(value_range="1%,99%")
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Embedded images.
+
+    Attributes:
+        embeddings: float32 (n, d).
+        names: n files, or data set and number.
+        labels: n classes; None where there is none.
+        read: gives image i, uint8 (c, h, w).
+    """
+
+    embeddings: Tensor
+    names: Sequence[str]
+    labels: Sequence[str | None]
+    read: Callable[[int], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, i: int) -> Tensor | None:
+        """Return image ``i`` to be drawn; None where it cannot be read any more."""
+        try:
+            return self.read(i)
+        except BadImageError:
+            return None
+
+    def subset(self, picks: Tensor) -> Gallery:
+        """Return the images numbered ``picks`` (k,), in that order."""
+        rows = picks.tolist()
+        names, labels = ([each[i] for i in rows] for each in (self.names, self.labels))
+        return Gallery(self.embeddings[picks], names, labels, lambda i: self.read(rows[i]))
+
+
+def of_images(images: ImageDataset, embeddings: Tensor, name: str) -> Gallery:
+    """Give a data set's images, embedded; those in no files are known by a name and their numbers."""
+    rows = images.rows.tolist()
+    names = [images.path(i) or f"{name} {row}" for i, row in enumerate(rows)]
+    labels = [None] * len(rows) if images.labels is None else [images.classes[c] for c in images.labels.tolist()]
+    return Gallery(embeddings, names, labels, images.image)
+
+
+def of_run(model: Model) -> Gallery:
+    """Give the images that a run was trained on, embedded by its model."""
+    images = same_images(model.config, model.run)
+    with leave_out_advised(model.run):
+        return of_images(images, model.features(images), model.config.data.name)
+
+
+def of_table(table: EmbeddingTable) -> Gallery:
+    """Give the images of a table; their files need not be there any more."""
+    return Gallery(table.embeddings, table.paths, table.labels, lambda i: decode_image(table.paths[i], _ANY_RANGE))
+
+
+def open_gallery(source: Path) -> Gallery:
+    """Give the images of a table, or those that a run was trained on.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return of_table(read_table(source)) if source.is_file() else of_run(Model(source))

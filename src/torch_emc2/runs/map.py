@@ -1,0 +1,135 @@
+"""A map of embeddings: near one another in the plane what is near in the embeddings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib import color_sequences
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from matplotlib.patheffects import withStroke
+from sklearn.cluster import HDBSCAN
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from torch.nn.functional import normalize
+
+from torch_emc2.files import whole_file
+from torch_emc2.runs.gallery import Gallery, open_gallery
+from torch_emc2.runs.tiles import fitted, thumbnail
+
+__all__ = ["Map", "draw_map", "map_of"]
+
+_MOST = 5000  # images of which t-SNE takes a minute
+_LEAST = 5
+_COLOURS = [to_hex(colour) for colour in color_sequences["tab20"]]
+_COLOURS = [*_COLOURS[:14:2], *_COLOURS[16::2], *_COLOURS[1:14:2], *_COLOURS[17::2]]  # strong ones first, no grey
+_NONE = "#c8c8c8"
+_THUMBNAIL = 0.034  # of the map's width: no two are nearer
+
+
+class Map(NamedTuple):
+    """Images in the plane.
+
+    Attributes:
+        gallery: the images, or a random choice of many.
+        places: (n, 2).
+        groups: n names of classes, or of clusters where no image has a class; None for none.
+        of: how many images there were.
+        kind: "class" or "cluster".
+    """
+
+    gallery: Gallery
+    places: np.ndarray
+    groups: Sequence[str | None]
+    of: int
+    kind: str
+
+
+def map_of(source: Path, *, seed: int = 0) -> Map:
+    """Lay out a table of embeddings, or the images that a run was trained on, by t-SNE of the directions.
+
+    Where there are no classes, HDBSCAN finds clusters of the embeddings.
+
+    Raises:
+        ValueError: the source is neither, or has too few images.
+    """
+    gallery = open_gallery(source)
+    total = len(gallery)
+    if total < _LEAST:
+        raise ValueError(f"{source} has {total} images, at least {_LEAST} make a map: embed more")
+    if total > _MOST:
+        picks = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:_MOST]
+        gallery = gallery.subset(picks.sort().values)
+    unit = normalize(gallery.embeddings, dim=1).numpy()
+    main = PCA(min(50, *unit.shape), random_state=seed).fit_transform(unit)
+    places = TSNE(perplexity=min(30, len(main) / 4), init="pca", random_state=seed).fit_transform(main)
+    if any(label is not None for label in gallery.labels):
+        return Map(gallery, places, gallery.labels, total, "class")
+    found = HDBSCAN(min_cluster_size=max(_LEAST, len(main) // 100), copy=True).fit_predict(main[:, :10])
+    by_size = [cluster for cluster, _ in Counter(found[found >= 0].tolist()).most_common()]
+    groups = [None if cluster < 0 else f"cluster {by_size.index(cluster) + 1}" for cluster in found.tolist()]
+    return Map(gallery, places, groups, total, "cluster")
+
+
+def draw_map(found: Map, out: Path) -> None:
+    """Draw a map as a PNG: a point an image, of its group's colour, and small images where they have room."""
+    places = found.places - found.places.min(0)
+    places = places / places.max()
+    sizes = Counter(group for group in found.groups if group is not None)
+    colour_of = {group: _COLOURS[i] for i, (group, _) in enumerate(sizes.most_common(len(_COLOURS)))}
+    colours = [colour_of.get(group, _NONE) if group is not None else _NONE for group in found.groups]
+    figure = Figure(figsize=(11.5, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.scatter(places[:, 0], places[:, 1], c=colours, s=10, linewidths=0)
+    axes.set_aspect("equal")
+    axes.axis("off")
+    for i in _apart(places):
+        if (image := found.gallery.image(i)) is not None:
+            small = thumbnail(image)
+            box = OffsetImage(small.expand(3, -1, -1).permute(1, 2, 0).numpy(), zoom=18 / max(small.shape[1:]))
+            frame = {"edgecolor": colours[i], "linewidth": 1.5}
+            axes.add_artist(AnnotationBbox(box, places[i], pad=0.06, bboxprops=frame))
+    for group, colour in colour_of.items():
+        own = places[[name == group for name in found.groups]]
+        middle = own[np.abs(own - np.median(own, 0)).sum(1).argmin()]
+        axes.annotate(
+            fitted(group, 1.6, 11), middle, color=colour, fontsize=13, fontweight="bold", ha="center", va="center",
+            parse_math=False, path_effects=[withStroke(linewidth=4, foreground="white")], zorder=10,
+        )  # fmt: skip
+    rest = len(sizes) - len(colour_of)
+    handles = [
+        axes.scatter([], [], c=colour, s=40, label=f"{fitted(group, 1.6, 9)} ({sizes[group]})")
+        for group, colour in colour_of.items()
+    ]
+    alone = len(found.groups) - sum(sizes[group] for group in colour_of)
+    if alone:
+        words = f"{rest} smaller {found.kind}es" if rest else f"no {found.kind}"
+        handles.append(axes.scatter([], [], c=_NONE, s=40, label=f"{words} ({alone})"))
+    legend = figure.legend(
+        handles=handles, loc="outside right upper", fontsize=9, frameon=False, title=f"{found.kind} (images)"
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    some = f"a random {len(places)} of {found.of} images" if len(places) < found.of else f"{found.of} images"
+    axes.set_title(
+        f"{some}: near one another by cosine similarity (t-SNE; distances across the map mean little)", fontsize=11
+    )
+    with whole_file(out) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def _apart(places: np.ndarray) -> list[int]:
+    """Return some places that are not nearer to one another than a small image is wide."""
+    kept: list[int] = []
+    for i, place in enumerate(places):
+        if not kept or np.abs(places[kept] - place).max(1).min() > _THUMBNAIL:
+            kept.append(i)
+    return kept

@@ -1,0 +1,86 @@
+"""A Parquet table of embeddings: a row an image, and which model they are of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from torch_emc2.files import one_line
+
+__all__ = ["EmbeddingTable", "Origin", "read_table", "write_table"]
+
+_KEY = b"torch_emc2"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a table's embeddings are of.
+
+    Attributes:
+        model: the hash of its weights, `Model.identity`.
+        run: the folder that the run was in.
+        normalized: rows have the length 1.
+    """
+
+    model: str
+    run: str
+    normalized: bool
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """Embeddings of images.
+
+    Attributes:
+        paths: n files.
+        labels: n classes, the folders that hold the images; None for those that are in none.
+        embeddings: float32 (n, d).
+        origin: None where the table does not say.
+    """
+
+    paths: Sequence[str]
+    labels: Sequence[str | None]
+    embeddings: Tensor
+    origin: Origin | None
+
+
+def write_table(table: EmbeddingTable, file: Path) -> None:
+    """Write a table."""
+    flat = pa.array(table.embeddings.flatten().numpy())
+    columns = pa.table({
+        "path": pa.array(table.paths, pa.string()),
+        "label": pa.array(table.labels, pa.string()),
+        "embedding": pa.FixedSizeListArray.from_arrays(flat, table.embeddings.shape[1]),
+    })  # fmt: skip
+    if table.origin is not None:
+        columns = columns.replace_schema_metadata({_KEY: json.dumps(asdict(table.origin))})
+    pq.write_table(columns, file)
+
+
+def read_table(path: Path) -> EmbeddingTable:
+    """Read a table; one that has no labels, or does not say what it is of, likewise.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or not a table of embeddings.
+    """
+    try:
+        columns = pq.read_table(path)
+        paths = columns["path"].to_pylist()
+        labels = columns["label"].to_pylist() if "label" in columns.column_names else [None] * len(paths)
+        lists = columns["embedding"].combine_chunks()
+        embeddings = torch.tensor(lists.flatten().to_numpy(), dtype=torch.float32).view(len(paths), -1)
+        known: dict[str, Any] | None = json.loads((columns.schema.metadata or {}).get(_KEY, "null"))
+        return EmbeddingTable(paths, labels, embeddings, None if known is None else Origin(**known))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # pyarrow, json and torch each have their own for what does not fit
+        raise ValueError(f"{str(path)!r} is damaged, or no table of emc2 embed ({one_line(error)})") from error

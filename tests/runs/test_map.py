@@ -1,0 +1,61 @@
+"""Maps of embeddings: near one another what is near, groups named, all of it in the picture."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from torch_emc2.runs import draw_map, map_of
+from torch_emc2.runs import map as module
+
+
+def table(folder: Path, labels: list[str | None], per: int = 20) -> Path:
+    """Write three bundles of directions, their images in red, green and blue."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.eye(16)[:3].repeat_interleave(per, 0) + 0.05 * torch.randn(3 * per, 16, generator=generator)
+    z *= 1 + torch.arange(len(z))[:, None] % 5  # lengths mean nothing
+    files = [folder / f"{i}.png" for i in range(len(z))]
+    for i, file in enumerate(files):
+        Image.new("RGB", (9, 9), [(255, 0, 0), (0, 255, 0), (0, 0, 255)][i // per]).save(file)
+    columns = {"path": list(map(str, files)), "embedding": z.tolist()}
+    pq.write_table(pa.table(columns | {"label": pa.array(labels, pa.string())}), folder / "e.parquet")
+    return folder / "e.parquet"
+
+
+@pytest.mark.parametrize("with_classes", [True, False])
+def test_what_is_near_is_near_and_has_a_group(with_classes: bool, tmp_path: Path) -> None:
+    true = [name for name in ("$x_$", "b" * 100, "c") for _ in range(20)]
+    found = map_of(table(tmp_path, true if with_classes else [None] * 60))
+    apart = np.linalg.norm(found.places[:, None] - found.places[None], axis=2)
+    np.fill_diagonal(apart, np.inf)
+    assert [i // 20 for i in apart.argmin(1)] == [i // 20 for i in range(60)]
+    if with_classes:
+        assert list(found.groups) == true
+    else:
+        bundles = [{group for group in found.groups[i : i + 20] if group} for i in (0, 20, 40)]
+        assert sorted(next(iter(bundle)) for bundle in bundles) == ["cluster 1", "cluster 2", "cluster 3"]
+        assert sum(map(len, bundles)) == 3
+    draw_map(found, tmp_path / "map.png")
+    pixels = np.array(Image.open(tmp_path / "map.png").convert("RGB")).reshape(-1, 3)
+    for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)):
+        assert (pixels == colour).all(1).sum() > 300
+
+
+def test_of_many_images_a_random_choice_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST", 40)
+    found = map_of(table(tmp_path, [str(i) for i in range(60)]))
+    assert (len(found.gallery), found.of, len(set(found.groups))) == (40, 60, 40)
+    i = 17
+    assert found.gallery.names[i] == str(tmp_path / f"{found.groups[i]}.png")
+    assert torch.equal(found.gallery.image(i)[:, 0, 0] == 255, torch.arange(3) == int(found.groups[i]) // 20)  # type: ignore[index,arg-type]
+    Path(found.gallery.names[i]).unlink()
+    draw_map(found, tmp_path / "map.png")  # a file that has gone leaves its point
+
+
+def test_too_few_images_are_no_map(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has 3 images, at least 5 make a map: embed more"):
+        map_of(table(tmp_path, ["a"] * 3, per=1))
