@@ -111,6 +111,7 @@ def test_the_card_says_what_the_model_is_and_how_it_is_used(finished: Path, tmp_
     card = (tmp_path / "out" / "README.md").read_text()
     for words in ("on 66 images of digits", "loss `emc2`", "On folder:cats:", "43.21 %", "burn_in: 0.1", "## Licence"):
         assert words in card
+    assert "pretrained weights" not in card
     assert "/home/me" not in card
 
     (run / "evaluation-cats-0a.json").write_text("{}")
@@ -125,6 +126,7 @@ def test_the_cards_code_runs_and_it_has_no_paths_but_its_own(tmp_path: Path) -> 
     card = (tmp_path / "out" / "README.md").read_text()
     assert "on 321 images of folder:run" in card
     assert "pretrained: w.pth" in card
+    assert "began with pretrained weights (w.pth), whose own licence counts too" in card
     assert str(tmp_path) not in card.replace(str(tmp_path / "out"), "")
     (code,) = [part.removeprefix("python\n") for part in card.split("```") if part.startswith("python")]
     image = Image.new("RGB", (64, 64), (10, 200, 100))

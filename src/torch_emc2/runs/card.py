@@ -13,6 +13,7 @@ from torch_emc2.evaluation import Evaluation, to_text
 from torch_emc2.files import one_line
 from torch_emc2.models import Encoder
 from torch_emc2.run_folder import read_facts
+from torch_emc2.settings.model import ModelConfig
 
 __all__ = ["model_card"]
 
@@ -47,7 +48,8 @@ temperature {temperature}. It makes {width} numbers of an image; the cosine of t
 
 ## Licence
 
-Not stated yet. Whoever publishes these weights says here, and as `license:` at the top, under which they may be used.
+Not stated yet. Whoever publishes these weights says here, and as `license:` at the top, under which they may be
+used.{began}
 """
 
 _TIMM = """\
@@ -75,6 +77,8 @@ _ONNX = """
 
 _NORMALISED = """ Then {mean} is taken from the channels, and the rest divided by {std}: by timm's
 transform, or within the model where it takes images in [0, 1]."""
+
+_BEGAN = " Training began with pretrained weights ({weights}), whose own licence counts too."
 
 _HIDDEN = """\
 Of the first hidden layer of the projection head. `model.onnx` has it, where there is one; timm's model has not.
@@ -117,6 +121,7 @@ def model_card(run: Path, encoder: Encoder, source: str, *, timms: bool, onnx: b
         normalised=_NORMALISED.format(mean=_listed(mean), std=_listed(std)) if mean and std else "",
         results=(_HIDDEN if encoder.config.feature == "hidden" else "") + results if results else "Not measured.",
         settings=to_yaml(config),
+        began=_BEGAN.format(weights=_weights(config.model)) if config.model.pretrained else "",
     )
 
 
@@ -126,6 +131,10 @@ def _published(config: Config) -> Config:
     model = replace(config.model, pretrained=os.path.basename(path) if isinstance(path, str) else path)
     data = replace(config.data, name=_published_name(config.data.name), root="data")
     return replace(config, model=model, data=data, out=os.path.basename(config.out))
+
+
+def _weights(model: ModelConfig) -> str:
+    return model.pretrained if isinstance(model.pretrained, str) else model.backbone
 
 
 def _published_name(data: str) -> str:
