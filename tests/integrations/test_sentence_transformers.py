@@ -190,7 +190,7 @@ def test_evaluation_moves_nothing_and_changes_no_training(folder: Path, tmp_path
 def test_a_width_is_what_it_would_be_alone(model: Any) -> None:
     ours = EMC2SentenceLoss(model)
     matryoshka = losses.MatryoshkaLoss(model, ours, [8, 4], [1.0, 0.5])
-    alone = {width: EMC2Loss(None, T, kernel="isir") for width in (8, 4)}
+    alone = {width: EMC2Loss(None, T, kernel="isir", positive_weight=1.0) for width in (8, 4)}
     for step in range(3):
         features = tokens(model, texts(6, 2, seed=step % 2))
         index = torch.stack([text_ids(each["input_ids"], each["attention_mask"]) for each in features], dim=1)

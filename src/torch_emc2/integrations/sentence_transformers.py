@@ -24,7 +24,8 @@ class EMC2SentenceLoss(nn.Module):
 
     Args:
         model: the `SentenceTransformer`, or what it is wrapped in.
-        loss: any of this library's, by default ``EMC2Loss(None, temperature=0.05, kernel="isir")``. With ``towers=1``,
+        loss: any of this library's, by default ``EMC2Loss(None, temperature=0.05, kernel="isir", positive_weight=1.0)``:
+            InfoNCE's weight of the positive, by which a pretrained model keeps what it knows. With ``towers=1``,
             as there, all embeddings of a batch are negatives, anchors beside positives; with ``towers=2`` those of the
             other column: ``InfoNCELoss(0.05, towers=2, directions="x->y")`` is `MultipleNegativesRankingLoss` itself.
             It is not called but copied: in a `MatryoshkaLoss` each width has a memory of its own.
@@ -47,7 +48,7 @@ class EMC2SentenceLoss(nn.Module):
     def __init__(self, model: nn.Module, loss: ContrastiveLoss | None = None, *, ids_from_labels: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.loss = EMC2Loss(None, temperature=0.05, kernel="isir") if loss is None else loss
+        self.loss = EMC2Loss(None, temperature=0.05, kernel="isir", positive_weight=1.0) if loss is None else loss
         self.ids_from_labels = ids_from_labels
         if not ids_from_labels and any(size is not None for size in self.loss.sizes):
             raise ValueError(
