@@ -17,7 +17,7 @@ def table(folder: Path, labels: list[str | None], per: int = 20) -> Path:
     """Write three bundles of directions, their images in red, green and blue."""
     generator = torch.Generator().manual_seed(0)
     z = torch.eye(16)[:3].repeat_interleave(per, 0) + 0.05 * torch.randn(3 * per, 16, generator=generator)
-    z *= 1 + torch.arange(len(z))[:, None] % 5  # lengths mean nothing
+    z *= 10.0 ** (torch.arange(len(z))[:, None] % 5)  # lengths mean nothing
     files = [folder / f"{i}.png" for i in range(len(z))]
     for i, file in enumerate(files):
         Image.new("RGB", (9, 9), [(255, 0, 0), (0, 255, 0), (0, 0, 255)][i // per]).save(file)

@@ -127,7 +127,7 @@ def draw_panels(panels: Sequence[Panel], title: str, out: Path) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     seeds = max(len(line.y) for panel in panels for line in panel.lines)
-    what = f"{title}: mean{f' ± standard deviation over {seeds} seeds' if seeds > 1 else ' of one seed'}"
+    what = f"{title}: {f'mean ± standard deviation over {seeds} seeds' if seeds > 1 else 'one seed'}"
     figure.suptitle(fill(what, 50 * len(panels)), fontsize=11)
     figure.savefig(out, format="png", dpi=150)
 
