@@ -24,10 +24,10 @@ class EMC2SentenceLoss(nn.Module):
 
     Args:
         model: the `SentenceTransformer`, or what it is wrapped in.
-        loss: any of this library's, by default ``EMC2Loss(None, temperature=0.05, kernel="isir", positive_weight=1.0)``:
-            InfoNCE's weight of the positive, by which a pretrained model keeps what it knows. With ``towers=1``,
-            as there, all embeddings of a batch are negatives, anchors beside positives; with ``towers=2`` those of the
-            other column: ``InfoNCELoss(0.05, towers=2, directions="x->y")`` is `MultipleNegativesRankingLoss` itself.
+        loss: any of this library's, by default ``EMC2Loss(None, 0.05, kernel="isir", positive_weight=1.0)``, whose
+            weight of the positive is InfoNCE's, as pretrained models need. With ``towers=1``, as there, all embeddings
+            of a batch are negatives, anchors beside positives; with ``towers=2`` those of the other column:
+            ``InfoNCELoss(0.05, towers=2, directions="x->y")`` is `MultipleNegativesRankingLoss` itself.
             It is not called but copied: in a `MatryoshkaLoss` each width has a memory of its own.
         ids_from_labels: take ids from the data's label column, which has a whole number a row, or a list with one a
             text. By default a text's id is a hash of its tokens, which needs no column: the same text again is the same
