@@ -162,29 +162,33 @@ def _kappas(kept: Runs) -> str:
 
 
 def plot(found: Sequence[Group], path: Path) -> None:
-    """Draw quality against batch size, at the fewest epochs, and against encoder passes."""
+    """Draw quality against batch size, and against quality in training, of the fewest epochs; mean and deviation."""
     from matplotlib.figure import Figure
 
-    figure = Figure((10, 4), layout="constrained")
+    figure = Figure((9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     least = min(group.cell.epochs for group in found)
     methods = [name for name in METHODS if any(group.cell.method == name for group in found)]
     for i, name in enumerate(methods):
-        own = [group for group in found if group.cell.method == name]
-        style = {"label": METHODS[name].title, "color": f"C{i % 10}", "marker": "os^DvP"[i // 10], "capsize": 2}
-        for axes, points, x in (
-            (left, [group for group in own if group.cell.epochs == least], lambda group: group.cell.batch_size),
-            (right, own, lambda group: group.mean(passes)),
-        ):
-            points = sorted(points, key=x)
-            spreads = [statistics.stdev(group.values(mrr)) if len(group.results) > 1 else 0 for group in points]
-            line = {"ls": "-" if axes is left else ""}
-            axes.errorbar([x(g) for g in points], [g.mean(mrr) for g in points], spreads, **style, **line)
-    left.set(xlabel="Batch size", ylabel="MRR, %", xscale="log")
+        own = [group for group in found if group.cell.method == name and group.cell.epochs == least]
+        sizes = [group.cell.batch_size for group in own]
+        means = [group.mean(mrr) for group in own]
+        spreads = [statistics.stdev(group.values(mrr)) if len(group.results) > 1 else 0 for group in own]
+        style = {"label": METHODS[name].title, "color": f"C{i % 10}", "marker": "os^DvP"[i % 6], "capsize": 2}
+        left.errorbar(sizes, means, spreads, **style)
+        training = [group.mean(lambda result: result["train"]["MRR"]) for group in own]
+        right.errorbar(training, means, spreads, **style, ls="")
+        for size, *place in zip(sizes, training, means, strict=True):
+            right.annotate(f"b = {size}", place, (6, -3), textcoords="offset points", fontsize=8, color=style["color"])
+    left.set(xlabel="Batch size", ylabel="MRR of test queries, %", xscale="log")
     left.set_xticks(sizes := sorted({group.cell.batch_size for group in found}), [str(size) for size in sizes])
     left.minorticks_off()
-    right.set(xlabel="Encoder passes", xscale="log")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    right.set(xlabel="MRR of training queries, %")
+    right.margins(x=0.15)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
