@@ -105,11 +105,12 @@ def neighbours(argv: list[str]) -> None:
         help="where to look, as emc2 embed RUN wrote it; by default the images that the run was trained on",
     )
     parser.add_argument("-k", type=whole(1), default=8, help="neighbours of each")
+    parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)
     parser.add_argument("-o", "--out", type=picture, default=Path("neighbours.png"), help="the picture")
     args = parser.parse_args(argv)
     from torch_emc2.runs import draw_neighbours, find_neighbours
 
-    found = find_neighbours(args.run, args.queries, args.table, args.k)
+    found = find_neighbours(args.run, args.queries, args.table, args.k, value_range=args.value_range)
     print(f"Cosine similarity, class and name of the nearest of {len(found.gallery)} images:\n{found}")
     draw_neighbours(found, args.out)
     print(f"Written: {args.out}")
@@ -145,12 +146,13 @@ def draw_map(argv: list[str]) -> None:
         prog="emc2 map", description="A map of embeddings, by t-SNE, coloured by class, else by clusters (HDBSCAN)."
     )
     parser.add_argument("source", type=embedded, metavar="RUN_OR_PARQUET", help="the run's training images, or a table")
-    parser.add_argument("-o", "--out", type=picture, default=Path("map.png"), help="the picture")
+    parser.add_argument("-o", "--out", type=picture, help="the picture; by default map.png, of a run in its folder")
     args = parser.parse_args(argv)
     from torch_emc2.runs import draw_map, map_of
 
-    draw_map(map_of(args.source), args.out)
-    print(f"Written: {args.out}")
+    out = args.out or (args.source / "map.png" if args.source.is_dir() else Path("map.png"))
+    draw_map(map_of(args.source), out)
+    print(f"Written: {out}")
 
 
 def report(argv: list[str]) -> None:

@@ -4,7 +4,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,9 @@ class Encoder(nn.Module):
 
     def freeze(self, frozen: bool) -> None:
         """Keep the backbone as it is, its weights and its batch norms' statistics; or train it again."""
-        if frozen != self.frozen:
-            self.frozen = frozen
+        if frozen or self.frozen:  # whatever mode others have put it in
             self.backbone.train(not frozen)
+        self.frozen = frozen
 
     def _pooled(self, images: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -244,7 +244,8 @@ def _shrink_stem(backbone: nn.Module) -> None:
 
 
 def _save(module: nn.Module, encoder: Encoder, path: str | Path) -> None:
-    recipe = {"config": asdict(encoder.config), "channels": encoder.channels, "image_size": encoder.image_size}
+    config = replace(encoder.config, pretrained=bool(encoder.config.pretrained))  # wherever the weights were
+    recipe = {"config": asdict(config), "channels": encoder.channels, "image_size": encoder.image_size}
     recipe["architecture"] = asdict(encoder.architecture)
     weights = {key: value.contiguous() for key, value in module.state_dict().items()}
     with whole_file(Path(path)) as file:

@@ -141,7 +141,7 @@ def _num_classes(path: str, known: Any) -> int:
     """Return the classes of a file's classifier; 0 where it has none."""
     classifier = known and known.classifier
     name = classifier if isinstance(classifier, str) or not classifier else classifier[0]
-    weight = load_state_dict(path).get(f"{name}.weight")
+    weight = load_state_dict(path, weights_only=True).get(f"{name}.weight")
     return 0 if weight is None else len(weight)
 
 

@@ -166,6 +166,21 @@ def test_stopped_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path) 
     assert not same(train(folder, tmp_path, resume=True, remember=False)[0], weights)
 
 
+def test_the_memory_of_another_step_is_refused(folder: Path, tmp_path: Path) -> None:
+    train(folder, tmp_path)
+    other = tmp_path / "checkpoint-3" / LossMemoryCallback.FILE
+    other.write_bytes((tmp_path / "checkpoint-6" / LossMemoryCallback.FILE).read_bytes())
+    with pytest.raises(ValueError, match=r"is of step 6 and of the losses .*, the run goes on from step 3 with"):
+        train(folder, tmp_path, resume=True)
+
+
+def test_the_trainers_way_with_a_loss_s_modules(model: Any) -> None:
+    loss = DCLLoss(Temperature(T))
+    for name, child in loss.named_children():  # as it goes through them where it wraps the model
+        setattr(loss, name, child)
+    assert isinstance(loss.temperature, Temperature)
+
+
 def test_so_with_a_memory_a_width_and_a_temperature_that_is_learnt(folder: Path, tmp_path: Path) -> None:
     def wrap(model: Any, loss: nn.Module) -> nn.Module:
         return losses.MatryoshkaLoss(model, loss, [8, 4])  # type: ignore[no-any-return]
@@ -267,6 +282,8 @@ def test_what_is_wrong_is_named(model: Any, folder: Path, tmp_path: Path) -> Non
             EMC2SentenceLoss(model, ids_from_labels=True)(features, labels)
     with pytest.raises(ValueError, match="has no 'attention_mask'"):
         EMC2SentenceLoss(model)([{"input_ids": each["input_ids"]} for each in features])
+    with pytest.raises(ValueError, match="has pixel_values, which tokens do not tell apart"):
+        EMC2SentenceLoss(model)([{**each, "pixel_values": torch.rand(4, 3, 2, 2)} for each in features])
     with pytest.raises(ValueError, match="there is no EMC2SentenceLoss in MultipleNegativesRankingLoss"):
         LossMemoryCallback(losses.MultipleNegativesRankingLoss(model))
     train(folder, tmp_path, num_train_epochs=1, remember=False)

@@ -1,6 +1,7 @@
 """The table of embeddings, against the encoder's features by hand."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch_emc2.data import (
     evaluation_transform,
 )
 from torch_emc2.models import load_encoder, save_encoder
-from torch_emc2.runs import Model, embed_images, evaluate_run, read_table
+from torch_emc2.runs import Model, embed_images, evaluate_run, find_neighbours, read_table
 
 
 @pytest.fixture
@@ -45,6 +46,7 @@ def test_embeddings_are_the_features_of_the_images(finished: Path, photos: Path)
         "model": Model(finished).identity,
         "run": str(finished),
         "normalized": False,
+        "value_range": None,
     }
     encoder, transform = load_encoder(finished), evaluation_transform(8)
     for path, embedding in zip(paths, table["embedding"].to_pylist(), strict=True):
@@ -145,6 +147,35 @@ def test_a_table_takes_further_rows_of_its_own_model_only(finished: Path, photos
     (tmp_path / "half.parquet").write_bytes(content[:100])
     with pytest.raises(ValueError, match=r"half.parquet' is damaged, or no table of emc2 embed"):
         embed_images(finished, photos, tmp_path / "half.parquet", append=True)
+
+
+def test_rows_of_one_table_are_of_one_range(
+    finished: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, deep = tmp_path / "out.parquet", [tmp_path / f"{i}.tif" for i in range(3)]
+    for i, file in enumerate(deep):
+        Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * (60 + i)).save(file)
+    embed_images(finished, photos, out)  # which needs no range
+    embed_images(finished, deep[0], out, append=True, value_range="0,4095")
+    with pytest.raises(
+        ValueError, match=r"out.parquet are of the value range 0,4095, not 0,65535: --value-range=0,4095"
+    ):
+        embed_images(finished, deep[1], out, append=True, value_range="0,65535")
+    embed_images(finished, deep[1], out, append=True, value_range="0,4095")
+    (hits,) = find_neighbours(finished, [deep[2]], out, 2).hits  # in the table's range
+    assert {read_table(out).paths[i] for i, _ in hits} == {str(deep[0]), str(deep[1])}
+
+    features = Model.features
+
+    def meanwhile(*args: Any, **kwargs: Any) -> torch.Tensor:
+        os.utime(out, ns=(1, 1))  # as another writer does
+        return features(*args, **kwargs)
+
+    monkeypatch.setattr(Model, "features", meanwhile)
+    content = out.read_bytes()
+    with pytest.raises(ValueError, match=r"out.parquet was changed by another process meanwhile, and stays"):
+        embed_images(finished, deep[2], out, append=True, value_range="0,4095")
+    assert out.read_bytes() == content
 
 
 def test_rows_have_length_one_where_that_is_asked_for(finished: Path, photos: Path, tmp_path: Path) -> None:

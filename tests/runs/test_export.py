@@ -128,6 +128,7 @@ def test_the_cards_code_runs_and_it_has_no_paths_but_its_own(tmp_path: Path) -> 
     assert "pretrained: w.pth" in card
     assert "began with pretrained weights (w.pth), whose own licence counts too" in card
     assert str(tmp_path) not in card.replace(str(tmp_path / "out"), "")
+    assert str(tmp_path).encode() not in (tmp_path / "out" / "model.safetensors").read_bytes()
     (code,) = [part.removeprefix("python\n") for part in card.split("```") if part.startswith("python")]
     image = Image.new("RGB", (64, 64), (10, 200, 100))
     names: dict[str, Any] = {"image": image}

@@ -56,6 +56,13 @@ def test_of_many_images_a_random_choice_is_drawn(tmp_path: Path, monkeypatch: py
     draw_map(found, tmp_path / "map.png")  # a file that has gone leaves its point
 
 
+def test_equal_embeddings_are_no_map(tmp_path: Path) -> None:
+    columns = {"path": [f"{i}.png" for i in range(6)], "embedding": [[1.0, 2.0]] * 6}
+    pq.write_table(pa.table(columns), tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match=r"all 6 embeddings of .* have one direction: has training collapsed"):
+        map_of(tmp_path / "e.parquet")
+
+
 def test_too_few_images_are_no_map(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has 3 images, at least 5 make a map: embed more"):
         map_of(table(tmp_path, ["a"] * 3, per=1))

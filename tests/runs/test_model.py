@@ -1,5 +1,7 @@
 """Embedding from Python, against the encoder by hand."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,7 @@ def by_hand(run: Path, image: Image.Image) -> torch.Tensor:
 def test_rows_are_features_in_the_order_given_whatever_is_given(model: Model, images: Path) -> None:
     b, a, c = (images / f"{name}.png" for name in "bac")
     opened = Image.open(b)
-    pixels = np.asarray(Image.open(c)).transpose(2, 0, 1)
+    pixels = np.asarray(Image.open(c))[..., ::-1].transpose(2, 0, 1)[::-1]  # whose strides are negative
     got = model.embed([b, opened, str(a), torch.from_numpy(pixels.copy()), pixels, images, np.stack([pixels, pixels])])
     expected = torch.stack([by_hand(model.run, Image.open(images / f"{name}.png")) for name in "bbaccabccc"])
     torch.testing.assert_close(got, expected, rtol=0.01, atol=0.01)
@@ -52,6 +54,17 @@ def test_rows_are_features_in_the_order_given_whatever_is_given(model: Model, im
     assert not any(module.training for module in model.encoder.modules())
 
 
+def png(file: Path, bits: int, colour: int, rows: np.ndarray, **chunks: bytes) -> None:
+    """Write a PNG of 8 x 8 pixels, which Pillow does not in all kinds."""
+    header = struct.pack(">IIBBBBB", 8, 8, bits, colour, 0, 0, 0)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    with file.open("wb") as out:
+        out.write(b"\x89PNG\r\n\x1a\n")
+        for kind, data in {"IHDR": header, **chunks, "IDAT": zlib.compress(lines), "IEND": b""}.items():
+            body = kind.encode() + data
+            out.write(struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body)))
+
+
 def test_images_of_pillow_are_what_their_files_are(model: Model, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     clear = Image.fromarray(generator.integers(0, 256, (8, 8, 4), dtype=np.uint8), "RGBA")
@@ -61,6 +74,10 @@ def test_images_of_pillow_are_what_their_files_are(model: Model, tmp_path: Path)
     clear.save(tmp_path / "clear.png")
     turned.save(tmp_path / "turned.tif", exif=exif)
     Image.fromarray(generator.integers(0, 65536, (8, 8), dtype=np.uint16)).save(tmp_path / "deep.png")
+    # What only the file tells: 16 bits a colour, and that the transparent grey is of two bits.
+    colours = np.full((8, 8, 3), 40_000, ">u2")
+    png(tmp_path / "colours.png", 16, 2, colours.reshape(8, -1).view(np.uint8))
+    png(tmp_path / "grey.png", 2, 0, np.full((8, 2), 0b11_10_01_00, np.uint8), tRNS=b"\x00\x02")
     files = sorted(tmp_path.iterdir())
     torch.testing.assert_close(model.embed([Image.open(file) for file in files]), model.embed(files))
 

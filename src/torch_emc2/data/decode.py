@@ -71,20 +71,20 @@ def decode_image(path: str | os.PathLike[str], decoding: Decoding = Decoding()) 
 def decode(path: str | os.PathLike[str], decoding: Decoding) -> Tensor:
     """Do what `decode_image` does, with errors as they come; `refusal` has them in words."""
     with open_image(path, decoding) as file:
-        return _pixels(file, decoding)
+        depth, raw = depth_of(file), _raw_mode(file)
+        ImageOps.exif_transpose(file, in_place=True)
+        return _pixels(file, depth, raw, decoding)
 
 
 def image_pixels(image: Image.Image, decoding: Decoding) -> Tensor:
     """Return what `decode_image` makes of an image that Pillow has opened or made; it stays as it is."""
-    upright = ImageOps.exif_transpose(image)
-    return _pixels(upright, decoding)
+    depth, raw = depth_of(image), _raw_mode(image)  # which a copy does not tell
+    return _pixels(ImageOps.exif_transpose(image), depth, raw, decoding)
 
 
-def _pixels(file: Image.Image, decoding: Decoding) -> Tensor:
-    """Return an image as RGB, uint8 (3, h, w); it may be changed."""
-    depth = depth_of(file)
-    _scale_transparent_grey(file)
-    ImageOps.exif_transpose(file, in_place=True)
+def _pixels(file: Image.Image, depth: Depth | None, raw: str, decoding: Decoding) -> Tensor:
+    """Return an upright image as RGB, uint8 (3, h, w); it may be changed."""
+    _scale_transparent_grey(file, raw)
     image = file if depth is None else _eight_bit(file, depth, decoding.value_range)
     pixels = torch.from_numpy(np.asarray(_flat(image, decoding.background)))
     return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
@@ -160,9 +160,9 @@ def _raw_mode(file: Image.Image) -> str:
     return ""
 
 
-def _scale_transparent_grey(file: Image.Image) -> None:
+def _scale_transparent_grey(file: Image.Image, raw: str) -> None:
     """Name the transparent grey of a PNG of 2 or 4 bits as its pixels will be: Pillow scales them, and not it."""
-    scale = {"L;2": 85, "L;4": 17}.get(_raw_mode(file))
+    scale = {"L;2": 85, "L;4": 17}.get(raw)
     if scale is not None and isinstance(file.info.get("transparency"), int):
         file.info["transparency"] *= scale
 

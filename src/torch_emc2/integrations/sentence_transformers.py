@@ -18,6 +18,8 @@ from torch_emc2.losses import ContrastiveLoss, EMC2Loss
 
 __all__ = ["EMC2SentenceLoss", "LossMemoryCallback"]
 
+_NOT_TEXT = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
+
 
 class EMC2SentenceLoss(nn.Module):
     """A contrastive loss of (anchor, positive) pairs, or (anchor, positive, negative, …), by any loss of this library.
@@ -30,7 +32,8 @@ class EMC2SentenceLoss(nn.Module):
             ``InfoNCELoss(0.05, towers=2, directions="x->y")`` is `MultipleNegativesRankingLoss` itself.
             It is not called but copied: in a `MatryoshkaLoss` each width has a memory of its own.
         ids_from_labels: take ids from the data's label column, which has a whole number a row, or a list with one a
-            text. By default a text's id is a hash of its tokens, which needs no column: the same text again is the same
+            text; of one a row a text's id is label · columns + its column, below which ``num_samples`` must not be. By
+            default a text's id is a hash of its tokens, which needs no column: the same text again is the same
             item, and no negative of its own partners.
 
     Inputs and labels are as of `MultipleNegativesRankingLoss`; all rows of a batch share the negative columns. In
@@ -53,7 +56,7 @@ class EMC2SentenceLoss(nn.Module):
         if not ids_from_labels and any(size is not None for size in self.loss.sizes):
             raise ValueError(
                 f"texts' ids are hashes, beyond num_samples={self.loss.num_samples}: build the loss with "
-                "num_samples=None, or give ids_from_labels=True"
+                "num_samples=None, or, of as many texts as rows times columns, give ids_from_labels=True"
             )
         self._by_width: dict[int, ContrastiveLoss] = {}
 
@@ -129,6 +132,11 @@ class EMC2SentenceLoss(nn.Module):
 
 
 def _ids_of_texts(columns: list[dict[str, Tensor]]) -> list[Tensor]:
+    if other := sorted({name for column in columns for name in column if name in _NOT_TEXT}):
+        raise ValueError(
+            f"what the model is given has {', '.join(other)}, which tokens do not tell apart: give ids in a column "
+            "label, with ids_from_labels=True"
+        )
     try:
         return [text_ids(column["input_ids"], column["attention_mask"]) for column in columns]
     except KeyError as error:
@@ -158,7 +166,8 @@ class LossMemoryCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the memory beside the model that has just been saved."""
         if args.should_save:
-            memory = {name: each.get_extra_state() for name, each in self._losses.items()}
+            losses = {name: each.get_extra_state() for name, each in self._losses.items()}
+            memory = {"step": state.global_step, "losses": losses}
             with whole_file(self._file(args.output_dir, state)) as partial:
                 torch.save(memory, partial)
 
@@ -175,8 +184,14 @@ class LossMemoryCallback(TrainerCallback):
                 "output_dir is found if it is args.resume_from_checkpoint, too"
             )
         memory = torch.load(file, map_location="cpu", weights_only=True)
+        if memory["step"] != state.global_step or memory["losses"].keys() != self._losses.keys():
+            raise ValueError(
+                f"{file} is of step {memory['step']} and of the losses {list(memory['losses'])}, the run goes on from "
+                f"step {state.global_step} with {list(self._losses)}: args.resume_from_checkpoint must name the "
+                "checkpoint that trainer.train is given, and the losses be those of before"
+            )
         for name, each in self._losses.items():
-            each.set_extra_state(memory[name])
+            each.set_extra_state(memory["losses"][name])
 
     def _file(self, output_dir: str, state: Any) -> Path:
         return Path(output_dir, f"checkpoint-{state.global_step}", self.FILE)

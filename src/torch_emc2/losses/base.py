@@ -91,7 +91,8 @@ class ContrastiveLoss(nn.Module, ABC):
         """Validate a temperature; not by a property, which a `Parameter` would not be asked for."""
         if name == "temperature":
             value = self._accept_temperature(value)
-            self._modules.pop("temperature", None)
+            if not isinstance(value, nn.Module):
+                self._modules.pop("temperature", None)
         super().__setattr__(name, value)
 
     def _accept_temperature(self, value: Any) -> float | Temperature:

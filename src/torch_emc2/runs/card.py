@@ -128,7 +128,8 @@ def model_card(run: Path, encoder: Encoder, source: str, *, timms: bool, onnx: b
 def _published(config: Config) -> Config:
     """Leave out of a config where its files are on this machine."""
     path = config.model.pretrained
-    model = replace(config.model, pretrained=os.path.basename(path) if isinstance(path, str) else path)
+    name = os.path.basename(os.path.normpath(path)) if isinstance(path, str) else path
+    model = replace(config.model, pretrained=name)
     data = replace(config.data, name=_published_name(config.data.name), root="data")
     return replace(config, model=model, data=data, out=os.path.basename(config.out))
 

@@ -62,7 +62,7 @@ def diagnose_run(
     with whole_file(run / "diagnosis.json") as file:
         file.write_text(json.dumps(asdict(diagnosis), indent=2, ensure_ascii=False) + "\n")
     with whole_file(run / "diagnosis.md") as file:
-        file.write_text(to_markdown(diagnosis))
+        file.write_text(to_markdown(diagnosis), encoding="utf-8")
     with whole_file(run / "diagnosis.png") as file:
         plot_errors(diagnosis.errors, file)
     return diagnosis

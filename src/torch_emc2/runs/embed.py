@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -60,10 +61,10 @@ def embed_images(
     if out.suffix != ".parquet":
         raise ValueError(f"{out} will be a Parquet file: give it a name that ends in .parquet")
     model = Model(run, value_range=value_range)
-    origin = Origin(model.identity, str(run), normalize)
     before = read_table(out) if append and out.exists() else None
+    found_at = out.stat().st_mtime_ns if before is not None else None
     if before is not None:
-        _require_same(before.origin, origin, out)
+        _require_same(before.origin, Origin(model.identity, str(run), normalize), out)
     folders = [paths] if isinstance(paths, Path) else paths
     named = ", ".join(repr(str(path)) for path in folders)
     found = find_images(*folders)
@@ -84,12 +85,17 @@ def embed_images(
     for path in good:
         if path != path.encode(errors="replace").decode():
             raise DataError(f"the name {path!r} is not UTF-8, which a table's text must be: rename the file")
+    origin = Origin(model.identity, str(run), normalize, decoding.value_range)
+    if before is not None and before.origin is not None:
+        origin = replace(origin, value_range=_one_range(before.origin, origin, out))
     if good:
         with whole_file(out) as file:
             file.touch()  # fails now where it cannot be written, not after the work
             with leave_out_advised(run):
                 embeddings = model.features(ImageDataset(FileImages(good, decoding)), normalize=normalize)
             table = EmbeddingTable(good, [class_of(path, folders) for path in good], embeddings, origin)
+            if found_at not in (None, out.stat().st_mtime_ns if out.exists() else None):
+                raise ValueError(f"{out} was changed by another process meanwhile, and stays: start again")
             write_table(table if before is None else _joined(before, table), file)
     return Embedded(len(good), unreadable, found, len(there))
 
@@ -106,6 +112,16 @@ def _require_same(there: Origin | None, own: Origin, out: Path) -> None:
         raise ValueError(
             f"the rows of {out} are {'' if there.normalized else 'not '}normalised: {option}, or give {other}"
         )
+
+
+def _one_range(there: Origin, own: Origin, out: Path) -> str | None:
+    """Return the range that old and new rows have in common."""
+    if None not in (there.value_range, own.value_range) and there.value_range != own.value_range:
+        raise ValueError(
+            f"the rows of {out} are of the value range {there.value_range}, not {own.value_range}: "
+            f"--value-range={there.value_range} gives it"
+        )
+    return there.value_range or own.value_range
 
 
 def _joined(first: EmbeddingTable, second: EmbeddingTable) -> EmbeddingTable:

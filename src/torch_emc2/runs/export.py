@@ -49,19 +49,19 @@ def export_run(run: Path, folder: Path, *, onnx: bool = False, push: str | None 
     if onnx and find_spec("onnxscript") is None:
         raise ValueError("ONNX is written by another package: python -m pip install onnxscript")
     encoder = load_encoder(run).eval()
-    save_backbone(encoder, folder / "model.safetensors")
     timms = str(encoder.backbone) == str(encoder.architecture.build(encoder.channels, encoder.image_size))
+    card = model_card(run, encoder, f"hf-hub:{push}" if push else f"local-dir:{folder}", timms=timms, onnx=onnx)
+    if onnx:  # first: where it fails the folder stays empty
+        with whole_file(folder / "model.onnx") as file:
+            _write_onnx(encoder, file)
+    save_backbone(encoder, folder / "model.safetensors")
     if timms:
         with whole_file(folder / "config.json") as file:
             file.write_text(json.dumps(_timm_config(encoder), indent=2) + "\n")
     else:
         _LOG.info("timm cannot build this backbone, whose norms or stem are others: README.md says what loads it.")
-    if onnx:
-        with whole_file(folder / "model.onnx") as file:
-            _write_onnx(encoder, file)
     with whole_file(folder / "README.md") as file:
-        source = f"hf-hub:{push}" if push else f"local-dir:{folder}"
-        file.write_text(model_card(run, encoder, source, timms=timms, onnx=onnx))
+        file.write_text(card, encoding="utf-8")
     if push:
         _push(folder, push)
     return sorted(folder.iterdir())

@@ -30,6 +30,7 @@ _MOST = 5000  # images of which t-SNE takes a minute
 _LEAST = 5
 _COLOURS = [to_hex(colour) for colour in color_sequences["tab20"]]
 _COLOURS = [*_COLOURS[:14:2], *_COLOURS[16::2], *_COLOURS[1:14:2], *_COLOURS[17::2]]  # strong ones first, no grey
+_MANY = {"class": "classes", "cluster": "clusters"}
 _NONE = "#c8c8c8"
 _THUMBNAIL = 0.034  # of the map's width: no two are nearer
 
@@ -68,6 +69,8 @@ def map_of(source: Path, *, seed: int = 0) -> Map:
         picks = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:_MOST]
         gallery = gallery.subset(picks.sort().values)
     unit = normalize(gallery.embeddings, dim=1).numpy()
+    if np.allclose(unit, unit[0], atol=1e-6):  # of which t-SNE makes nothing but NaN, or a crash
+        raise ValueError(f"all {total} embeddings of {source} have one direction: has training collapsed?")
     main = PCA(min(50, *unit.shape), random_state=seed).fit_transform(unit)
     places = TSNE(perplexity=min(30, len(main) / 4), init="pca", random_state=seed).fit_transform(main)
     if any(label is not None for label in gallery.labels):
@@ -111,7 +114,7 @@ def draw_map(found: Map, out: Path) -> None:
     ]
     alone = len(found.groups) - sum(sizes[group] for group in colour_of)
     if alone:
-        words = f"{rest} smaller {found.kind}es" if rest else f"no {found.kind}"
+        words = f"{rest} smaller {_MANY[found.kind]}" if rest else f"no {found.kind}"
         handles.append(axes.scatter([], [], c=_NONE, s=40, label=f"{words} ({alone})"))
     legend = figure.legend(
         handles=handles, loc="outside right upper", fontsize=9, frameon=False, title=f"{found.kind} (images)"

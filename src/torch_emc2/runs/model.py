@@ -173,7 +173,7 @@ def _given(images: Givable, name: str) -> Iterable[str | Image.Image | Tensor]:
                 f"{name} is {kind} of shape {tuple(images.shape)}: give uint8 (c, h, w) or (n, c, h, w), c of 1 or 3; "
                 "an array (h, w, c) as Image.fromarray(array)"
             )
-        pixels = images.cpu() if isinstance(images, Tensor) else torch.tensor(images)
+        pixels = images.cpu() if isinstance(images, Tensor) else torch.from_numpy(images.copy())
         yield from pixels.reshape(-1, *pixels.shape[-3:])
     elif isinstance(images, Iterable):
         for i, image in enumerate(images):

@@ -11,7 +11,7 @@ from torch_emc2.evaluation import nearest_neighbours
 from torch_emc2.files import whole_file
 from torch_emc2.runs.gallery import Gallery, of_images, of_run, of_table
 from torch_emc2.runs.model import Model
-from torch_emc2.runs.table import read_table
+from torch_emc2.runs.table import EmbeddingTable, read_table
 from torch_emc2.runs.tiles import PLAIN, Tile, draw_rows
 
 __all__ = ["Hit", "Neighbours", "draw_neighbours", "find_neighbours", "nearest_in"]
@@ -46,7 +46,9 @@ class Neighbours(NamedTuple):
         return "\n".join(lines)
 
 
-def find_neighbours(run: Path, queries: Sequence[Path], table: Path | None = None, k: int = 8) -> Neighbours:
+def find_neighbours(
+    run: Path, queries: Sequence[Path], table: Path | None = None, k: int = 8, *, value_range: str | None = None
+) -> Neighbours:
     """Find the k images nearest to each query, by the cosine of a run's embeddings; exactly.
 
     Args:
@@ -54,13 +56,16 @@ def find_neighbours(run: Path, queries: Sequence[Path], table: Path | None = Non
         queries: images, and folders of some.
         table: where to look, as `embed_images` writes it; by default among the images that the run was trained on.
         k: how many. A query that is there itself does not count.
+        value_range: of queries' values deeper than 8 bits; by default the table's, or the run's.
 
     Raises:
         ValueError: the folder is no finished run, or the table is another model's.
         DataError: a query is no image.
     """
-    model = Model(run)
-    gallery = of_run(model) if table is None else _own_table(model, table)
+    rows = None if table is None else read_table(table)
+    known = rows.origin.value_range if rows is not None and rows.origin is not None else None
+    model = Model(run, value_range=value_range or known)
+    gallery = of_run(model) if rows is None else _own_table(model, rows, table)
     asked = model.images(list(queries))
     found = of_images(asked, model.features(asked), "query")
     return nearest_in(gallery, found, k)
@@ -98,8 +103,7 @@ def draw_neighbours(found: Neighbours, out: Path, title: str = "Queries, and the
         draw_rows(rows, f"{title}; below: cosine similarity, class, name", file, legend=legend, first=1)
 
 
-def _own_table(model: Model, path: Path) -> Gallery:
-    table = read_table(path)
+def _own_table(model: Model, table: EmbeddingTable, path: Path | None) -> Gallery:
     if table.origin is None or table.origin.model != model.identity:
         of = "does not say which model it is of" if table.origin is None else f"is that of {table.origin.run}"
         raise ValueError(f"{path} {of}, not of {model.run}: emc2 embed {model.run} FOLDER -o {path} makes it anew")

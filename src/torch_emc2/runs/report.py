@@ -54,6 +54,7 @@ _PICTURES = {
 }
 _NOT_COMPARED = {"seed", "out"}
 _INK = "#7b7c7d"  # stands for the page's text colour, light or dark
+_STYLES = "solid", "dashed", "dotted"
 _COLOURS = ("#3b7dd8", "#d9822b", "#2e9e6b", "#c2459b", "#8a6fd1", "#b0a02a")
 
 
@@ -105,7 +106,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         require_finished(run)
     series = _series(runs)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("torch_emc2.runs").joinpath("report.html").read_text()
+        files("torch_emc2.runs").joinpath("report.html").read_text(encoding="utf-8")
     )
     with whole_file(out) as file:
         file.write_text(
@@ -113,7 +114,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
                 title=" · ".join(each.name for each in series),
                 version=__version__,
                 series=series,
-                colours=_COLOURS,
+                lines=[_line(i) for i in range(len(series))],
                 curves=list(_curves(series)),
                 accuracies=_accuracies(series),
                 missing=[run for run in runs if not (run / "evaluation.json").is_file()],
@@ -124,7 +125,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
                     if (run / name).is_file()
                 ],
                 diagnoses=[
-                    (run, _tables((run / "diagnosis.md").read_text()))
+                    (run, _tables((run / "diagnosis.md").read_text(encoding="utf-8")))
                     for run in runs
                     if (run / "diagnosis.md").is_file()
                 ],
@@ -189,9 +190,10 @@ def _drawn(curves: Sequence[list[tuple[float, float, float]]], title: str) -> st
             if not curve:
                 continue
             steps, means, spreads = zip(*curve, strict=True)
-            axes.plot(steps, means, color=_COLOURS[i % len(_COLOURS)], linewidth=1.5, ls=("-", "--", ":")[i // 6 % 3])
+            colour, dashes = _line(i)
+            axes.plot(steps, means, color=colour, linewidth=1.5, linestyle=dashes)
             low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-            axes.fill_between(steps, low, high, color=_COLOURS[i % len(_COLOURS)], alpha=0.2, linewidth=0)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
@@ -201,6 +203,11 @@ def _drawn(curves: Sequence[list[tuple[float, float, float]]], title: str) -> st
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     svg = drawn.getvalue()
     return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+
+
+def _line(series: int) -> tuple[str, str]:
+    """Return a colour and a style, by names that are CSS's and Matplotlib's alike."""
+    return _COLOURS[series % len(_COLOURS)], _STYLES[series // len(_COLOURS) % len(_STYLES)]
 
 
 def _accuracies(series: Sequence[_Series]) -> tuple[list[str], list[list[str]]]:

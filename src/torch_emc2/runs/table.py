@@ -28,11 +28,13 @@ class Origin:
         model: the hash of its weights, `Model.identity`.
         run: the folder that the run was in.
         normalized: rows have the length 1.
+        value_range: of values deeper than 8 bits; None where there were none.
     """
 
     model: str
     run: str
     normalized: bool
+    value_range: str | None = None
 
 
 @dataclass(frozen=True)
