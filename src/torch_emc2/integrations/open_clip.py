@@ -25,8 +25,11 @@ class EMC2ClipLoss(nn.Module):
         model: whose forward pass is given the texts: open_clip's, or what it is wrapped in.
         loss: any of this library's with ``towers=2``, by default ``EMC2Loss(None, towers=2, kernel="isir")``;
             ``InfoNCELoss(towers=2)`` is `ClipLoss` itself. Its temperature is not used.
-        local_loss, gather_with_grad, cache_labels, rank, world_size: as `ClipLoss` is given them, and not needed:
-            several processes gather their batches, with gradient.
+        local_loss: as `ClipLoss` is given it, and not needed: several processes gather their batches, with gradient.
+        gather_with_grad: likewise.
+        cache_labels: likewise.
+        rank: likewise.
+        world_size: likewise; of several the process group must be initialised.
         use_horovod: refused.
 
     Example::
