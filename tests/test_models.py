@@ -178,3 +178,13 @@ def test_a_damaged_file_is_named(name, tmp_path):
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         load_encoder(tmp_path)
+
+
+def test_a_frozen_backbone_stays_so_whatever_mode_others_put_it_in():
+    encoder = build_encoder(ModelConfig("test_resnet"), 3, 32)
+    encoder.freeze(True)
+    encoder.train()  # as a probe does when it has looked
+    encoder.freeze(True)
+    assert not any(module.training for module in encoder.backbone.modules())
+    encoder.freeze(False)
+    assert all(module.training for module in encoder.backbone.modules())

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import timm
-import torch
 from safetensors import safe_open
 from timm.models import load_state_dict
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from torch_emc2.files import cause
 from torch_emc2.settings.model import HUB, ModelConfig, require_weights
 
-__all__ = ["RECIPE", "Architecture", "Normalize", "load_pretrained"]
+__all__ = ["RECIPE", "Architecture", "load_pretrained"]
 
 RECIPE = "torch_emc2"  # in the metadata of our own files of weights
 
@@ -59,23 +59,7 @@ class Architecture:
 
     def normalize(self) -> nn.Module:
         """Return what images go through before the backbone."""
-        return nn.Identity() if self.mean is None or self.std is None else Normalize(self.mean, self.std)
-
-
-class Normalize(nn.Module):
-    """Takes the mean from images (b, c, s, s), and divides them by the standard deviation."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalise images."""
-        return (images - self.mean) / self.std
+        return nn.Identity() if self.mean is None or self.std is None else v2.Normalize(self.mean, self.std)
 
 
 def load_pretrained(config: ModelConfig, channels: int, image_size: int) -> tuple[Architecture, dict[str, Tensor]]:

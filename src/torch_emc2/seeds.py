@@ -1,6 +1,13 @@
 """Seeds as a function of what they are for, so that a random draw leaves no generator state to be saved."""
 
-__all__ = ["mix_seed"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["mix_seed", "scrambled", "shifted"]
 
 
 def mix_seed(*words: int) -> int:
@@ -16,3 +23,15 @@ def mix_seed(*words: int) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
         state ^= state >> 31
     return state
+
+
+def scrambled(words: Tensor) -> Tensor:
+    """The finaliser of splitmix64, of int64 words as if they had no sign."""
+    words = (words ^ shifted(words, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    words = (words ^ shifted(words, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return words ^ shifted(words, 31)
+
+
+def shifted(words: Tensor, by: int) -> Tensor:
+    """Shift int64 words to the right without their sign, which torch's own shift copies."""
+    return (words >> by) & ((1 << (64 - by)) - 1)

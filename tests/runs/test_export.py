@@ -204,3 +204,17 @@ def test_pushing_gives_the_hub_the_folder(finished: Path, tmp_path: Path, monkey
     ):
         export_run(finished, tmp_path / "again", push="me/cats")
     assert (tmp_path / "again" / "README.md").is_file()
+
+
+def test_what_cannot_be_onnx_leaves_the_folder_empty(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ValueError, match=r"cannot be written as ONNX \(no such operation"):
+        export_run(finished, tmp_path / "out", onnx=True)
+    assert not list((tmp_path / "out").glob("*"))

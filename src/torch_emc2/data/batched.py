@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_emc2.data.views import reflected_taps, shift_hue
+from torch_emc2.seeds import scrambled, shifted
 from torch_emc2.settings.images import Augmentation
 
 __all__ = ["BatchedViews", "Draws"]
@@ -116,14 +117,7 @@ def _uniform(seeds: Sequence[int], count: int) -> Tensor:
     """Return (n, count) numbers in [0, 1): splitmix64's sequence from each seed."""
     signed = [seed - (1 << 64) if seed >= 1 << 63 else seed for seed in seeds]
     state = torch.tensor(signed, dtype=torch.int64)[:, None] + torch.arange(1, count + 1) * -0x61C8864680B583EB
-    state = (state ^ _shifted(state, 30)) * -0x40A7B892E31B1A47
-    state = (state ^ _shifted(state, 27)) * -0x6B2FB644ECCEEE15
-    state = state ^ _shifted(state, 31)
-    return _shifted(state, 11).double() / (1 << 53)
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    return (bits >> by) & ((1 << (64 - by)) - 1)
+    return shifted(scrambled(state), 11).double() / (1 << 53)
 
 
 def _crops(tries: Tensor, place: Tensor, scale: tuple[float, float], height: int, width: int) -> _Crops:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_emc2.seeds import scrambled
+
 __all__ = ["text_ids"]
 
 
@@ -22,16 +24,4 @@ def text_ids(tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
 
 
 def _mixed(words: Tensor) -> Tensor:
-    """The step and the finaliser of splitmix64, as of unsigned words."""
-    words = words + _signed(0x9E3779B97F4A7C15)
-    words = (words ^ _shifted(words, 30)) * _signed(0xBF58476D1CE4E5B9)
-    words = (words ^ _shifted(words, 27)) * _signed(0x94D049BB133111EB)
-    return words ^ _shifted(words, 31)
-
-
-def _shifted(words: Tensor, by: int) -> Tensor:
-    return (words >> by) & ((1 << 64 - by) - 1)  # the shift of a signed word copies its sign
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64)
+    return scrambled(words + (0x9E3779B97F4A7C15 - (1 << 64)))  # a step of splitmix64
