@@ -31,7 +31,7 @@ def evaluate(argv: list[str]) -> None:
         description="Linear probe and k-NN of a run's encoder, and numbers and a picture that need no labels.",
     )
     parser.add_argument("run", type=finished_run)
-    parser.add_argument("--data", type=data_set, metavar="NAME", help="another data set than the run's, as folder:PATH")
+    parser.add_argument("--data", type=data_set, metavar="NAME", help="another data set than the run's: folder:PATH, …")
     parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)
     parser.add_argument("--baselines", action="store_true", help="the encoder before training and raw pixels beside it")
     args = parser.parse_args(argv)

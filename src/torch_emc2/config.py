@@ -37,7 +37,8 @@ class DataConfig:
     """Where images come from and how views are drawn.
 
     Attributes:
-        name: digits, fashion-mnist, cifar10, stl10, imagenet100 or folder:PATH.
+        name: digits, fashion-mnist, cifar10, stl10, imagenet100, folder:PATH, or hf:OWNER/NAME or hf:PATH for what
+            Hugging Face's `datasets` loads.
         root: folder that holds the named data sets, or takes them in.
         channels: 1 or 3; by default what the data set has.
         limit: pre-train on a random subset of at most this many images.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torch_emc2.data.errors import DataError
 from torch_emc2.data.folders import ImageFolder, find_images, read_folder
+from torch_emc2.data.hub import read_hub
 from torch_emc2.data.images import ArrayImages, FileImages, ImageDataset, RecordImages
 from torch_emc2.files import one_line
 from torch_emc2.held_out import held_out_fifth
@@ -52,9 +53,10 @@ def open_dataset(
     fifth of each class (of a class of one image, none), "probe" the rest. What was understood goes to the log.
 
     Args:
-        name: digits, fashion-mnist, cifar10, stl10, imagenet100, or folder:PATH for any tree of images.
+        name: digits, fashion-mnist, cifar10, stl10, imagenet100, folder:PATH for any tree of images, or hf:OWNER/NAME
+            or hf:PATH for what Hugging Face's `datasets` loads.
         split: "train" is pre-trained on, "probe" has the labels that a probe is fitted on, "test" tests.
-        root: where all but digits and folders are looked for; Fashion-MNIST, CIFAR-10 and STL-10 are downloaded to it.
+        root: where all others but digits are looked for; Fashion-MNIST, CIFAR-10 and STL-10 are downloaded to it.
         channels: 1 or 3, to which every image is converted; None keeps the data set's own.
         limit: "train" is a random subset of at most so many images.
         seed: of that choice.
@@ -103,6 +105,10 @@ def _parts(name: str, root: Path, decoding: Decoding) -> Callable[[Split], Image
         folder = read_folder(_expanded(name.removeprefix("folder:")))
         _LOG.info("%s", folder)
         return lambda split: _of_folder(folder, split, decoding)
+    if name.startswith("hf:"):
+        data = read_hub(name)
+        _LOG.info("%s", data)
+        return lambda split: _part(data.train, data.held_out, split).decoded(decoding)
     if name == "imagenet100":
         return lambda split: _imagenet100(split, root, decoding)
     return lambda split: _WITHOUT_FILES[name](split, root)
@@ -211,10 +217,15 @@ def _imagenet100(split: Split, root: Path, decoding: Decoding) -> ImageDataset:
 
 
 def _of_folder(folder: ImageFolder, split: Split, decoding: Decoding) -> ImageDataset:
-    if split == "test" and folder.held_out is not None:
-        return _of_files(folder.held_out, folder.classes, decoding)
-    dataset = _of_files(folder.train, folder.classes, decoding)
-    if split == "train" or folder.held_out is not None:
+    held_out = None if folder.held_out is None else _of_files(folder.held_out, folder.classes, decoding)
+    return _part(_of_files(folder.train, folder.classes, decoding), held_out, split)
+
+
+def _part(dataset: ImageDataset, held_out: ImageDataset | None, split: Split) -> ImageDataset:
+    """Return the split, of images to train on and those that are held out, if any are."""
+    if split == "test" and held_out is not None:
+        return held_out
+    if split == "train" or held_out is not None:
         return dataset
     labels = torch.zeros(len(dataset)) if dataset.labels is None else dataset.labels
     return dataset.subset(_fifth(labels, test=split == "test"))

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -68,8 +68,8 @@ def decode_image(path: str | os.PathLike[str], decoding: Decoding = Decoding()) 
         raise BadImageError(f"cannot read image {os.fspath(path)!r} ({refusal(path, error)})") from error
 
 
-def decode(path: str | os.PathLike[str], decoding: Decoding) -> Tensor:
-    """Do what `decode_image` does, with errors as they come; `refusal` has them in words."""
+def decode(path: str | os.PathLike[str] | IO[bytes], decoding: Decoding) -> Tensor:
+    """Do, also of an open file, what `decode_image` does, with errors as they come; `refusal` has them in words."""
     with open_image(path, decoding) as file:
         depth, raw = depth_of(file), _raw_mode(file)
         ImageOps.exif_transpose(file, in_place=True)
@@ -92,7 +92,7 @@ def _pixels(file: Image.Image, depth: Depth | None, raw: str, decoding: Decoding
 
 @contextlib.contextmanager
 def open_image(
-    path: str | os.PathLike[str], decoding: Decoding, kinds: tuple[str, ...] | None = None
+    path: str | os.PathLike[str] | IO[bytes], decoding: Decoding, kinds: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
     """Open an image by its content, of all `formats` or these ``kinds``; its header alone is read.
 

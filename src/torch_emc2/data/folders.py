@@ -17,7 +17,7 @@ from torch_emc2.data.errors import DataError
 from torch_emc2.files import one_line
 from torch_emc2.settings.images import Decoding
 
-__all__ = ["Found", "ImageFolder", "class_of", "find_images", "read_folder"]
+__all__ = ["Found", "ImageFolder", "class_of", "find_images", "part_of", "read_folder"]
 
 _PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -117,6 +117,11 @@ def read_folder(path: Path) -> ImageFolder:
     return ImageFolder(path, train, held_out, train_name, held_out_name, classes, Found(found.files, left_out))
 
 
+def part_of(name: str) -> str | None:
+    """Return which part a split of this name is, "train", "validation" or "test"; None for no known one."""
+    return _PARTS.get(name.casefold())
+
+
 def find_images(*paths: Path) -> Found:
     """Find all images in folders and below them, by name or, where that does not tell, by content.
 
@@ -151,7 +156,7 @@ def class_of(file: str, folders: Sequence[Path]) -> str | None:
     for folder in folders:
         if (inside := Path(file).parent).is_relative_to(folder):
             parts = inside.relative_to(folder).parts
-            if parts and parts[0].casefold() in _PARTS:
+            if parts and part_of(parts[0]):
                 parts = parts[1:]
             return "/".join(parts) or None
     return None
@@ -215,7 +220,7 @@ def _splits(path: Path, inside: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Return part by part the folder in ``path`` that has it, an empty one too; nothing where there is no part."""
     parts: dict[str, str] = {}
     for name in sorted(os.listdir(path)):
-        part = _PARTS.get(name.casefold())
+        part = part_of(name)
         if part is None or not os.path.isdir(path / name):
             continue
         if part in parts:

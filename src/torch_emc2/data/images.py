@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,16 @@ class ImageSource(Protocol):
 
     def path(self, row: int) -> str | None:
         """Return the file that holds an image alone, if there is one."""
+
+
+@runtime_checkable
+class Encoded(ImageSource, Protocol):
+    """Where images are kept as their files have them."""
+
+    decoding: Decoding
+
+    def decoded(self, decoding: Decoding) -> ImageSource:
+        """Return the same images, decoded so."""
 
 
 class ArrayImages:
@@ -126,6 +136,10 @@ class FileImages:
         """Return the file of an image."""
         return self.files[row]
 
+    def decoded(self, decoding: Decoding) -> FileImages:
+        """Return the same images, decoded so."""
+        return FileImages(self.files, decoding)
+
 
 class ImageDataset:
     """Numbered images of one split, with labels where it has them.
@@ -180,6 +194,11 @@ class ImageDataset:
         return [path for i in range(len(self)) if (path := self.path(i)) is not None]
 
     @property
+    def fingerprint(self) -> str:
+        """What tells data of one name apart, beside files' names; empty where the name says all."""
+        return getattr(self.source, "fingerprint", "")
+
+    @property
     def decoding(self) -> Decoding | None:
         """How files are decoded; None where the images are in no files of their own."""
         return self.source.decoding if isinstance(self.source, FileImages) else None
@@ -200,10 +219,8 @@ class ImageDataset:
         return kept._changed(source=source, rows=torch.arange(len(picks)))
 
     def decoded(self, decoding: Decoding) -> ImageDataset:
-        """Return the same images, those in files decoded so."""
-        if not isinstance(self.source, FileImages):
-            return self
-        return self._changed(source=FileImages(self.source.files, decoding))
+        """Return the same images, decoded so if they are not yet."""
+        return self._changed(source=self.source.decoded(decoding)) if isinstance(self.source, Encoded) else self
 
     def converted(self, channels: int) -> ImageDataset:
         """Return the same images with so many channels."""
@@ -215,8 +232,8 @@ class ImageDataset:
 
 
 def identity(images: ImageDataset) -> str:
-    """Say what images these are: their number, and a hash of which of the data set's, and of files' names and sizes."""
-    digest = hashlib.sha256(images.rows.numpy().tobytes())
+    """Say what images these are: their number, and a hash of which of which data, and of files' names and sizes."""
+    digest = hashlib.sha256(images.rows.numpy().tobytes() + images.fingerprint.encode())
     for i in range(len(images)):
         if (path := images.path(i)) is not None:
             with contextlib.suppress(OSError):  # unreadable, as decoding it will find

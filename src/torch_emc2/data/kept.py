@@ -45,7 +45,7 @@ def keep(
 
 def which(images: ImageDataset) -> str:
     """Hash which of the data set's images these are, and for images in files those files' paths, sizes and times."""
-    digest = hashlib.sha256(images.rows.numpy().tobytes())
+    digest = hashlib.sha256(images.rows.numpy().tobytes() + images.fingerprint.encode())
     for i in range(len(images)):
         if (path := images.path(i)) is not None:
             try:

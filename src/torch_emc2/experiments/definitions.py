@@ -123,7 +123,7 @@ def base_config(dataset: str, scale: str, overrides: list[str]) -> Config:
         ValueError: an unknown field, or a value that does not fit.
     """
     preset = {"digits": "quickstart", "stl10": "stl10-b32"}.get(dataset, dataset)
-    if dataset.startswith("folder:"):
+    if ":" in dataset:  # a folder, or of Hugging Face
         preset = "stl10-b32"
     overrides = [*SCALES[scale].overrides, "--data.name", dataset, *overrides]
     return read_config(preset, overrides, prog="emc2 experiment")

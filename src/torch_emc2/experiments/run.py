@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES, Tuned, Varia
 from torch_emc2.experiments.figure import accuracy_panels, draw_panels, gradient_panels, group, markdown, sweep_panels
 from torch_emc2.experiments.measure import read_curve
 from torch_emc2.files import whole_file
+from torch_emc2.settings.images import file_name_of
 
 __all__ = ["run_experiment"]
 
@@ -89,7 +89,7 @@ def run_experiment(
         for variant in variants
         for seed in seeds
     ]
-    shared = out / f"{_folder_name(dataset)}-{scale}"
+    shared = out / f"{file_name_of(dataset)}-{scale}"
     folder = shared / name
     rows = run_cells(cells, shared / "cells", jobs, folder / "results.csv")
     if experiment.figure == "sweep":
@@ -106,13 +106,6 @@ def run_experiment(
     with whole_file(folder / "table.md") as file:
         file.write_text(f"{experiment.title}. {_circumstances(rows, dataset, scale, overrides, tuned)}\n\n{table}")
     return folder
-
-
-def _folder_name(dataset: str) -> str:
-    if not dataset.startswith("folder:"):
-        return dataset
-    path = Path(dataset.removeprefix("folder:")).expanduser().absolute()
-    return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"  # another folder may have its name
 
 
 def _best(cells: Sequence[Cell], rows: Sequence[Row]) -> dict[str, dict[str, float]]:

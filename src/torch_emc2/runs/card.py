@@ -139,8 +139,10 @@ def _weights(model: ModelConfig) -> str:
 
 
 def _published_name(data: str) -> str:
-    kind, colon, path = data.partition(":")
-    return kind + colon + os.path.basename(os.path.normpath(path)) if colon else data
+    kind, colon, place = data.partition(":")
+    if kind == "hf" and not os.path.isdir(os.path.expanduser(place)):  # on the hub, where all find it
+        return data
+    return kind + colon + os.path.basename(os.path.normpath(place)) if colon else data
 
 
 def _resized(size: int) -> str:

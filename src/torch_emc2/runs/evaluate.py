@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,6 +20,7 @@ from torch_emc2.runs.finished import leave_out_advised, load_run
 from torch_emc2.runs.gallery import of_images
 from torch_emc2.runs.neighbours import draw_neighbours, nearest_in
 from torch_emc2.runs.pictures import plot_curves
+from torch_emc2.settings.images import file_name_of
 from torch_emc2.training.run_images import evaluation_parts
 
 __all__ = ["evaluate_run"]
@@ -73,7 +71,7 @@ def evaluate_run(
         source.name, features, train.labels, test.labels, train.classes, probe=config.probe, seed=config.seed
     )
 
-    suffix = "" if own else f"-{_file_name(source.name)}"
+    suffix = "" if own else f"-{file_name_of(source.name)}"
     numbers, grid, curves = run / f"evaluation{suffix}.json", run / f"neighbours{suffix}.png", run / "curves.png"
     with whole_file(numbers) as file:
         file.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
@@ -118,12 +116,3 @@ def _draw_neighbours(features: Features, train: ImageDataset, test: ImageDataset
     gallery, queries = of_images(train, features.train, "training"), of_images(test, features.test, "test")
     found = nearest_in(gallery, queries.subset(torch.arange(min(_QUERIES, len(test)))), _NEIGHBOURS)
     draw_neighbours(found, out, "Random test images, and the training images nearest to them")
-
-
-def _file_name(data: str) -> str:
-    """Return a short name for a data set; that of a folder differs from those of others which end alike."""
-    if not data.startswith("folder:"):
-        return data
-    path = os.path.abspath(os.path.expanduser(data.removeprefix("folder:")))
-    plain = re.sub(r"[^\w.-]+", "-", os.path.basename(path), flags=re.ASCII)[:40]
-    return f"{plain}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"

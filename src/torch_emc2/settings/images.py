@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
 
 from PIL import ImageColor
 
-__all__ = ["DATA_SETS", "Augmentation", "Decoding", "parse_range", "require_data"]
+__all__ = ["DATA_SETS", "Augmentation", "Decoding", "file_name_of", "parse_range", "require_data"]
 
 DATA_SETS = ("digits", "fashion-mnist", "cifar10", "stl10", "imagenet100")
 
 
 def require_data(name: str) -> None:
-    """Raise ValueError for what is no data set's name, and for a folder that is not there."""
+    """Raise ValueError for what can be no data set's name, and for a folder that is not there."""
     if name.startswith("folder:"):
         path = os.path.expanduser(name.removeprefix("folder:"))
         if not os.path.isdir(path):  # Path's own raises where the name is too long
             raise ValueError(f"{path!r} is not a folder; give one that holds images, as folder:PATH")
-    elif name not in DATA_SETS:
-        raise ValueError(f"unknown data set {name!r}; use one of {', '.join(DATA_SETS)}, folder:PATH")
+    elif name not in DATA_SETS and not name.startswith("hf:"):
+        raise ValueError(f"unknown data set {name!r}; use one of {', '.join(DATA_SETS)}, folder:PATH, hf:OWNER/NAME")
+
+
+def file_name_of(name: str) -> str:
+    """Return a short name for files on a data set, which differs where folders or owners alone do."""
+    kind, colon, place = name.partition(":")
+    if not colon:
+        return name
+    if kind == "folder" or os.path.isdir(os.path.expanduser(place)):
+        place = os.path.abspath(os.path.expanduser(place))
+    plain = re.sub(r"[^\w.-]+", "-", os.path.basename(place), flags=re.ASCII)[:40]
+    return f"{plain}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def first_images(config: Config, run: Path) -> ImageDataset:
     images, *others = _open(config, splits)  # evaluation will want a folder's test part
     files = images.files()
     if not files:
-        return images
+        return images.decoded(data.decoding)
     if others:
         files = sorted({*files, *others[0].files()})
     check = check_files(files, data.decoding, num_workers=data.num_workers, kept=run / "checked.json")
@@ -82,7 +82,7 @@ def evaluation_parts(config: Config, run: Path, *, own: bool = True) -> tuple[Im
     train, test = open_splits(data.name, ("probe", "test"), Path(data.root), channels=data.channels)
     files = {*train.files(), *test.files()}
     if not files:
-        return train, test
+        return train.decoded(decoding), test.decoded(decoding)
     left_out = {file: why for file, why in _left_out(data, run).items() if file in files} if own else {}
     skip, look = data.on_bad_image == "skip", sorted(files - left_out.keys())
     check = check_files(look, decoding, whole=skip, num_workers=data.num_workers, kept=run / "checked.json")
