@@ -119,7 +119,7 @@ def train(
     loss: ContrastiveLoss | None = None,
     wrap: Callable[[Any, nn.Module], nn.Module] = lambda model, loss: loss,
     *,
-    resume: bool = False,
+    resume: bool | Path = False,
     remember: bool = True,
     dropout: float = 0.1,
     **settings: Any,
@@ -147,7 +147,7 @@ def train(
         loss=whole,
         callbacks=[LossMemoryCallback(whole)] if remember else [],
     )
-    trainer.train(resume_from_checkpoint=str(out / "checkpoint-3") if resume else None)
+    trainer.train(resume_from_checkpoint=str((out if resume is True else resume) / "checkpoint-3") if resume else None)
     return model.state_dict(), ours.get_extra_state(), trainer
 
 
@@ -172,6 +172,24 @@ def test_the_memory_of_another_step_is_refused(folder: Path, tmp_path: Path) -> 
     other.write_bytes((tmp_path / "checkpoint-6" / LossMemoryCallback.FILE).read_bytes())
     with pytest.raises(ValueError, match=r"is of step 6 and of the losses .*, the run goes on from step 3 with"):
         train(folder, tmp_path, resume=True)
+
+
+def test_the_memory_of_another_run_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Resumed from elsewhere, output_dir has a memory of the same step: of the run that was in it."""
+    train(folder, tmp_path / "here", num_train_epochs=1)
+    train(folder, tmp_path / "there", num_train_epochs=1)
+    with pytest.raises(ValueError, match=r"loss_memory\.pt is of another run than the checkpoint"):
+        train(folder, tmp_path / "here", resume=tmp_path / "there")
+    elsewhere = {"resume_from_checkpoint": str(tmp_path / "there" / "checkpoint-3"), "num_train_epochs": 1}
+    with pytest.raises(ValueError, match="is of another run"):  # which is in no output_dir
+        train(folder, tmp_path / "here", resume=tmp_path / "here", **elsewhere)
+    train(folder, tmp_path / "here", resume=tmp_path / "there", **elsewhere)
+
+
+def test_a_memory_of_another_loss_is_refused(folder: Path, tmp_path: Path) -> None:
+    train(folder, tmp_path, num_train_epochs=1)
+    with pytest.raises(ValueError, match=r"the memory was saved by another loss than DCLLoss\(temperature=0\.05"):
+        train(folder, tmp_path, DCLLoss(T), resume=True)
 
 
 def test_the_trainers_way_with_a_loss_s_modules(model: Any) -> None:
@@ -241,7 +259,8 @@ def test_a_temperature_is_assigned_at_any_time(model: Any) -> None:
 def test_a_batch_without_negatives_teaches_nothing(model: Any) -> None:
     data = texts(1, 2)
     for lines in (data, {name: lines * 3 for name, lines in data.items()}):  # one pair; one, three times
-        loss = EMC2SentenceLoss(model)(tokens(model, lines))
+        with pytest.warns(UserWarning, match="a batch teaches nothing: a "):
+            loss = EMC2SentenceLoss(model)(tokens(model, lines))
         loss.backward()
         assert loss == 0
         assert all(each.grad is None or not each.grad.any() for each in model.parameters())
@@ -260,7 +279,8 @@ def test_model_card(folder: Path, tmp_path: Path) -> None:
     card = trainer.model.model_card_data
     assert "EMC2SentenceLoss" in " ".join(card.citations)
     assert "@inproceedings{yau2024emc2" in trainer.loss.citation
-    assert "temperature=0.05" in json.dumps(trainer.loss.get_config_dict())
+    settings = json.dumps(trainer.loss.get_config_dict())
+    assert all(each in settings for each in ("temperature=0.05", "positive_weight=1.0", "kernel=Isir()"))
 
 
 def test_the_pages_code(model: Any) -> None:
@@ -286,6 +306,16 @@ def test_what_is_wrong_is_named(model: Any, folder: Path, tmp_path: Path) -> Non
         EMC2SentenceLoss(model)([{**each, "pixel_values": torch.rand(4, 3, 2, 2)} for each in features])
     with pytest.raises(ValueError, match="there is no EMC2SentenceLoss in MultipleNegativesRankingLoss"):
         LossMemoryCallback(losses.MultipleNegativesRankingLoss(model))
+    with pytest.raises(TypeError, match=r"loss must be a loss of torch_emc2, .* got the class EMC2Loss"):
+        EMC2SentenceLoss(model, EMC2Loss)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model must be the SentenceTransformer, got DCLLoss"):
+        EMC2SentenceLoss(DCLLoss(T))
+    with pytest.raises(ValueError, match='as carry="encode" needs: build with "cache"'):
+        EMC2SentenceLoss(model, EMC2Loss(None, T, carry="encode"))
+    with pytest.warns(UserWarning, match=r"temperature is 1 / scale: 20 .* 0\.05 may be meant"):
+        EMC2SentenceLoss(model, InfoNCELoss(20.0))
+    with pytest.raises(TypeError, match=r"x must be embeddings, a tensor \(b, d\), got list"):
+        InfoNCELoss(T)(features)  # type: ignore[arg-type]
     train(folder, tmp_path, num_train_epochs=1, remember=False)
     with pytest.raises(FileNotFoundError, match=r"checkpoint-3/loss_memory\.pt is not there: resume from a checkpoint"):
         train(folder, tmp_path, resume=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import uuid
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from torch_emc2.batch import NoNegatives
-from torch_emc2.files import whole_file
+from torch_emc2.files import one_line, whole_file
 from torch_emc2.integrations.text_ids import text_ids
 from torch_emc2.losses import ContrastiveLoss, EMC2Loss
 
 __all__ = ["EMC2SentenceLoss", "LossMemoryCallback"]
+
+_RUN = "torch_emc2"  # where the trainer's state names the run
 
 _NOT_TEXT = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
 
@@ -50,6 +54,7 @@ class EMC2SentenceLoss(nn.Module):
 
     def __init__(self, model: nn.Module, loss: ContrastiveLoss | None = None, *, ids_from_labels: bool = False) -> None:
         super().__init__()
+        _require_losses(model, loss)
         self.model = model
         self.loss = EMC2Loss(None, temperature=0.05, kernel="isir", positive_weight=1.0) if loss is None else loss
         self.ids_from_labels = ids_from_labels
@@ -78,7 +83,8 @@ class EMC2SentenceLoss(nn.Module):
             further["y_index"] = y_index
         try:
             loss: Tensor = loss_fn(x, y, index, **further)
-        except NoNegatives:
+        except NoNegatives as error:
+            warnings.warn(f"a batch teaches nothing: {error}", stacklevel=2)
             loss = torch.stack(embeddings).sum() * 0.0  # with a graph, for what goes backward
         return loss
 
@@ -112,7 +118,10 @@ class EMC2SentenceLoss(nn.Module):
         for width, saved in state.items():
             loss_fn = self._of_width(width)
             loss_fn.temperature = self.loss.temperature
-            loss_fn.load_state_dict(saved)
+            try:
+                loss_fn.load_state_dict(saved)
+            except RuntimeError as error:  # of other entries
+                raise ValueError(f"the memory was saved by another loss than {self.loss}: {one_line(error)}") from error
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings, for the model card."""
@@ -129,6 +138,28 @@ class EMC2SentenceLoss(nn.Module):
     year={2024},
 }
 """
+
+
+def _require_losses(model: object, loss: object) -> None:
+    """Raise, or warn, where a loss is no such, or can be none of a trainer's."""
+    if not isinstance(model, nn.Module) or isinstance(model, ContrastiveLoss):
+        raise TypeError(
+            f"model must be the SentenceTransformer, got {type(model).__name__}: EMC2SentenceLoss(model, loss)"
+        )
+    if loss is None:
+        return
+    if not isinstance(loss, ContrastiveLoss):
+        got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
+        raise TypeError(f"loss must be a loss of torch_emc2, such as DCLLoss(0.05), got {got}")
+    if getattr(loss, "carry", "").startswith("encode"):
+        raise ValueError(
+            f'the trainer cannot encode what chains carry, as carry="{loss.carry}" needs: build with "cache"'
+        )
+    if isinstance(loss.temperature, float) and loss.temperature > 1:
+        near = f"{1 / loss.temperature:g}"
+        warnings.warn(
+            f"temperature is 1 / scale: {loss.temperature:g} tells nothing apart, {near} may be meant", stacklevel=3
+        )
 
 
 def _ids_of_texts(columns: list[dict[str, Tensor]]) -> list[Tensor]:
@@ -149,7 +180,8 @@ def _ids_of_texts(columns: list[dict[str, Tensor]]) -> list[Tensor]:
 class LossMemoryCallback(TrainerCallback):
     """Save what a loss remembers in the trainer's checkpoints, which hold the model alone, and load it on resume.
 
-    A run that is stopped and resumed goes on as one that was not.
+    A run that is stopped and resumed goes on as one that was not. Without this callback it would go on with empty
+    chains. A checkpoint and a memory of different runs are refused.
 
     Args:
         loss: an `EMC2SentenceLoss`, or a module that has some, such as a `MatryoshkaLoss`; of a dictionary of losses
@@ -167,13 +199,14 @@ class LossMemoryCallback(TrainerCallback):
         """Write the memory beside the model that has just been saved."""
         if args.should_save:
             losses = {name: each.get_extra_state() for name, each in self._losses.items()}
-            memory = {"step": state.global_step, "losses": losses}
+            memory = {"step": state.global_step, "run": state.stateful_callbacks.get(_RUN), "losses": losses}
             with whole_file(self._file(args.output_dir, state)) as partial:
                 torch.save(memory, partial)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the memory where a run goes on."""
         if state.global_step == 0:
+            state.stateful_callbacks[_RUN] = {"args": {}, "attributes": {"id": uuid.uuid4().hex}}  # kept with the state
             return
         file = self._file(args.output_dir, state)
         if args.resume_from_checkpoint:
@@ -189,6 +222,11 @@ class LossMemoryCallback(TrainerCallback):
                 f"{file} is of step {memory['step']} and of the losses {list(memory['losses'])}, the run goes on from "
                 f"step {state.global_step} with {list(self._losses)}: args.resume_from_checkpoint must name the "
                 "checkpoint that trainer.train is given, and the losses be those of before"
+            )
+        if memory.get("run") != state.stateful_callbacks.get(_RUN):
+            raise ValueError(
+                f"{file} is of another run than the checkpoint that the run goes on from: args.resume_from_checkpoint "
+                "must name that checkpoint too, where it is not in output_dir"
             )
         for name, each in self._losses.items():
             each.set_extra_state(memory["losses"][name])

@@ -145,6 +145,11 @@ class ContrastiveLoss(nn.Module, ABC):
         runs between graphs.
         """
         refuse_tracing(self)
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"x must be embeddings, a tensor (b, d), got {type(x).__name__}: what a trainer gives its loss goes "
+                "through the model first (docs/trainers.md has the losses for trainers)"
+            )
         given = x, y, index, y_index, hard, hard_index, same, labels
         device = x.device.type
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)

@@ -129,6 +129,11 @@ class EMC2Loss(StatefulLoss):
         (side,) = self.sides
         return side.chains
 
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        own = f"kernel={self.kernel}, num_chains={self.num_chains}, carry={self.carry!r}"
+        return f"{super().extra_repr()}, {own}, num_remembered={self.num_remembered}"
+
     def _alike(self, device: str) -> dict[str, object]:
         own = {name: getattr(self, name) for name in ("kernel", "num_chains", "carry", "num_remembered", "seed")}
         return {**super()._alike(device), **own, "compiled moves": compiled_kernels(device) is not None}
