@@ -234,6 +234,45 @@ def test_a_width_is_what_it_would_be_alone(model: Any) -> None:
     torch.testing.assert_close(ours.last, alone[8].last)
 
 
+@pytest.mark.parametrize("rows", [2, 4, 7, 20])
+def test_rows_in_parts_have_the_whole_batch_s_gradient(model: Any, rows: int) -> None:
+    model.double()
+    plain, chunked = EMC2SentenceLoss(model), EMC2SentenceLoss(model, mini_batch_size=rows)
+    most: list[int] = []
+    model.register_forward_pre_hook(lambda _, given: most.append(len(given[0]["input_ids"])))
+    for step in range(3):
+        features = tokens(model, texts(7, 3, seed=step % 2))
+        want = value_and_gradient(plain, model, features)
+        most.clear()
+        torch.testing.assert_close(value_and_gradient(chunked, model, features), want, rtol=1e-12, atol=1e-14)
+        assert max(most) == min(rows, 7)
+        assert sum(most) == 2 * 3 * 7  # every row twice
+    assert same(plain.get_extra_state(), chunked.get_extra_state())
+
+
+def test_parts_keep_no_graph_and_draw_one_dropout(folder: Path) -> None:
+    """What is kept for the way back does not grow with the batch; the second pass has the first one's draws."""
+    model = load(folder).train()
+
+    def kept(rows: int) -> int:
+        numbers: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t):
+            EMC2SentenceLoss(model, mini_batch_size=2)(tokens(model, texts(rows, 2)))
+        return sum(numbers)
+
+    plain: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: plain.append(t.numel()) or t, lambda t: t):
+        EMC2SentenceLoss(model)(tokens(model, texts(24, 2)))
+    assert kept(24) < sum(plain) / 10
+    torch.manual_seed(0)
+    dropped: list[tuple[float, ...]] = []
+    dropout = next(module for module in model.modules() if isinstance(module, nn.Dropout))
+    dropout.register_forward_hook(lambda *each: dropped.append(tuple(each[2].flatten().tolist())))
+    EMC2SentenceLoss(model, mini_batch_size=5)(tokens(model, texts(5, 2))).backward()
+    assert len(dropped) == 4
+    assert len(set(dropped)) == 2
+
+
 @pytest.mark.parametrize("of_texts", [False, True])
 def test_ids_from_labels(model: Any, of_texts: bool) -> None:
     """Against the library's loss with ids of our own; three rows with one anchor, which only a label a text says."""
@@ -306,6 +345,10 @@ def test_what_is_wrong_is_named(model: Any, folder: Path, tmp_path: Path) -> Non
         EMC2SentenceLoss(model)([{**each, "pixel_values": torch.rand(4, 3, 2, 2)} for each in features])
     with pytest.raises(ValueError, match="there is no EMC2SentenceLoss in MultipleNegativesRankingLoss"):
         LossMemoryCallback(losses.MultipleNegativesRankingLoss(model))
+    with pytest.raises(ValueError, match="mini_batch_size must be at least 1, or None for all rows, got 0"):
+        EMC2SentenceLoss(model, mini_batch_size=0)
+    with pytest.raises(ValueError, match="in a MatryoshkaLoss mini_batch_size must be None"):
+        losses.MatryoshkaLoss(model, EMC2SentenceLoss(model, mini_batch_size=2), [8, 4])(features, None)
     with pytest.raises(TypeError, match=r"loss must be a loss of torch_emc2, .* got the class EMC2Loss"):
         EMC2SentenceLoss(model, EMC2Loss)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model must be the SentenceTransformer, got DCLLoss"):

@@ -7,10 +7,11 @@ import uuid
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from torch_emc2.batch import NoNegatives
@@ -39,6 +40,9 @@ class EMC2SentenceLoss(nn.Module):
             text; of one a row a text's id is label · columns + its column, below which ``num_samples`` must not be. By
             default a text's id is a hash of its tokens, which needs no column: the same text again is the same
             item, and no negative of its own partners.
+        mini_batch_size: rows embedded at a time, for batches larger than memory, as those of
+            `CachedMultipleNegativesRankingLoss` (GradCache, Gao et al. 2021): the gradient is the whole batch's, and
+            each row is embedded twice. Not in a `MatryoshkaLoss`.
 
     Inputs and labels are as of `MultipleNegativesRankingLoss`; all rows of a batch share the negative columns. In
     evaluation mode, and without gradient, no chain moves. A batch without negatives, as a last one of a single pair,
@@ -52,12 +56,21 @@ class EMC2SentenceLoss(nn.Module):
         >>> SentenceTransformerTrainer(model, args, train_dataset, loss=loss, callbacks=[memory])  # doctest: +SKIP
     """
 
-    def __init__(self, model: nn.Module, loss: ContrastiveLoss | None = None, *, ids_from_labels: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: ContrastiveLoss | None = None,
+        *,
+        ids_from_labels: bool = False,
+        mini_batch_size: int | None = None,
+    ) -> None:
         super().__init__()
         _require_losses(model, loss)
         self.model = model
         self.loss = EMC2Loss(None, temperature=0.05, kernel="isir", positive_weight=1.0) if loss is None else loss
-        self.ids_from_labels = ids_from_labels
+        self.ids_from_labels, self.mini_batch_size = ids_from_labels, mini_batch_size
+        if mini_batch_size is not None and mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be at least 1, or None for all rows, got {mini_batch_size}")
         if not ids_from_labels and any(size is not None for size in self.loss.sizes):
             raise ValueError(
                 f"texts' ids are hashes, beyond num_samples={self.loss.num_samples}: build the loss with "
@@ -71,7 +84,7 @@ class EMC2SentenceLoss(nn.Module):
         if len(columns) < 2:
             raise ValueError(f"the data must have columns (anchor, positive, [negative, …]), got {len(columns)}")
         ids = self._ids_of_labels(labels, len(columns)) if self.ids_from_labels else _ids_of_texts(columns)
-        embeddings = [self.model(column)["sentence_embedding"] for column in columns]
+        embeddings = [self._embed(column) for column in columns]
         (x, y, *hard), (index, y_index, *hard_index) = embeddings, ids
         loss_fn = self._of_width(x.shape[1])
         loss_fn.train(self.model.training and torch.is_grad_enabled())  # the trainer puts the model alone in evaluation
@@ -87,6 +100,23 @@ class EMC2SentenceLoss(nn.Module):
             warnings.warn(f"a batch teaches nothing: {error}", stacklevel=2)
             loss = torch.stack(embeddings).sum() * 0.0  # with a graph, for what goes backward
         return loss
+
+    def _embed(self, column: dict[str, Any]) -> Tensor:
+        """(b, d) of a column; in chunks that keep no graph, and are embedded once more on the way back."""
+        if self.mini_batch_size is None:
+            embeddings: Tensor = self.model(column)["sentence_embedding"]
+            return embeddings
+        if type(self.model.forward).__name__ == "ForwardDecorator":  # which is gone by the time of the second pass
+            raise ValueError("in a MatryoshkaLoss mini_batch_size must be None")
+        rows = next(len(part) for part in column.values() if isinstance(part, Tensor))
+
+        def embed(start: int) -> Tensor:
+            chunk = slice(start, start + cast(int, self.mini_batch_size))
+            part = {name: each[chunk] if isinstance(each, Tensor) else each for name, each in column.items()}
+            return cast(Tensor, self.model(part)["sentence_embedding"])
+
+        starts = range(0, rows, self.mini_batch_size)
+        return torch.cat([checkpoint(embed, start, use_reentrant=False) for start in starts])
 
     def _ids_of_labels(self, labels: Tensor | None, columns: int) -> list[Tensor]:
         if labels is None or labels.is_floating_point() or labels.shape[1:] not in ((), (columns,)):
@@ -125,7 +155,8 @@ class EMC2SentenceLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings, for the model card."""
-        return {"loss": repr(self.loss), "ids_from_labels": self.ids_from_labels}
+        own = {"ids_from_labels": self.ids_from_labels, "mini_batch_size": self.mini_batch_size}
+        return {"loss": repr(self.loss), **own}
 
     @property
     def citation(self) -> str:
