@@ -1,5 +1,6 @@
 """Under sentence-transformers' own trainer, with a BERT of a few weights."""
 
+import datetime
 import json
 import math
 from collections.abc import Callable
@@ -8,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing import spawn
 
 from torch_emc2 import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, Temperature
 
@@ -271,6 +274,46 @@ def test_parts_keep_no_graph_and_draw_one_dropout(folder: Path) -> None:
     EMC2SentenceLoss(model, mini_batch_size=5)(tokens(model, texts(5, 2))).backward()
     assert len(dropped) == 4
     assert len(set(dropped)) == 2
+
+
+def steps(model: Any, wrapped: nn.Module, part: slice, rows: int | None) -> dict[str, Tensor]:
+    """Return the weights after some steps on part of each batch."""
+    loss, optimizer = EMC2SentenceLoss(wrapped, mini_batch_size=rows), torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(3):
+        batch = {name: lines[part] for name, lines in texts(8, 2, seed=step).items()}
+        loss(tokens(model, batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: weight for name, weight in model.state_dict().items() if "pooler" not in name}
+
+
+def load_used(folder: Path) -> Any:
+    """Without dropout, and with gradients of what is used alone, as the trainer's DDP needs them."""
+    model = load(folder, dropout=0.0).train()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("pooler" not in name)
+    return model
+
+
+def _rank(rank: int, folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2, timeout=timeout)
+    for rows in (None, 3):
+        model = load_used(folder)
+        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # as the trainer wraps it
+        torch.save(steps(model, parallel, slice(4 * rank, 4 * rank + 4), rows), out / f"{rank} {rows}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(folder: Path, tmp_path: Path) -> None:
+    spawn(_rank, (folder, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    model = load_used(folder)
+    alone = steps(model, model, slice(None), None)
+    for rows in (None, 3):
+        first, second = (torch.load(tmp_path / f"{rank} {rows}.pt") for rank in range(2))
+        assert same(first, second)
+        torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("of_texts", [False, True])
