@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,8 +85,27 @@ def test_the_code_of_the_page_on_two_towers_runs() -> None:
     assert names["slope"].isfinite()  # type: ignore[attr-defined]
 
 
+def test_the_estimator_of_its_page_is_infonce_with_a_margin() -> None:
+    """Against cross entropy, value and gradient."""
+    make: Any = run_page("docs/own-estimator.md")["MarginLoss"]
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(12, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    unit = torch.nn.functional.normalize(z, dim=1)
+    logits = (unit @ unit.T / 0.2).fill_diagonal_(-math.inf)
+    positive = torch.arange(12).roll(6)
+    logits = logits - torch.nn.functional.one_hot(positive, 12) * (0.3 / 0.2)
+    want = torch.nn.functional.cross_entropy(logits, positive)
+    got = make(0.2, 0.3)(z[:6], z[6:])
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z) for loss in (got, want)))
+    two = make(0.2, 0.3, towers=2)(z[:6], z[6:])
+    matrix = unit[:6] @ unit[6:].T / 0.2 - torch.eye(6) * (0.3 / 0.2)
+    both = [torch.nn.functional.cross_entropy(each, torch.arange(6)) for each in (matrix, matrix.T)]
+    torch.testing.assert_close(two, sum(both) / 2)
+
+
 def pages_with_code() -> list[str]:
-    own = {"README.md", "docs/two-towers.md"}
+    own = {"README.md", "docs/two-towers.md", "docs/own-estimator.md"}
     pages = {str(page.relative_to(ROOT)) for page in ROOT.glob("docs/*.md") if "```python" in page.read_text()}
     return sorted(pages - own)
 

@@ -52,12 +52,14 @@ def diagnose(argv: list[str]) -> None:
     parser.add_argument("--samples", type=whole(2), default=512, help="random training images, two views each")
     parser.add_argument("--batch-size", type=whole(2), help="by default the run's")
     parser.add_argument("--epochs", type=whole(1), default=64, help="largest number of epochs that are averaged")
+    parser.add_argument("--mixing-epochs", type=whole(0), default=20, help="before the first that counts")
+    parser.add_argument("--loss", metavar="MODULE:CLASS", help="a loss of your own, to be measured beside the others")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the choice of images and views")
     args = parser.parse_args(argv)
     from torch_emc2.evaluation.estimators import to_markdown
     from torch_emc2.runs import diagnose_run
 
-    settings = {"samples": args.samples, "batch_size": args.batch_size, "epochs": args.epochs, "seed": args.seed}
+    settings = {name: value for name, value in vars(args).items() if name != "run"}
     print(to_markdown(diagnose_run(args.run, **settings)))
     print(f"Written: {args.run}/diagnosis.json, {args.run}/diagnosis.md, {args.run}/diagnosis.png")
 

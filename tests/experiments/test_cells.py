@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 
 from torch_emc2.config import Config
+from torch_emc2.experiments import cells as running
 from torch_emc2.experiments import definitions
 from torch_emc2.experiments.cells import Cell, run_cells
 from torch_emc2.experiments.definitions import EXPERIMENTS, read_tuned
@@ -93,6 +94,12 @@ def test_two_at_the_same_cell_take_turns(tiny: Config, tmp_path: Path) -> None:
     first, second = (run.result() for run in runs)
     assert first == second  # to the second of the one run
     assert len(list((tmp_path / "cells").glob("*/row.json"))) == 1
+
+
+@pytest.mark.parametrize(("given", "threads"), [("3", 3), ("1", 1), ("0", os.cpu_count()), ("", os.cpu_count())])
+def test_the_user_says_how_many_threads(given: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert running._threads() == threads
 
 
 def test_a_key_depends_on_all_that_the_numbers_depend_on(tiny: Config) -> None:
@@ -234,6 +241,10 @@ def test_every_experiment_runs_from_end_to_end(name: str, results: Path, monkeyp
         assert all(row[key] == str(value) for key, value in numbers.items())
         assert all(math.isfinite(value) for value in numbers.values() if isinstance(value, float))
     assert (folder / "table.md").read_text().count("\n| ") == len(rows) + 1
+    assert (folder / "table.md").read_text().startswith(f"{EXPERIMENTS[name].title}; digits")
+    assert "a smoke test, no result. digits, scale smoke" in (folder / "table.md").read_text()
+    if name == "gradient-study":
+        assert "; digits, 256 images;" in (folder / "table.md").read_text()
     assert (folder / "figure.png").stat().st_size > 10_000
     if name == "search":
         best = read_tuned(folder / "best.yaml")

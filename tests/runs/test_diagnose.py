@@ -1,6 +1,7 @@
 """A run's diagnosis, against the same done by hand."""
 
 import json
+import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch_emc2.data import (
     open_dataset,
 )
 from torch_emc2.diagnostics import gradient_error, target_statistics
-from torch_emc2.evaluation.estimators import embed_views
+from torch_emc2.evaluation.estimators import Diagnosis, embed_views, to_markdown
 from torch_emc2.models import load_encoder
 from torch_emc2.runs import diagnose_run
 from torch_emc2.training import train
@@ -87,6 +88,46 @@ def test_a_run_with_a_weight_of_the_positive_is_held_to_its_objective(finished: 
         assert diagnosis.errors[name].squared_error == pytest.approx(by_hand.squared_error, rel=1e-3)
 
 
+def test_a_loss_of_ones_own_is_measured_beside_the_others(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is the library's has that one's numbers; a run's own is imported only where it is named."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("loss: emc2\n", "loss: torch_emc2:DCLLoss\n"))
+    settings = {"samples": 24, "batch_size": 8, "epochs": 1, "mixing_epochs": 2}
+    caplog.set_level("INFO")
+    errors = diagnose_run(run, **settings, loss="torch_emc2:DCLLoss").errors
+    assert errors["DCLLoss"] == replace(errors["DCL"], at_parameters=errors["DCLLoss"].at_parameters)
+    assert errors["DCLLoss"].at_parameters == errors["DCL"].at_parameters
+    assert "left out" not in caplog.text
+    assert f"DCLLoss: squared bias {errors['DCLLoss'].squared_bias:.4f} ({len(errors)} of {len(errors)})" in caplog.text
+    with pytest.raises(ValueError, match="has no class Margin derived from"):
+        diagnose_run(run, **settings, loss="torch_emc2:Margin")
+    with pytest.raises(ValueError, match="batch_size must be from 2"):
+        diagnose_run(run, samples=4)
+    assert "The run's own loss is left out; --loss torch_emc2:DCLLoss imports it" in caplog.text
+
+
+def test_what_limits_a_diagnosis_is_said() -> None:
+    z = F.normalize(torch.randn(40, 2, 4, generator=torch.Generator().manual_seed(0)), dim=2)
+    errors = {"DCL": gradient_error(lambda _: DCLLoss(0.1), z, 0.1, 4, epochs=1, mixing_epochs=0, runs=2)}
+    errors = {"DCL": replace(errors["DCL"], at_parameters=errors["DCL"])}
+
+    def said(batch_size: int, mixing_epochs: int) -> str:
+        target = target_statistics(z, 0.1, batch_size)
+        shown = Diagnosis(40, batch_size, 0.1, None, 0.0, 0.5, 2, mixing_epochs, target, errors, None)
+        return to_markdown(shown)
+
+    visits = target_statistics(z, 0.1, 4).visits
+    enough = math.ceil(4 * visits)
+    assert f"Chains take {visits:.0f} visits to come near their target, and had 1 before" in said(4, 1)
+    assert f"--mixing-epochs {enough} would do." in said(4, 1)
+    assert "visits to come near" not in said(4, enough)
+    assert "Batches of 20 are much of these 40 samples" in said(20, 1)
+    assert "are much of these" not in said(4, 1)
+
+
 def test_a_damaged_checkpoint_is_not_diagnosed(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     torch.save({"a": 1}, run / "checkpoints" / "last.ckpt")
@@ -97,7 +138,7 @@ def test_a_damaged_checkpoint_is_not_diagnosed(finished: Path, tmp_path: Path) -
 def test_samples_must_fill_a_batch(finished: Path) -> None:
     with pytest.raises(ValueError, match="batch_size must be from 2 to the 10 samples, got 16"):
         diagnose_run(finished, samples=10)
-    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="epochs must be at least 1 and mixing_epochs not negative, got 0 and 20"):
         diagnose_run(finished, samples=20, epochs=0)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,6 +16,7 @@ from tqdm.auto import tqdm
 
 from torch_emc2.diagnostics import (
     GradientError,
+    MakeLoss,
     Staleness,
     Target,
     gradient_error,
@@ -25,6 +30,8 @@ from torch_emc2.settings.losses import EMC2Config, PositiveWeight
 __all__ = ["Diagnosis", "diagnose", "embed_views", "error_table", "to_markdown"]
 
 MIXING_EPOCHS, RUNS = 20, 3
+
+_LOG = logging.getLogger(__name__)
 
 _CHUNK = 128  # samples whose graph is in memory at a time
 
@@ -75,9 +82,11 @@ def diagnose(
     positive_weight: PositiveWeight | None = None,
     burn_in: float = 0.5,
     epochs: int = 64,
+    mixing_epochs: int = MIXING_EPOCHS,
+    further: Mapping[str, MakeLoss] | None = None,
     staleness: Staleness | None = None,
 ) -> Diagnosis:
-    """Measure every estimator at the encoder's weights, with a progress bar on a terminal.
+    """Measure every estimator at the encoder's weights, with a progress bar on a terminal, a line each without one.
 
     Args:
         encoder: images to embeddings, put in evaluation mode.
@@ -88,12 +97,14 @@ def diagnose(
             objective is the paper's, without the positive.
         burn_in: EMC²'s.
         epochs: the largest number of epochs averaged.
+        mixing_epochs: epochs before the first that counts, in which chains and averages settle.
+        further: estimators beside the library's, by title: each from a seed, with ids below views · m, a view each.
         staleness: goes into the result as it is.
     """
     if not 2 <= batch_size <= len(views):
         raise ValueError(f"batch_size must be from 2 to the {len(views)} samples, got {batch_size}; change either")
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if epochs < 1 or mixing_epochs < 0:
+        raise ValueError(f"epochs must be at least 1 and mixing_epochs not negative, got {epochs} and {mixing_epochs}")
     encoder.eval()
     z = embed_views(encoder, views)
     to_parameters = parameter_gradient(
@@ -102,7 +113,7 @@ def diagnose(
     errors = {}
     given = Given(2 * len(z), temperature, z.shape[2], 2, positive_weight=positive_weight)
     mass = objective_mass(positive_weight, len(z), batch_size)
-    makers = variants(given, {"emc2": EMC2Config(burn_in=burn_in)})
+    makers: dict[str, MakeLoss] = {**variants(given, {"emc2": EMC2Config(burn_in=burn_in)}), **(further or {})}
     bar = tqdm(makers.items(), "Diagnosing", leave=False, disable=None)
     for name, make_loss in bar:
         bar.set_postfix_str(name)
@@ -113,10 +124,12 @@ def diagnose(
             batch_size,
             positive_mass=mass,
             epochs=epochs,
-            mixing_epochs=MIXING_EPOCHS,
+            mixing_epochs=mixing_epochs,
             runs=RUNS,
             to_parameters=to_parameters,
         )
+        if not sys.stderr.isatty():
+            _LOG.info("%s: squared bias %.4f (%d of %d)", name, errors[name].squared_bias, len(errors), len(makers))
     target = target_statistics(z, temperature, batch_size)
     return Diagnosis(
         samples=len(z),
@@ -126,7 +139,7 @@ def diagnose(
         positive_mass=mass,
         burn_in=burn_in,
         runs=RUNS,
-        mixing_epochs=MIXING_EPOCHS,
+        mixing_epochs=mixing_epochs,
         target=target,
         errors=errors,
         staleness=staleness,
@@ -143,7 +156,7 @@ def error_table(errors: dict[str, GradientError]) -> str:
     ]
     for name, error in errors.items():
         by_epochs = " | ".join(f"{value:.4f}" for value in error.squared_error)
-        bias = f"{error.squared_bias:.4f} ± {error.standard_error:.4f}"
+        bias = f"{error.squared_bias:.4f} ± {error.standard_error:.2g}"
         lines.append(f"| {name} | {by_epochs} | {error.variance:.4f} | {bias} |")
     return "\n".join(lines) + "\n"
 
@@ -163,6 +176,7 @@ def to_markdown(diagnosis: Diagnosis) -> str:
         f"{diagnosis.runs} runs after {diagnosis.mixing_epochs} epochs of mixing. "
         "Errors are squared, and relative to the squared norm of the exact gradient.",
         _objective(diagnosis),
+        *_cautions(diagnosis),
         "Gradient at the embeddings:",
         error_table(diagnosis.errors).rstrip(),
         "Gradient at the parameters:",
@@ -190,6 +204,23 @@ def to_markdown(diagnosis: Diagnosis) -> str:
             ]),
         ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def _cautions(diagnosis: Diagnosis) -> list[str]:
+    """Say what keeps these numbers from being those of the whole data set."""
+    samples, batch_size, visits = diagnosis.samples, diagnosis.batch_size, diagnosis.target.visits
+    said = []
+    if 4 * batch_size > samples:
+        said.append(
+            f"Batches of {batch_size} are much of these {samples} samples, which hides the bias of all that know "
+            "a batch alone: take more samples, or smaller batches."
+        )
+    if 4 * visits > diagnosis.mixing_epochs:
+        said.append(
+            f"Chains take {visits:.0f} visits to come near their target, and had {diagnosis.mixing_epochs} before what "
+            f"counts: some of EMC²'s bias is their start. --mixing-epochs {math.ceil(4 * visits)} would do."
+        )
+    return said
 
 
 def _objective(diagnosis: Diagnosis) -> str:

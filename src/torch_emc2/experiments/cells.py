@@ -102,7 +102,7 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int, results: Path) -> 
 
 def _done(todo: Mapping[str, Cell], folder: Path, jobs: int) -> Generator[Cell]:
     """Run cells, so many at a time, in a process each, and give each once its process has ended, however it did."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, _threads() // jobs)
     # A server that has imported all of it once and has no threads: its forks start at once and measure alone.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, "numba", "torch.utils.tensorboard"])  # which a run's start imports
@@ -128,6 +128,12 @@ def _done(todo: Mapping[str, Cell], folder: Path, jobs: int) -> Generator[Cell]:
                 os.killpg(cast(int, left.pid), signal.SIGKILL)  # the loader's workers too
             left.kill()
             left.join()
+
+
+def _threads() -> int:
+    """Return how many threads all cells together may use: a core each, unless the user says otherwise."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else os.cpu_count() or 1
 
 
 def _start_server() -> None:

@@ -252,7 +252,7 @@ EXPERIMENTS = {
     ),
     "burn-in": Experiment("Burn-in P (paper, figure 4)", "burn-in", _burn_in),
     "gradient-study": Experiment(
-        "Exact loss and gradient along the way, 500 images, b = 4", "batch size", _gradient_study, "gradient"
+        "Exact loss and gradient along the way, b = 4", "batch size", _gradient_study, "gradient"
     ),
     "imagenet100": Experiment(
         "Linear probe and 1-NN at b = 256 (paper, ImageNet-100)", "batch size", _methods(256), "curves", "imagenet100"

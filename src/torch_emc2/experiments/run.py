@@ -97,14 +97,15 @@ def run_experiment(
     else:
         curves = [row | {"curve": read_curve(shared / "cells" / row["cell"] / "curve.csv")} for row in rows]
         panels = gradient_panels(curves) if experiment.figure == "gradient" else accuracy_panels(curves)
+    title = _title(experiment.title, dataset, scale, cells)
     with whole_file(folder / "figure.png") as file:
-        draw_panels(panels, experiment.title, file)
+        draw_panels(panels, title, file)
     if name == "search":
         with whole_file(folder / "best.yaml") as file:
             file.write_text(yaml.safe_dump(_best(cells, rows), allow_unicode=True, sort_keys=False))
     table = markdown(rows, experiment.axis, _GRADIENT if experiment.figure == "gradient" else _ACCURACY)
     with whole_file(folder / "table.md") as file:
-        file.write_text(f"{experiment.title}. {_circumstances(rows, dataset, scale, overrides, tuned)}\n\n{table}")
+        file.write_text(f"{title}. {_circumstances(rows, dataset, scale, overrides, tuned)}\n\n{table}")
     return folder
 
 
@@ -125,6 +126,14 @@ def _refuse_ignored(name: str, overrides: Sequence[str], base: Config, variants:
         get = operator.attrgetter(field)
         if field in ("loss", "seed", "out") or all(get(variant.config) != get(base) for variant in variants):
             raise ValueError(f"--{field} is what {name} sets for its runs itself: leave it out")
+
+
+def _title(what: str, dataset: str, scale: str, cells: Sequence[Cell]) -> str:
+    """Say what is shown, and of what."""
+    limits = {cell.config.data.limit for cell in cells}
+    images = f", {limit} images" if len(limits) == 1 and (limit := next(iter(limits))) else ""
+    smoke = "; a smoke test, no result" if scale == "smoke" else ""
+    return f"{what}; {file_name_of(dataset)}{images}{smoke}"
 
 
 def _circumstances(rows: Sequence[Row], dataset: str, scale: str, overrides: Sequence[str], tuned: Tuned) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,19 +12,30 @@ from torch import Tensor
 
 from torch_emc2.data import ContrastiveDataset, RandomView
 from torch_emc2.diagnostics import Staleness, score_staleness
-from torch_emc2.evaluation.estimators import Diagnosis, diagnose, embed_views, to_markdown
+from torch_emc2.evaluation.estimators import MIXING_EPOCHS, Diagnosis, diagnose, embed_views, to_markdown
 from torch_emc2.files import load_checkpoint, whole_file
+from torch_emc2.losses.registry import Given, find
 from torch_emc2.memory.chains import EMPTY
 from torch_emc2.models import Encoder
 from torch_emc2.runs.finished import leave_out_advised, load_run
 from torch_emc2.runs.pictures import plot_errors
+from torch_emc2.settings.losses import is_outside
 from torch_emc2.training.run_images import same_images
 
 __all__ = ["diagnose_run"]
 
+_LOG = logging.getLogger(__name__)
+
 
 def diagnose_run(
-    run: Path, *, samples: int = 512, batch_size: int | None = None, epochs: int = 64, seed: int = 0
+    run: Path,
+    *,
+    samples: int = 512,
+    batch_size: int | None = None,
+    epochs: int = 64,
+    mixing_epochs: int = MIXING_EPOCHS,
+    loss: str | None = None,
+    seed: int = 0,
 ) -> Diagnosis:
     """Measure how wrong each estimator's gradient is at a run's weights, and why.
 
@@ -34,20 +46,26 @@ def diagnose_run(
         samples: at most so many random training images, with two views each of the run's own augmentation.
         batch_size: samples a batch, by default the run's.
         epochs: the largest number of epochs averaged.
+        mixing_epochs: epochs before the first that counts.
+        loss: a class beside the library's own, as package.module:Class, which is imported.
         seed: of the choice of images and of their views.
 
     Raises:
-        ValueError: the folder is no finished run, or the samples do not fill a batch.
+        ValueError: the folder is no finished run, the samples do not fill a batch, or there is no such loss.
     """
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}: a lone sample has no negatives")
     config, encoder, _ = load_run(run)
+    own = None if loss is None else find(loss)
+    if is_outside(config.loss) and loss != config.loss:
+        _LOG.info("The run's own loss is left out; --loss %s imports it, and measures it too", config.loss)
     data = config.data
     images = same_images(config, run)
     views = ContrastiveDataset(images, RandomView(data.augmentation), seed=seed, on_bad_image=data.on_bad_image)
     picks = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
     with leave_out_advised(run):
         index, pairs = _two_views(views, picks)
+    given = Given(2 * len(index), config.temperature, encoder.config.out_dim, 2, positive_weight=config.positive_weight)
     diagnosis = diagnose(
         encoder,
         pairs,
@@ -56,6 +74,8 @@ def diagnose_run(
         positive_weight=config.positive_weight,
         burn_in=0.5 if config.emc2.burn_in is None else config.emc2.burn_in,
         epochs=epochs,
+        mixing_epochs=mixing_epochs,
+        further={} if own is None else {own.loss.__name__: own.maker({}, given)},
         # Finite views have chains of their own, which met other views than these two.
         staleness=None if data.finite_views else _staleness(run, encoder, views, index, pairs, config.temperature),
     )
