@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch_emc2.runs.model import Model
     from torch_emc2.temperature import Temperature
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ContrastiveLoss",
