@@ -18,7 +18,10 @@ from torch_emc2.training import train
 
 def _tiny(out: Path) -> Config:
     overrides = "--data.limit 66 --data.augmentation.size 8 --batch_size 16 --epochs 2 --log_every_steps 1"
-    config = read_config("quickstart", [*overrides.split(), "--accelerator", "cpu", "--emc2.burn_in", "0.1"])
+    config = read_config(
+        "quickstart",
+        [*overrides.split(), "--accelerator", "cpu", "--emc2.kernel", "metropolis", "--emc2.burn_in", "0.1"],
+    )
     config.out = str(out)
     return config
 

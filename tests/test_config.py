@@ -54,6 +54,7 @@ def test_the_papers_settings() -> None:
     assert (model.backbone, model.norm, model.hidden_dim, model.out_dim) == ("resnet18", "none", 512, 512)
     assert (model.feature, stl10.probe) == ("hidden", "sgd")
     assert stl10.emc2.burn_in is imagenet.emc2.burn_in is None  # one half
+    assert imagenet.emc2.kernel == "metropolis"
     assert (stl10.sogclr.gamma, stl10.negative_cache.refresh_fraction) == (0.9, 0.01024)
     assert (stl10.emc2.num_chains, stl10.emc2.carry, stl10.emc2.kernel) == (1, "encode", "metropolis")
     crop, colours, blur = (0.08, 1.0), (0.8, 0.8, 0.8, 0.2), (0.1, 2.0)
@@ -195,8 +196,8 @@ def test_a_run_of_an_earlier_version_may_have_a_burn_in_that_its_kernel_has_not(
     assert read_config(str(file)).emc2 == EMC2Config(kernel="isir")
     with pytest.raises(ValueError, match="burn_in must be null for the kernel isir"):
         read_config(str(file), ["--emc2.burn_in", "0.5"])
-    file.write_text("emc2: {burn_in: 0.5}")
-    assert read_config(str(file)).emc2 == EMC2Config(burn_in=0.5)
+    file.write_text("emc2: {kernel: metropolis, burn_in: 0.5}")
+    assert read_config(str(file)).emc2 == EMC2Config(burn_in=0.5, kernel="metropolis")
 
 
 def fields(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -263,7 +263,7 @@ def test_every_experiment_runs_from_end_to_end(name: str, results: Path, monkeyp
     [
         ("small-batch", ["--batch_size", "16"]),
         ("batch-size", ["--loss", "dcl"]),
-        ("burn-in", ["--emc2.burn_in=0.3"]),
+        ("burn-in", ["--emc2.burn_in=0.3", "--emc2.kernel=metropolis"]),
         ("carry", ["--seed", "3"]),
         ("gradient-study", ["--optimizer.lr", "0.1"]),
     ],

@@ -14,9 +14,9 @@ from torch_emc2.training import build_loss
 
 def test_a_field_is_replaced_where_it_is_nested() -> None:
     base = base_config("digits", "smoke", [])
-    changed = override(base, {"optimizer.lr": 0.5, "emc2.burn_in": 0.9, "temperature": 3.0})
+    changed = override(base, {"optimizer.lr": 0.5, "emc2.num_chains": 9, "temperature": 3.0})
     expected = replace(
-        base, temperature=3.0, optimizer=replace(base.optimizer, lr=0.5), emc2=replace(base.emc2, burn_in=0.9)
+        base, temperature=3.0, optimizer=replace(base.optimizer, lr=0.5), emc2=replace(base.emc2, num_chains=9)
     )
     assert changed == expected
     assert base.temperature == 0.1
@@ -94,7 +94,7 @@ def test_what_a_search_chose_is_used() -> None:
 
 
 def test_a_method_is_its_own_whatever_the_base_or_a_search_has() -> None:
-    base = base_config("digits", "smoke", ["--emc2.burn_in", "0.3"])
+    base = base_config("digits", "smoke", ["--emc2.kernel", "metropolis", "--emc2.burn_in", "0.3"])
     tuned: dict[str, dict[str, Any]] = {name: {"temperature": 0.3, "loss": "own_module:Class"} for name in methods()}
     configs = {series: config for series, _, config in EXPERIMENTS["small-batch"].variants(base, tuned)}
     assert [config.loss for config in configs.values()] == [methods()[name]["loss"] for name in configs]

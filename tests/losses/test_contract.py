@@ -37,7 +37,7 @@ from torch_emc2.settings.losses import EMC2Config, NegativeCacheConfig
 M, D = 40, 8
 
 SMALL = {  # settings for so few samples, where a variant has no others
-    "emc2": EMC2Config(burn_in=0.1, carry="cache"),
+    "emc2": EMC2Config(burn_in=0.1, carry="cache", kernel="metropolis"),
     "negative_cache": NegativeCacheConfig(refresh_fraction=0.1),
 }
 

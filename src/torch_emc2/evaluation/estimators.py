@@ -46,7 +46,7 @@ class Diagnosis:
         temperature: 1 / β.
         positive_weight: κ of every estimator; None where each has its own.
         positive_mass: what the positive counts for in the exact objective, where each negative counts 1.
-        burn_in: EMC²'s.
+        burn_in: that of the kernel metropolis.
         runs: independent ones that each error is a mean over, after ``mixing_epochs``.
         mixing_epochs: epochs before the first that counts.
         target: the distribution that the chains draw from.
@@ -95,7 +95,7 @@ def diagnose(
         batch_size: samples a batch, from 2 to m.
         positive_weight: κ of every estimator, and so of the exact objective; by default each has its own, and the
             objective is the paper's, without the positive.
-        burn_in: EMC²'s.
+        burn_in: that of the kernel metropolis.
         epochs: the largest number of epochs averaged.
         mixing_epochs: epochs before the first that counts, in which chains and averages settle.
         further: estimators beside the library's, by title: each from a seed, with ids below views · m, a view each.
@@ -113,7 +113,10 @@ def diagnose(
     errors = {}
     given = Given(2 * len(z), temperature, z.shape[2], 2, positive_weight=positive_weight)
     mass = objective_mass(positive_weight, len(z), batch_size)
-    makers: dict[str, MakeLoss] = {**variants(given, {"emc2": EMC2Config(burn_in=burn_in)}), **(further or {})}
+    makers: dict[str, MakeLoss] = {
+        **variants(given, {"emc2": EMC2Config(burn_in=burn_in, kernel="metropolis")}),
+        **(further or {}),
+    }
     bar = tqdm(makers.items(), "Diagnosing", leave=False, disable=None)
     for name, make_loss in bar:
         bar.set_postfix_str(name)

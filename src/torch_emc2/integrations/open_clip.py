@@ -23,7 +23,7 @@ class EMC2ClipLoss(nn.Module):
 
     Args:
         model: whose forward pass is given the texts: open_clip's, or what it is wrapped in.
-        loss: any of this library's with ``towers=2``, by default ``EMC2Loss(None, towers=2, kernel="isir")``;
+        loss: any of this library's with ``towers=2``, by default ``EMC2Loss(None, towers=2)``;
             ``InfoNCELoss(towers=2)`` is `ClipLoss` itself. Its temperature is not used.
         local_loss: as `ClipLoss` is given it, and not needed: several processes gather their batches, with gradient.
         gather_with_grad: likewise.
@@ -51,7 +51,7 @@ class EMC2ClipLoss(nn.Module):
         use_horovod: bool = False,
     ) -> None:
         super().__init__()
-        self.loss = EMC2Loss(None, towers=2, kernel="isir") if loss is None else loss
+        self.loss = EMC2Loss(None, towers=2) if loss is None else loss
         if self.loss.towers != 2 or any(size is not None for size in self.loss.sizes):
             raise ValueError(
                 f"images and texts are two towers, with hashes for ids; got {self.loss}: build it with towers=2 and "

@@ -31,7 +31,7 @@ class EMC2SentenceLoss(nn.Module):
 
     Args:
         model: the `SentenceTransformer`, or what it is wrapped in.
-        loss: any of this library's, by default ``EMC2Loss(None, 0.05, kernel="isir", positive_weight=1.0)``, whose
+        loss: any of this library's, by default ``EMC2Loss(None, 0.05, positive_weight=1.0)``, whose
             weight of the positive is InfoNCE's, as pretrained models need. With ``towers=1``, as there, all embeddings
             of a batch are negatives, anchors beside positives; with ``towers=2`` those of the other column:
             ``InfoNCELoss(0.05, towers=2, directions="x->y")`` is `MultipleNegativesRankingLoss` itself.
@@ -67,7 +67,7 @@ class EMC2SentenceLoss(nn.Module):
         super().__init__()
         _require_losses(model, loss)
         self.model = model
-        self.loss = EMC2Loss(None, temperature=0.05, kernel="isir", positive_weight=1.0) if loss is None else loss
+        self.loss = EMC2Loss(None, temperature=0.05, positive_weight=1.0) if loss is None else loss
         self.ids_from_labels, self.mini_batch_size = ids_from_labels, mini_batch_size
         if mini_batch_size is not None and mini_batch_size < 1:
             raise ValueError(f"mini_batch_size must be at least 1, or None for all rows, got {mini_batch_size}")

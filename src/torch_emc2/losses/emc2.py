@@ -42,10 +42,10 @@ class EMC2Loss(StatefulLoss):
         num_samples: size of the data set (of its views, with an id a view): ids are below it. None: ids are any int64
             but -1, and the tables grow with every new one. With ``towers=2`` of both sides, or a pair.
         temperature: 1 / β, or a `Temperature`, which is learnt.
-        kernel: how a chain moves, by name (`torch_emc2.kernels.KERNELS`) or with its settings. ``"metropolis"``, the
-            paper's, is ``Metropolis(burn_in=0.5)``. ``"isir"`` chooses among the batch and the carried negative by
-            their softmax, which are its weights too: no burn-in, less variance, and exact in the long run although
-            batches are drawn without replacement.
+        kernel: how a chain moves, by name (`torch_emc2.kernels.KERNELS`) or with its settings. ``"isir"`` chooses among
+            the batch and the carried negative by their softmax, which are its weights too: no burn-in, and exact in the
+            long run although batches are drawn without replacement. ``"metropolis"``, the paper's, is
+            ``Metropolis(burn_in=0.5)``, and has more variance.
         num_chains: chains a sample; they share the proposals, and their mean has less variance.
         carry: who supplies the carried negative's embedding.
             ``"encode"``: ``encode(ids)`` does, with today's weights and before the walk, so the entry score is fresh
@@ -91,7 +91,7 @@ class EMC2Loss(StatefulLoss):
         num_samples: NumSamples,
         temperature: float | Temperature = 0.07,
         *,
-        kernel: str | Kernel = "metropolis",
+        kernel: str | Kernel = "isir",
         num_chains: int = 1,
         carry: Carry = "cache",
         num_remembered: int = 0,

@@ -33,24 +33,26 @@ class EMC2Config:
     """EMC²'s own settings, as `torch_emc2.EMC2Loss` takes them.
 
     Attributes:
-        burn_in: share of a walk's steps that are not counted; null for the kernel's own, one half for metropolis.
+        burn_in: of the kernel metropolis, the share of a walk's steps that are not counted; null for one half.
         num_chains: chains a sample.
         carry: who supplies the carried negative's embedding.
-        kernel: how a chain moves.
+        kernel: how a chain moves; metropolis is the paper's.
         num_remembered: further proposals, drawn uniformly from the data by their last embeddings.
     """
 
     burn_in: float | None = None
     num_chains: int = 1
     carry: Carry = "encode"
-    kernel: Literal["metropolis", "isir"] = "metropolis"
+    kernel: Literal["isir", "metropolis"] = "isir"
     num_remembered: int = 0
 
     def __post_init__(self) -> None:
         if self.burn_in is not None and not 0 <= self.burn_in < 1:
             raise ValueError(f"burn_in must be at least 0 and below 1, got {self.burn_in}")
         if self.burn_in is not None and self.kernel == "isir":
-            raise ValueError(f"burn_in must be null for the kernel isir, which has none, got {self.burn_in}")
+            raise ValueError(
+                f"burn_in must be null for the kernel isir (kernel metropolis has one), got {self.burn_in}"
+            )
         if self.num_chains < 1:
             raise ValueError(f"num_chains must be at least 1, got {self.num_chains}")
         if self.num_remembered < 0:
