@@ -43,8 +43,8 @@ def step(batch_size: int, chunk_size: int | str) -> Step:
         nn.Flatten(),
         nn.Linear(64, 128),
     )
-    EMC2Loss(8)(*torch.randn(2, 8, 128), torch.arange(8))  # compiles the walk
-    loss_fn = EMC2Loss(batch_size)
+    EMC2Loss(8, kernel="metropolis")(*torch.randn(2, 8, 128), torch.arange(8))  # compiles the walk
+    loss_fn = EMC2Loss(batch_size, kernel="metropolis")
     images = torch.rand(batch_size, 3, 32, 32)
     views = (images + 0.1 * torch.randn_like(images), images + 0.1 * torch.randn_like(images))
     index = torch.arange(batch_size)

@@ -49,7 +49,7 @@ Part = dict[str, Callable[[int, dict[str, int]], Errors]]
 
 
 def emc2(ids: int, **settings: Any) -> MakeLoss:
-    return lambda seed: EMC2Loss(ids, TEMPERATURE, seed=seed, **{"carry": "encode", **settings})
+    return lambda seed: EMC2Loss(ids, TEMPERATURE, seed=seed, **{"kernel": "metropolis", "carry": "encode", **settings})
 
 
 def one_tower(make_loss: MakeLoss, z: torch.Tensor, ids: Any, mass: float, b: int, lengths: dict[str, int]) -> Errors:

@@ -79,11 +79,11 @@ def main() -> None:
 
     torch.manual_seed(0)
     table = torch.randn(NUM_SAMPLES, args.dim, device=device)
-    chain_a_view = EMC2Loss(2 * NUM_SAMPLES)
+    chain_a_view = EMC2Loss(2 * NUM_SAMPLES, kernel="metropolis")
 
     further = {
-        "EMC², cache, 4 chains": EMC2Loss(NUM_SAMPLES, num_chains=4),
-        "EMC², defer": EMC2Loss(NUM_SAMPLES, carry="defer"),
+        "EMC², cache, 4 chains": EMC2Loss(NUM_SAMPLES, kernel="metropolis", num_chains=4),
+        "EMC², defer": EMC2Loss(NUM_SAMPLES, kernel="metropolis", carry="defer"),
         "EMC², isir, cache, 4 chains": EMC2Loss(NUM_SAMPLES, kernel="isir", num_chains=4),
     }
 

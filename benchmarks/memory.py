@@ -24,8 +24,8 @@ LOSSES: dict[str, Callable[[int], torch.nn.Module]] = {
     "InfoNCE": lambda n: InfoNCELoss(0.07),
     "DCL": lambda n: DCLLoss(0.07),
     "SogCLR": lambda n: SogCLRLoss(n, 0.07),
-    "EMC²": lambda n: EMC2Loss(n, 0.07),
-    "EMC², 4 chains": lambda n: EMC2Loss(n, 0.07, num_chains=4),
+    "EMC²": lambda n: EMC2Loss(n, 0.07, kernel="metropolis"),
+    "EMC², 4 chains": lambda n: EMC2Loss(n, 0.07, kernel="metropolis", num_chains=4),
     "EMC², isir": lambda n: EMC2Loss(n, 0.07, kernel="isir"),
 }
 QUADRATIC = "lightly, NTXentLoss"  # as others do: the whole matrix of similarities

@@ -22,7 +22,7 @@ SIZES = {"b": (128, 256, 512, 1024), "m": (10**4, 10**5, 10**6), "d": (32, 64, 1
 GIVEN = {"b": 256, "m": 10**5, "d": 128, "chains": 1}
 LOSSES: dict[str, Callable[[int, int], torch.nn.Module]] = {
     "InfoNCE": lambda m, chains: InfoNCELoss(0.07),
-    "EMC²": lambda m, chains: EMC2Loss(m, 0.07, num_chains=chains),
+    "EMC²": lambda m, chains: EMC2Loss(m, 0.07, kernel="metropolis", num_chains=chains),
     "EMC², isir": lambda m, chains: EMC2Loss(m, 0.07, kernel="isir", num_chains=chains),
 }
 

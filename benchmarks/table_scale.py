@@ -68,7 +68,7 @@ def step(loss_fn: EMC2Loss, index: torch.Tensor, keep: torch.Tensor) -> float:
 
 
 def step_times(num_samples: dict[str, int | None], carry: str, calls: int) -> None:
-    losses = {name: EMC2Loss(size, carry=carry) for name, size in num_samples.items()}  # type: ignore[arg-type]
+    losses = {name: EMC2Loss(size, kernel="metropolis", carry=carry) for name, size in num_samples.items()}  # type: ignore[arg-type]
     times: dict[str, list[float]] = {name: [] for name in losses}
     keep = torch.randn(1000, DIM, requires_grad=True)
     for _ in range(calls):
@@ -83,7 +83,7 @@ def step_times(num_samples: dict[str, int | None], carry: str, calls: int) -> No
 
 
 def key_cost(count: int) -> None:
-    loss_fn = EMC2Loss(None, carry="drop")
+    loss_fn = EMC2Loss(None, kernel="metropolis", carry="drop")
     ids = torch.randint(-(2**63), 2**63 - 1, (count,))
     with measured(f"{count:.0e} random keys, placed"):
         for part in ids.split(BATCH):
@@ -99,7 +99,7 @@ def save_part(rank: int, world_size: int, num_samples: int, folder: str) -> None
     """Save as one of several ranks, which write a part each."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=world_size)
-    loss_fn = EMC2Loss(num_samples, carry="drop")
+    loss_fn = EMC2Loss(num_samples, kernel="metropolis", carry="drop")
     dist.barrier()
     start = time.perf_counter()
     dcp.save(loss_fn.sharded_state_dict(), checkpoint_id=f"{folder}/checkpoint")
@@ -118,11 +118,13 @@ def main() -> None:
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads")
     print(f"b = {BATCH}, d = {DIM}\n")
 
-    EMC2Loss(1000, carry="drop")(*torch.randn(2, BATCH, DIM), torch.arange(BATCH))  # compiles the walk
+    EMC2Loss(1000, kernel="metropolis", carry="drop")(
+        *torch.randn(2, BATCH, DIM), torch.arange(BATCH)
+    )  # compiles the walk
     index = draw(args.num_samples)
     print(f"{f'{args.num_samples:.0e} samples, a chain each':34s} {'':10s} {'kept':>13s} {'peak':>13s}")
     with measured("create"):
-        loss_fn = EMC2Loss(args.num_samples, carry="drop")
+        loss_fn = EMC2Loss(args.num_samples, kernel="metropolis", carry="drop")
     with measured("first step"):
         step(loss_fn, index, torch.empty(0))
     with measured("second step"):

@@ -33,7 +33,7 @@ for name in torch_emc2.__all__:
 added = {name.partition(".")[0] for name in {*sys.modules} - before}
 assert added - sys.stdlib_module_names == {"torch_emc2"}, added  # nor more of torch: its compiler takes seconds
 z1, z2 = torch.randn(2, 8, 4).unbind()
-with_scan = torch_emc2.EMC2Loss(8)
+with_scan = torch_emc2.EMC2Loss(8, kernel="metropolis")
 for _ in range(3):
     with_scan(z1, z2, torch.arange(8))
 from torch_emc2.kernels.counted import compiled_kernels

@@ -41,10 +41,10 @@ def operations(loss_fn: ContrastiveLoss) -> Counter[str]:
     ("loss_fn", "most"),
     [
         (InfoNCELoss(), 41),
-        (EMC2Loss(N), 62),
-        (EMC2Loss(N, num_chains=4), 62),
+        (EMC2Loss(N, kernel="metropolis"), 62),
+        (EMC2Loss(N, kernel="metropolis", num_chains=4), 62),
         (EMC2Loss(N, kernel="isir"), 62),
-        (EMC2Loss(N, carry="defer"), 70),
+        (EMC2Loss(N, kernel="metropolis", carry="defer"), 70),
         (EMC2Loss(N, kernel="isir", num_remembered=512), 100),
     ],
 )
