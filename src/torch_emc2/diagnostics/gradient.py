@@ -86,7 +86,8 @@ def gradient_error(
     """Measure the gradient at fixed embeddings, averaged over epochs of random batches.
 
     Args:
-        make_loss: a fresh loss for a seed, called as ``loss(z1, z2, index, encode=…)``.
+        make_loss: a fresh loss for a seed, called as ``loss(z1, z2, index, encode=…)``, with ids below m, or below
+            m · views with an id a view: its ``num_samples``.
         z: (m, views, d) embeddings; of more than two views, each visit of a sample draws two.
         temperature: the loss's, 1 / β.
         batch_size: samples a batch; each epoch is a random order, what does not fill a batch is left out.
