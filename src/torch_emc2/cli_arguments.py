@@ -25,6 +25,7 @@ __all__ = [
     "path",
     "picture",
     "similarity",
+    "table",
     "value_range",
     "whole",
 ]
@@ -95,6 +96,15 @@ def parquet(text: str) -> Path:
 
 
 @_telling
+def table(text: str) -> Path:
+    """Read the name of a table that is there."""
+    source = parquet(text)
+    if not os.path.isfile(source):
+        raise ValueError(f"there is no {text!r}: emc2 embed RUN FOLDER -o {text} writes it")
+    return source
+
+
+@_telling
 def picture(text: str) -> Path:
     """Read the name of a picture that is to be written."""
     if not text.endswith(".png"):
@@ -117,13 +127,10 @@ def similarity(text: str) -> float:
 @_telling
 def embedded(text: str) -> Path:
     """Read the name of a table of embeddings, or the folder of a run that has come to its end."""
-    source = path(text)
     if text.endswith(".parquet"):
-        if not os.path.isfile(source):
-            raise ValueError(f"there is no {text!r}: emc2 embed RUN FOLDER -o {text} writes it")
-    else:
-        require_finished(source)
-    return source
+        return table(text)
+    require_finished(path(text))
+    return path(text)
 
 
 @_telling

@@ -15,6 +15,7 @@ from torch_emc2.cli_arguments import (
     path,
     picture,
     similarity,
+    table,
     value_range,
     whole,
 )
@@ -102,7 +103,7 @@ def neighbours(argv: list[str]) -> None:
     parser.add_argument(
         "--in",
         dest="table",
-        type=parquet,
+        type=table,
         metavar="EMBEDDINGS.parquet",
         help="where to look, as emc2 embed RUN wrote it; by default the images that the run was trained on",
     )

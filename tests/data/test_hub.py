@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torch_emc2.config import Config, read_config
-from torch_emc2.data import DataError, open_dataset, open_splits
+from torch_emc2.data import DataError, finite_views, identity, open_dataset, open_splits
 from torch_emc2.data.hub import read_hub
-from torch_emc2.settings.images import Decoding, file_name_of
+from torch_emc2.settings.images import Augmentation, Decoding, file_name_of
 from torch_emc2.training import train
 
 datasets = pytest.importorskip("datasets")
@@ -64,6 +64,38 @@ def test_splits_classes_and_pixels(tmp_path: Path) -> None:
     )
     again = pickle.loads(pickle.dumps(train))  # as a loader's workers are given it
     assert torch.equal(again.image(3), train.image(3))
+
+
+def test_a_part_that_has_labels_tests_before_one_that_has_none(tmp_path: Path) -> None:
+    secret, open_ = table(pictures(4), kind=[-1, -1, None, -1]), table(pictures(3), kind=[0, 1, 0])
+    parts = {"train": table(pictures(6), kind=[0, 1] * 3), "test": secret, "validation": open_}
+    name = saved(tmp_path / "saved", datasets.DatasetDict(parts))
+    (test,) = open_splits(name, ("test",), tmp_path)
+    assert test.labels is not None
+    assert test.labels.tolist() == [0, 1, 0]
+    assert str(read_hub(name)).endswith("Left out: 'test'.")
+    del parts["validation"]
+    (test,) = open_splits(saved(tmp_path / "other", datasets.DatasetDict(parts)), ("test",), tmp_path)
+    assert (len(test), test.labels) == (4, None)
+
+
+def test_what_is_kept_of_other_data_or_another_decoding_is_not_used(tmp_path: Path) -> None:
+    """Views drawn once: of one changed image among many, and on another background."""
+    clear = [Image.new("RGBA", (9, 9), (0, 0, 0, 0)) for _ in range(5)]
+    other = [*clear[:3], Image.new("RGBA", (9, 9), (255, 0, 0, 255)), clear[4]]
+    one, changed = saved(tmp_path / "one", table(clear)), saved(tmp_path / "changed", table(other))
+
+    def first_view(name: str, background: str, row: int) -> Tensor:
+        images = open_dataset(name, "train", tmp_path, decoding=Decoding(background=background))
+        augmentation = Augmentation(4, jitter_p=0, grey_p=0, blur_p=0)
+        views = finite_views(images, augmentation, 2, seed=0, folder=tmp_path / "kept", name="same")
+        return views.take(torch.tensor([2 * row]))[0]
+
+    assert first_view(one, "#000000", 3).max() == 0
+    assert first_view(one, "#ffffff", 3).min() == 1
+    assert first_view(changed, "#000000", 3)[0].min() == 1
+    assert identity(open_dataset(one, "train", tmp_path)) != identity(open_dataset(changed, "train", tmp_path))
+    assert identity(open_dataset(one, "train", tmp_path)) == identity(open_dataset(one, "train", tmp_path))
 
 
 def test_without_a_part_to_test_on_a_fifth_of_each_class_is_held_out(tmp_path: Path) -> None:
@@ -123,6 +155,9 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(DataError, match=r"cannot read image 0 of hf:.*leave it out of the data") as caught:
         broken.image(0)
     assert "\n" not in str(caught.value)
+    gap = open_dataset(saved(tmp_path / "gap", table([None, *pictures(1)])), "train", tmp_path)
+    with pytest.raises(DataError, match=r"cannot read image 0 of hf:.* \(there is none\)"):
+        gap.image(0)
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(DataError, match="python -m pip install datasets"):
         read_hub(two)

@@ -96,13 +96,16 @@ def test_embedding_follows_the_run_and_takes_single_files(finished: Path, photos
         [str(photos / "bad.png"), str(tmp_path / "deep.tif")],
         {".txt": 1},
     )
+    with pytest.raises(ValueError, match=r"out.parquet is there already: --append adds to it; for a new table give"):
+        embed_images(run, paths, out, value_range="0,4095")
+    out.unlink()
     assert embed_images(run, paths, out, value_range="0,4095").embedded == 5
     rows = dict(zip(*(pq.read_table(out)[name].to_pylist() for name in ("path", "embedding")), strict=True))
     assert rows[str(photos / "b.png")] == pytest.approx(rows[str(tmp_path / "no image's name.txt")], abs=1e-3)
     with pytest.raises(
         BadImageError, match=r"1 image cannot be read: .*bad\.png' \(empty\): .*; 1 image with 16-bit val"
     ):
-        embed_images(run, paths, out, on_bad_image="raise")
+        embed_images(run, paths, tmp_path / "another.parquet", on_bad_image="raise")
 
 
 def test_there_must_be_images_and_a_run(finished: Path, photos: Path) -> None:
@@ -118,7 +121,9 @@ def test_there_must_be_images_and_a_run(finished: Path, photos: Path) -> None:
         embed_images(finished, photos.parent / "none", photos.parent / "out.parquet")
 
 
-def test_a_table_takes_further_rows_of_its_own_model_only(finished: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_table_takes_further_rows_of_its_own_model_only(
+    finished: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, first = tmp_path / "out.parquet", photos / "a.jpg"
     assert embed_images(finished, first, out, append=True).embedded == 1
     done = embed_images(finished, photos, out, append=True)
@@ -129,6 +134,8 @@ def test_a_table_takes_further_rows_of_its_own_model_only(finished: Path, photos
     torch.testing.assert_close(whole.embeddings, read_table(once).embeddings)
     content = out.read_bytes()
     assert embed_images(finished, photos, out, append=True)[::3] == (0, 3)
+    monkeypatch.chdir(photos / "deep")  # where they have other names
+    assert embed_images(finished, Path(".."), out, append=True)[::3] == (0, 3)
 
     moved = shutil.copytree(finished, tmp_path / "moved")  # the same model, wherever it is
     assert embed_images(moved, photos, out, append=True).embedded == 0

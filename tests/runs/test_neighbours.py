@@ -8,18 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
-from torch_emc2.config import recorded_config
+from torch_emc2.config import read_config, recorded_config
 from torch_emc2.runs import (
     Model,
     Neighbours,
+    draw_duplicates,
     draw_neighbours,
     embed_images,
+    find_duplicates,
     find_neighbours,
     read_table,
 )
 from torch_emc2.runs.gallery import Gallery
 from torch_emc2.runs.neighbours import OTHER, SAME, Hit, nearest_in
 from torch_emc2.runs.tiles import PLAIN
+from torch_emc2.training import train
 from torch_emc2.training.run_images import same_images
 
 
@@ -56,6 +59,40 @@ def test_neighbours_in_a_table_are_those_of_the_largest_cosines(finished: Path, 
     assert lines[0] == f"  {found.hits[0][0].similarity:6.3f}  {label}  {by_hand[1][1]}"
 
 
+def test_a_picture_takes_the_place_of_none_of_its_images(finished: Path, photos: Path, tmp_path: Path) -> None:
+    out, query = tmp_path / "out.parquet", photos / "cat/a.png"
+    embed_images(finished, photos, out)
+    content = query.read_bytes()
+    found = find_neighbours(finished, [query], out, k=2)
+    (tmp_path / "link.png").symlink_to(query)
+    for picture in (query, tmp_path / "link.png"):
+        with pytest.raises(ValueError, match=r"is one of the images themselves: give the picture another name by -o"):
+            draw_neighbours(found, picture)
+        with pytest.raises(ValueError, match=r"is one of the images themselves"):
+            draw_duplicates(find_duplicates(out, -1.0), picture)
+    assert query.read_bytes() == content
+    for _ in range(2):  # one that it has drawn before
+        draw_neighbours(found, tmp_path / "found.png")
+
+
+def test_images_that_a_run_skipped_are_not_searched(finished: Path, tmp_path: Path) -> None:
+    """One is broken in its middle, which training finds when it decodes it."""
+    for i in range(20):
+        pixels = torch.randint(256, (40, 40), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{i:02}.png")
+    broken = tmp_path / "photos" / "07.png"
+    content = bytearray(broken.read_bytes())
+    content[300:500] = bytes(200)
+    broken.write_bytes(content)
+    words = f"--data.name folder:{tmp_path / 'photos'} --data.on_bad_image skip --data.augmentation.size 8"
+    words += f" --data.channels 1 --batch_size 8 --epochs 1 --accelerator cpu --out {tmp_path / 'run'}"
+    run = train(read_config("quickstart", words.split()))
+    found = find_neighbours(run, [tmp_path / "photos" / "01.png"], k=30)
+    assert len(found.gallery) == 19
+    assert str(broken) not in found.gallery.names
+
+
 def test_without_a_table_the_runs_own_images_are_searched(finished: Path, photos: Path) -> None:
     images = same_images(recorded_config(finished), finished)
     pixels = images.image(40)[0].numpy()
@@ -75,7 +112,7 @@ def test_a_table_of_another_model_is_refused(finished: Path, photos: Path, tmp_p
     content = bytearray((other / "head.safetensors").read_bytes())
     content[-1] ^= 1
     (other / "head.safetensors").write_bytes(content)
-    message = rf"out.parquet is that of {finished}, not of {other}: emc2 embed {other} FOLDER -o .* makes it anew"
+    message = rf"out.parquet is that of {finished}, not of {other}: emc2 embed {other} FOLDER -o ANOTHER.parquet"
     with pytest.raises(ValueError, match=message):
         find_neighbours(other, [photos], out)
 

@@ -93,7 +93,7 @@ def decoded_once(
     Raises:
         BadImageError: an image cannot be read, and is not to be skipped.
     """
-    if images.decoding is None:
+    if not images.in_files or images.decoding is None:
         return images
     origin = {"which": which(images), "channels": images.channels, "decoding": asdict(images.decoding)}
     paths = [images.path(i) for i in range(len(images))]

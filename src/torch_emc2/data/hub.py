@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,8 +20,6 @@ from torch_emc2.settings.images import Decoding
 
 __all__ = ["HubData", "HubImages", "read_hub"]
 
-_LOOKED_AT = 64  # rows, by which data of one name and number are told apart
-
 
 class HubImages:
     """The images of a table of `datasets`, decoded when they are read, as those in files are.
@@ -32,13 +28,22 @@ class HubImages:
         table: a `datasets.Dataset`.
         column: of it that has the images, as bytes or paths.
         name: of the data, for errors.
+        fingerprint: by which `datasets` tells one content from another.
         decoding: what is made of their pixels.
     """
 
     channels = 3
 
-    def __init__(self, table: Any, column: str, name: str, decoding: Decoding = Decoding()) -> None:  # noqa: B008
-        self.table, self.column, self.name, self.decoding = table, column, name, decoding
+    def __init__(
+        self,
+        table: Any,
+        column: str,
+        name: str,
+        fingerprint: str,
+        decoding: Decoding = Decoding(),  # noqa: B008  # frozen
+    ) -> None:
+        self.table, self.column, self.name = table, column, name
+        self.fingerprint, self.decoding = fingerprint, decoding
 
     def __len__(self) -> int:
         return len(self.table)
@@ -51,6 +56,8 @@ class HubImages:
         """
         cell = self.table[row][self.column]
         try:
+            if cell is None:
+                raise DataError("there is none")
             return decode(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]), self.decoding)
         except Exception as error:  # Pillow's parsers raise whatever a damaged file makes of them
             why = str(error) if isinstance(error, DataError) else one_line(error)
@@ -64,16 +71,7 @@ class HubImages:
 
     def decoded(self, decoding: Decoding) -> HubImages:
         """Return the same images, decoded so."""
-        return HubImages(self.table, self.column, self.name, decoding)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of the table's size and of some images, wherever they are kept."""
-        digest = hashlib.sha256(str(len(self)).encode())
-        for row in range(0, len(self), -(-len(self) // _LOOKED_AT)):
-            cell = self.table[row][self.column]
-            digest.update(cell["bytes"] or os.path.basename(cell["path"]).encode(errors="surrogateescape"))
-        return digest.hexdigest()[:16]
+        return HubImages(self.table, self.column, self.name, self.fingerprint, decoding)
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,8 @@ def read_hub(name: str) -> HubData:
     """Find a data set's images, splits and classes.
 
     Images are those of the column ``image``, or of the first that has images; classes those of the first `ClassLabel`.
-    Splits are known by their usual names, as those of folders are.
+    Splits are known by their usual names, as those of folders are; of a test and a validation part the first that has
+    labels tests.
 
     Args:
         name: hf:OWNER/NAME of the hub, or hf:PATH of a folder that `Dataset.save_to_disk` wrote or that
@@ -126,14 +125,13 @@ def read_hub(name: str) -> HubData:
         if len(tables) > 1:
             raise DataError(f"{name} has the splits {', '.join(map(repr, tables))}: one must be called train")
         parts = {"train": next(iter(tables))}
-    held_out = parts.get("test", parts.get("validation"))
-    used = {parts["train"], held_out}
-    return HubData(
-        name,
-        _images(tables[parts["train"]], name),
-        None if held_out is None else _images(tables[held_out], name),
-        [split for split in tables if split not in used],
-    )
+    train = _images(tables[parts["train"]], name)
+    others = {parts[part]: _images(tables[parts[part]], name) for part in ("test", "validation") if part in parts}
+    tested = next(iter(others), None)
+    if train.labels is not None:  # a test part whose labels are kept secret tests nothing
+        tested = next((split for split, images in others.items() if images.labels is not None), tested)
+    left_out = [split for split in tables if split not in (parts["train"], tested)]
+    return HubData(name, train, None if tested is None else others[tested], left_out)
 
 
 def _load(name: str) -> Mapping[str, Any]:
@@ -159,9 +157,11 @@ def _images(table: Any, name: str) -> ImageDataset:
         raise DataError(f"{name} has no images: its columns are {', '.join(kinds)}")
     column = "image" if "image" in columns else columns[0]
     label = next((each for each, kind in kinds.items() if isinstance(kind, ClassLabel)), None)
-    labels = None if label is None else torch.tensor(table[label][:], dtype=torch.int64)
+    labels = None
+    if label is not None:
+        labels = torch.tensor([-1 if each is None else each for each in table[label][:]], dtype=torch.int64)
     pictures = table.select_columns([column]).cast_column(column, Image(decode=False))
-    source = HubImages(pictures, column, name)
+    source = HubImages(pictures, column, name, table._fingerprint)
     if labels is None or (labels < 0).any():  # -1 is no class
         return ImageDataset(source)
     return ImageDataset(source, labels=labels, classes=kinds[label].names)

@@ -200,8 +200,13 @@ class ImageDataset:
 
     @property
     def decoding(self) -> Decoding | None:
-        """How files are decoded; None where the images are in no files of their own."""
-        return self.source.decoding if isinstance(self.source, FileImages) else None
+        """How the images are decoded; None where they are pixels already."""
+        return self.source.decoding if isinstance(self.source, Encoded) else None
+
+    @property
+    def in_files(self) -> bool:
+        """Whether each image has a file of its own."""
+        return isinstance(self.source, FileImages)
 
     def subset(self, picks: Tensor) -> ImageDataset:
         """Return the images numbered ``picks`` (k,), in that order."""

@@ -175,7 +175,8 @@ def to_markdown(diagnosis: Diagnosis) -> str:
     ]
     parts = [
         f"{diagnosis.samples} samples of two fixed views, batches of {diagnosis.batch_size}, "
-        f"β = {1 / diagnosis.temperature:.4g}, burn-in {diagnosis.burn_in:g}; "
+        f"β = {1 / diagnosis.temperature:.4g}; EMC² is with the kernel metropolis, burn-in {diagnosis.burn_in:g}, "
+        "where it does not say isir; "
         f"{diagnosis.runs} runs after {diagnosis.mixing_epochs} epochs of mixing. "
         "Errors are squared, and relative to the squared norm of the exact gradient.",
         _objective(diagnosis),
@@ -220,8 +221,8 @@ def _cautions(diagnosis: Diagnosis) -> list[str]:
         )
     if 4 * visits > diagnosis.mixing_epochs:
         said.append(
-            f"Chains take {visits:.0f} visits to come near their target, and had {diagnosis.mixing_epochs} before what "
-            f"counts: some of EMC²'s bias is their start. --mixing-epochs {math.ceil(4 * visits)} would do."
+            f"Chains may take {visits:.0f} visits to come near their target, and had {diagnosis.mixing_epochs} before "
+            f"what counts: some of EMC²'s bias may be their start. --mixing-epochs {math.ceil(4 * visits)} would tell."
         )
     return said
 

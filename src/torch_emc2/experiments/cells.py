@@ -133,7 +133,8 @@ def _done(todo: Mapping[str, Cell], folder: Path, jobs: int) -> Generator[Cell]:
 def _threads() -> int:
     """Return how many threads all cells together may use: a core each, unless the user says otherwise."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() and int(given) else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    return min(int(given), cores) if given.isdecimal() and int(given) else cores
 
 
 def _start_server() -> None:

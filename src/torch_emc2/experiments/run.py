@@ -16,6 +16,7 @@ from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES, Tuned, Varia
 from torch_emc2.experiments.figure import accuracy_panels, draw_panels, gradient_panels, group, markdown, sweep_panels
 from torch_emc2.experiments.measure import read_curve
 from torch_emc2.files import whole_file
+from torch_emc2.run_folder import read_facts
 from torch_emc2.settings.images import file_name_of
 
 __all__ = ["run_experiment"]
@@ -97,7 +98,8 @@ def run_experiment(
     else:
         curves = [row | {"curve": read_curve(shared / "cells" / row["cell"] / "curve.csv")} for row in rows]
         panels = gradient_panels(curves) if experiment.figure == "gradient" else accuracy_panels(curves)
-    title = _title(experiment.title, dataset, scale, cells)
+    runs = [shared / "cells" / row["cell"] / "run" for row in rows]
+    title = _title(experiment.title, dataset, scale, runs)
     with whole_file(folder / "figure.png") as file:
         draw_panels(panels, title, file)
     if name == "search":
@@ -128,10 +130,10 @@ def _refuse_ignored(name: str, overrides: Sequence[str], base: Config, variants:
             raise ValueError(f"--{field} is what {name} sets for its runs itself: leave it out")
 
 
-def _title(what: str, dataset: str, scale: str, cells: Sequence[Cell]) -> str:
+def _title(what: str, dataset: str, scale: str, runs: Sequence[Path]) -> str:
     """Say what is shown, and of what."""
-    limits = {cell.config.data.limit for cell in cells}
-    images = f", {limit} images" if len(limits) == 1 and (limit := next(iter(limits))) else ""
+    counts = {str(read_facts(run).get("images", "")).partition(",")[0] for run in runs}
+    images = f", {next(iter(counts))} images" if len(counts) == 1 and "" not in counts else ""
     smoke = "; a smoke test, no result" if scale == "smoke" else ""
     return f"{what}; {file_name_of(dataset)}{images}{smoke}"
 

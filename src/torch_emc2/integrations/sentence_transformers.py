@@ -107,16 +107,18 @@ class EMC2SentenceLoss(nn.Module):
             embeddings: Tensor = self.model(column)["sentence_embedding"]
             return embeddings
         if type(self.model.forward).__name__ == "ForwardDecorator":  # which is gone by the time of the second pass
-            raise ValueError("in a MatryoshkaLoss mini_batch_size must be None")
+            raise ValueError("in a MatryoshkaLoss or AdaptiveLayerLoss mini_batch_size must be None")
+
+        def embed(part: dict[str, Any]) -> Tensor:  # by whose tensors torch knows of which device to keep the chances
+            return cast(Tensor, self.model(dict(part))["sentence_embedding"])
+
         rows = next(len(part) for part in column.values() if isinstance(part, Tensor))
-
-        def embed(start: int) -> Tensor:
-            chunk = slice(start, start + cast(int, self.mini_batch_size))
-            part = {name: each[chunk] if isinstance(each, Tensor) else each for name, each in column.items()}
-            return cast(Tensor, self.model(part)["sentence_embedding"])
-
-        starts = range(0, rows, self.mini_batch_size)
-        return torch.cat([checkpoint(embed, start, use_reentrant=False) for start in starts])
+        chunks = [slice(start, start + self.mini_batch_size) for start in range(0, rows, self.mini_batch_size)]
+        parts = (
+            {name: each[chunk] if isinstance(each, Tensor) else each for name, each in column.items()}
+            for chunk in chunks
+        )
+        return torch.cat([checkpoint(embed, part, use_reentrant=False) for part in parts])
 
     def _ids_of_labels(self, labels: Tensor | None, columns: int) -> list[Tensor]:
         if labels is None or labels.is_floating_point() or labels.shape[1:] not in ((), (columns,)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,7 @@ def _weights(model: ModelConfig) -> str:
 
 def _published_name(data: str) -> str:
     kind, colon, place = data.partition(":")
-    if kind == "hf" and not os.path.isdir(os.path.expanduser(place)):  # on the hub, where all find it
+    if kind == "hf" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place) and not os.path.isdir(place):  # all find it
         return data
     return kind + colon + os.path.basename(os.path.normpath(place)) if colon else data
 

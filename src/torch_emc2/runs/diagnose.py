@@ -75,7 +75,7 @@ def diagnose_run(
         burn_in=0.5 if config.emc2.burn_in is None else config.emc2.burn_in,
         epochs=epochs,
         mixing_epochs=mixing_epochs,
-        further={} if own is None else {own.loss.__name__: own.maker({}, given)},
+        further={} if own is None else {own.name: own.maker({}, given)},
         # Finite views have chains of their own, which met other views than these two.
         staleness=None if data.finite_views else _staleness(run, encoder, views, index, pairs, config.temperature),
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from torch_emc2.files import whole_file
-from torch_emc2.runs.gallery import Gallery, open_gallery
+from torch_emc2.runs.gallery import Gallery, open_gallery, refuse_images_name
 from torch_emc2.runs.neighbours import Hit
 from torch_emc2.runs.tiles import Tile, draw_rows
 
@@ -74,6 +74,7 @@ def near_duplicates(embeddings: Tensor, threshold: float) -> list[list[Hit]]:
 def draw_duplicates(found: Duplicates, out: Path) -> None:
     """Draw a group a row as a PNG, the first of many."""
     gallery, groups = found.gallery, found.groups
+    refuse_images_name(out, gallery)
     rows = [
         [
             Tile(gallery.image(i), [f"{cosine:.3f}", os.path.basename(gallery.names[i])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,11 +56,15 @@ def embed_images(
 
     Raises:
         DataError: there is no image; or, unless they are to be skipped, one cannot be read.
-        ValueError: the folder is no finished run, the table's name is not one of a Parquet file, or the table that is
-            there is another model's.
+        ValueError: the folder is no finished run, the table's name is not one of a Parquet file, or there is one of
+            that name, another model's or not to be added to.
     """
     if out.suffix != ".parquet":
         raise ValueError(f"{out} will be a Parquet file: give it a name that ends in .parquet")
+    if out.exists() and not append:
+        raise ValueError(
+            f"{out} is there already: --append adds to it; for a new table give another name, or remove it"
+        )
     model = Model(run, value_range=value_range)
     before = read_table(out) if append and out.exists() else None
     found_at = out.stat().st_mtime_ns if before is not None else None
@@ -70,8 +75,9 @@ def embed_images(
     found = find_images(*folders)
     if not found.files:
         raise DataError(f"no images in {named}: give images, or folders that hold some. {found}".rstrip())
-    there = set(before.paths).intersection(found.files) if before is not None else set()
-    new = [path for path in found.files if path not in there]
+    known = {os.path.realpath(path) for path in before.paths} if before is not None else set()
+    new = [path for path in found.files if os.path.realpath(path) not in known]
+    there = len(found.files) - len(new)
     _LOG.info("%s: %d images to embed. %s", named, len(new), found)
     skip = (on_bad_image or model.config.data.on_bad_image) == "skip"
     check = model.check(new, whole=skip)
@@ -97,12 +103,12 @@ def embed_images(
             if found_at not in (None, out.stat().st_mtime_ns if out.exists() else None):
                 raise ValueError(f"{out} was changed by another process meanwhile, and stays: start again")
             write_table(table if before is None else _joined(before, table), file)
-    return Embedded(len(good), unreadable, found, len(there))
+    return Embedded(len(good), unreadable, found, there)
 
 
 def _require_same(there: Origin | None, own: Origin, out: Path) -> None:
     """Raise ValueError where rows of a run's model do not belong into a table."""
-    other = "another name, or leave out --append to write it anew"
+    other = "another name, or remove it to write it anew"
     if there is None:
         raise ValueError(f"{out} does not say which model it is of: give {other}")
     if there.model != own.model:

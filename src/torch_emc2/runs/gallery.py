@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from torch_emc2.runs.finished import leave_out_advised
 from torch_emc2.runs.model import Model
 from torch_emc2.runs.table import EmbeddingTable, read_table
 from torch_emc2.settings.images import Decoding
-from torch_emc2.training.run_images import same_images
+from torch_emc2.training.run_images import readable_images
 
-__all__ = ["Gallery", "of_images", "of_run", "of_table", "open_gallery"]
+__all__ = ["Gallery", "of_images", "of_run", "of_table", "open_gallery", "refuse_images_name"]
 
 # To be looked at only: values of an unknown range show what there is.
 _ANY_RANGE = Decoding(value_range="1%,99%")
@@ -64,7 +65,7 @@ def of_images(images: ImageDataset, embeddings: Tensor, name: str) -> Gallery:
 
 def of_run(model: Model) -> Gallery:
     """Give the images that a run was trained on, embedded by its model."""
-    images = same_images(model.config, model.run)
+    images = readable_images(model.config, model.run)
     with leave_out_advised(model.run):
         return of_images(images, model.features(images), model.config.data.name)
 
@@ -72,6 +73,14 @@ def of_run(model: Model) -> Gallery:
 def of_table(table: EmbeddingTable) -> Gallery:
     """Give the images of a table; their files need not be there any more."""
     return Gallery(table.embeddings, table.paths, table.labels, lambda i: decode_image(table.paths[i], _ANY_RANGE))
+
+
+def refuse_images_name(out: Path, *galleries: Gallery) -> None:
+    """Raise ValueError where a picture would take the place of one of the images that it shows."""
+    if out.exists() and any(
+        os.path.realpath(name) == os.path.realpath(out) for each in galleries for name in each.names
+    ):
+        raise ValueError(f"{out} is one of the images themselves: give the picture another name by -o")
 
 
 def open_gallery(source: Path) -> Gallery:

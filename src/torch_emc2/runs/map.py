@@ -21,7 +21,7 @@ from sklearn.manifold import TSNE
 from torch.nn.functional import normalize
 
 from torch_emc2.files import whole_file
-from torch_emc2.runs.gallery import Gallery, open_gallery
+from torch_emc2.runs.gallery import Gallery, open_gallery, refuse_images_name
 from torch_emc2.runs.tiles import fitted, thumbnail
 
 __all__ = ["Map", "draw_map", "map_of"]
@@ -83,6 +83,7 @@ def map_of(source: Path, *, seed: int = 0) -> Map:
 
 def draw_map(found: Map, out: Path) -> None:
     """Draw a map as a PNG: a point an image, of its group's colour, and small images where they have room."""
+    refuse_images_name(out, found.gallery)
     places = found.places - found.places.min(0)
     places = places / places.max()
     sizes = Counter(group for group in found.groups if group is not None)

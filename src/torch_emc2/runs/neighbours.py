@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch_emc2.evaluation import nearest_neighbours
 from torch_emc2.files import whole_file
-from torch_emc2.runs.gallery import Gallery, of_images, of_run, of_table
+from torch_emc2.runs.gallery import Gallery, of_images, of_run, of_table, refuse_images_name
 from torch_emc2.runs.model import Model
 from torch_emc2.runs.table import EmbeddingTable, read_table
 from torch_emc2.runs.tiles import PLAIN, Tile, draw_rows
@@ -85,6 +85,7 @@ def nearest_in(gallery: Gallery, queries: Gallery, k: int) -> Neighbours:
 def draw_neighbours(found: Neighbours, out: Path, title: str = "Queries, and the images nearest to them") -> None:
     """Draw each query at the left of a row and its neighbours to the right, as a PNG; the first of many."""
     queries, gallery, rows = found.queries, found.gallery, []
+    refuse_images_name(out, queries, gallery)
     for i, hits in list(enumerate(found.hits))[:_DRAWN]:
         own = queries.labels[i]
         name = os.path.basename(queries.names[i])
@@ -106,7 +107,7 @@ def draw_neighbours(found: Neighbours, out: Path, title: str = "Queries, and the
 def _own_table(model: Model, table: EmbeddingTable, path: Path | None) -> Gallery:
     if table.origin is None or table.origin.model != model.identity:
         of = "does not say which model it is of" if table.origin is None else f"is that of {table.origin.run}"
-        raise ValueError(f"{path} {of}, not of {model.run}: emc2 embed {model.run} FOLDER -o {path} makes it anew")
+        raise ValueError(f"{path} {of}, not of {model.run}: emc2 embed {model.run} FOLDER -o ANOTHER.parquet makes one")
     return of_table(table)
 
 

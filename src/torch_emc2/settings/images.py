@@ -21,6 +21,8 @@ def require_data(name: str) -> None:
         if not os.path.isdir(path):  # Path's own raises where the name is too long
             raise ValueError(f"{path!r} is not a folder; give one that holds images, as folder:PATH")
     elif name not in DATA_SETS and not name.startswith("hf:"):
+        if os.path.isdir(os.path.expanduser(name)):
+            raise ValueError(f"unknown data set {name!r}; a folder of images is folder:{name}")
         raise ValueError(f"unknown data set {name!r}; use one of {', '.join(DATA_SETS)}, folder:PATH, hf:OWNER/NAME")
 
 

@@ -62,6 +62,8 @@ class Progress(L.Callback):
         self.total = module.config.epochs * module.steps_per_epoch(trainer.world_size)
         self.begun, self.sum, self.batches = time.monotonic(), torch.zeros(()), 0
         self.shown = trainer.is_global_zero
+        if self.first and self.shown:
+            _LOG.info("Going on in epoch %d of %d.", trainer.current_epoch + 1, module.config.epochs)
         if self.interactive and self.shown:
             self.bar = tqdm(total=self.total, initial=self.first, unit="step", dynamic_ncols=True)
             self._describe(trainer)
@@ -99,8 +101,9 @@ class Progress(L.Callback):
         self._close()
         if self.shown and self.means:
             _LOG.info("Trained: %d steps in %s.", self.steps - self.first, duration(time.monotonic() - self.begun))
+            of_first = "in the first since it went on" if self.first else "in the first"
             first, last = self.means[0], self.means[-1]
-            _LOG.info("Global loss: %.3f in the last epoch, %.3f in the first; lower is better.", last, first)
+            _LOG.info("Global loss: %.3f in the last epoch, %.3f %s; lower is better.", last, first, of_first)
 
     def on_exception(self, *args: object) -> None:
         """Leave the line to what is printed next."""

@@ -17,7 +17,7 @@ from torch_emc2.files import one_line, whole_file
 from torch_emc2.run_folder import read_facts
 from torch_emc2.settings.images import Decoding
 
-__all__ = ["evaluation_parts", "first_images", "same_images"]
+__all__ = ["evaluation_parts", "first_images", "readable_images", "same_images"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,6 +60,17 @@ def same_images(config: Config, run: Path) -> ImageDataset:
     """Return what `first_images` returned when the run began."""
     (images,) = _open(config, ["train"])
     return images.decoded(_run_decoding(config.data, run)).without(_left_out(config.data, run))
+
+
+def readable_images(config: Config, run: Path) -> ImageDataset:
+    """Return the images that a run was trained on; those that it skipped as unreadable are left out."""
+    images = same_images(config, run)
+    if config.data.on_bad_image == "raise" or not images.in_files or images.decoding is None:
+        return images
+    workers, kept = config.data.num_workers, run / "checked.json"
+    unreadable = check_files(images.files(), images.decoding, whole=True, num_workers=workers, kept=kept).unreadable
+    _say_left_out(unreadable, len(images))
+    return images.without(unreadable)
 
 
 def evaluation_parts(config: Config, run: Path, *, own: bool = True) -> tuple[ImageDataset, ImageDataset]:
