@@ -75,7 +75,7 @@ def test_a_picture_takes_the_place_of_none_of_its_images(finished: Path, photos:
         draw_neighbours(found, tmp_path / "found.png")
 
 
-def test_images_that_a_run_skipped_are_not_searched(finished: Path, tmp_path: Path) -> None:
+def test_images_that_a_run_skipped_are_not_searched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One is broken in its middle, which training finds when it decodes it."""
     for i in range(20):
         pixels = torch.randint(256, (40, 40), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
@@ -87,7 +87,9 @@ def test_images_that_a_run_skipped_are_not_searched(finished: Path, tmp_path: Pa
     broken.write_bytes(content)
     words = f"--data.name folder:{tmp_path / 'photos'} --data.on_bad_image skip --data.augmentation.size 8"
     words += f" --data.channels 1 --batch_size 8 --epochs 1 --accelerator cpu --out {tmp_path / 'run'}"
+    caplog.set_level("INFO")
     run = train(read_config("quickstart", words.split()))
+    assert "Images that could not be read were left out 1 times" in caplog.text
     found = find_neighbours(run, [tmp_path / "photos" / "01.png"], k=30)
     assert len(found.gallery) == 19
     assert str(broken) not in found.gallery.names

@@ -98,7 +98,10 @@ class Progress(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Tell what came of it."""
+        assert isinstance(module, ContrastiveModule)
         self._close()
+        if self.shown and module.skipped:
+            _LOG.info("Images that could not be read were left out %d times; emc2 embed names them.", module.skipped)
         if self.shown and self.means:
             _LOG.info("Trained: %d steps in %s.", self.steps - self.first, duration(time.monotonic() - self.begun))
             of_first = "in the first since it went on" if self.first else "in the first"
