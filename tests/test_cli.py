@@ -324,7 +324,7 @@ def test_quickstart_train_evaluate_embed(
     out = capsys.readouterr().out
     assert "Note: no accuracies: all training images are of one class, 'deep'\nWritten: other/evaluation-mine-" in out
     assert main(["evaluate", "other", "--data", "mine"]) == 2
-    assert "unknown data set 'mine'; use one of digits, " in capsys.readouterr().err
+    assert "unknown data set 'mine'; a folder of images is folder:mine" in capsys.readouterr().err
     assert main(["diagnose", "other", "--samples", "16", "--epochs", "1"]) == 0
     out = capsys.readouterr().out
     assert (tmp_path / "other" / "diagnosis.md").read_text() in out
