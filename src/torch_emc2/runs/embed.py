@@ -61,7 +61,7 @@ def embed_images(
     """
     if out.suffix != ".parquet":
         raise ValueError(f"{out} will be a Parquet file: give it a name that ends in .parquet")
-    if out.exists() and not append:
+    if out.is_file() and not append:
         raise ValueError(
             f"{out} is there already: --append adds to it; for a new table give another name, or remove it"
         )
