@@ -238,7 +238,7 @@ def test_a_width_is_what_it_would_be_alone(model: Any) -> None:
     torch.testing.assert_close(ours.last, alone[8].last)
 
 
-@pytest.mark.parametrize("rows", [2, 4, 7, 20])
+@pytest.mark.parametrize("rows", [3, 20])
 def test_rows_in_parts_have_the_whole_batch_s_gradient(model: Any, rows: int) -> None:
     model.double()
     plain, chunked = EMC2SentenceLoss(model), EMC2SentenceLoss(model, mini_batch_size=rows)
