@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from guided import guided
 from queued import queued
 from torch import Tensor
 from towers import Tower
@@ -191,6 +192,7 @@ METHODS = {
     "negative-cache": Method("Negative Cache", _negative_cache),
     "mnrl": Method("sentence-transformers MNRL", _mnrl),
     "mnrl-together": Method("sentence-transformers MNRL, all directions", partial(_mnrl, directions=DIRECTIONS)),
+    "gist": Method("GIST, the encoder as it comes as guide", guided),
     "cached": Method("GradCache (cached MNRL), 8 b", _cached, batches=8),
     "cross-batch-memory": Method("cross-batch memory", partial(queued, momentum=None)),
     "moco": Method("MoCo, momentum 0.99", partial(queued, momentum=0.99)),

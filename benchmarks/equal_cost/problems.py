@@ -53,7 +53,7 @@ def _minilm(packages: Path) -> Problem:
         encoder = make()
         return encoder, encoder
 
-    return Problem(x, y, parts, one_encoder, epochs=1, lr=3e-5, temperature=0.05)
+    return Problem(x, y, parts, one_encoder, epochs=0.5, lr=8.5e-5, temperature=0.1)
 
 
 def _drawn(packages: Path) -> Drawn:

@@ -14,6 +14,7 @@ import argparse
 import math
 import re
 import subprocess
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -58,10 +59,23 @@ class Runner:
     def search(self, method: str, batch_size: int, budget: int) -> Found:
         """Find a method's best cell on the validation queries."""
         kappas = METHODS[method].kappas
-        lr = self.problem.lr * math.sqrt(METHODS[method].batches * batch_size / 32)
-        kappa = kappas[0] if kappas else None
-        start = Cell(self.name, method, batch_size, self.problem.epochs, lr, self.problem.temperature, kappa)
+        known, lr, temperature, kappa = self._known(method, batch_size)
+        lr *= math.sqrt(METHODS[method].batches * batch_size / known)
+        start = Cell(self.name, method, batch_size, self.problem.epochs, lr, temperature, kappa)
         return search(start, self._score, budget=budget, kappas=kappas)
+
+    def _known(self, method: str, batch_size: int) -> tuple[int, float, float, float | str | None]:
+        """A batch size, and what to begin with there: the best kept of the nearest other size, or the problem's."""
+        others: dict[int, list[Cell]] = defaultdict(list)
+        for cell, result in self.kept.results.items():
+            if cell.method == method and cell.batch_size != batch_size and not cell.final and "validation" in result:
+                others[cell.batch_size].append(cell)
+        if not others:
+            kappas = METHODS[method].kappas
+            return 32, self.problem.lr, self.problem.temperature, kappas[0] if kappas else None
+        nearest = min(others, key=lambda size: (abs(math.log(size / batch_size)), size))
+        best = max(others[nearest], key=self._score)
+        return METHODS[method].batches * nearest, best.lr, best.temperature, best.kappa
 
     def _score(self, cell: Cell) -> float:
         result = self.measure(cell)

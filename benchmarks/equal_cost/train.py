@@ -110,9 +110,11 @@ def _evaluate(cell: Cell, problem: Problem, trained: tuple[Tower, Tower]) -> Res
 
 @torch.no_grad()
 def _embed(tower: Tower, rows: Tensor) -> Tensor:
-    """Embed any pairs, of training or not."""
-    parts = (on(tower.device, tower.side.content[some]) for some in rows.split(256))
-    return torch.cat([normalize(tower.encoder(part)).cpu() for part in parts])
+    """Embed any pairs, of training or not; texts of like length together, which leaves little to fill up."""
+    content = tower.side.content
+    order = content.lengths[rows].argsort() if hasattr(content, "lengths") else torch.arange(len(rows))
+    parts = (on(tower.device, content[some]) for some in rows[order].split(256))
+    return torch.cat([normalize(tower.encoder(part)).cpu() for part in parts])[order.argsort()]
 
 
 def _peak_mb(device: str, *, reset: bool = False) -> float:

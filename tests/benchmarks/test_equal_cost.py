@@ -24,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "equal_cost"))
 
 from bags import Bags, _tokens
 from cells import Cell, Kept
-from methods import METHODS
+from methods import METHODS, Given
 from problem import Problem, Side, split
 from problems import PROBLEMS
 from retrieval import global_loss, metrics, ranks
 from run import Runner
 from search import search
 from table import by_kappa, costs, groups, mrr, within
+from towers import towers
 from train import run
 from wordnet import senses
 
@@ -169,6 +170,33 @@ def test_a_cell_is_trained_once_and_one_whose_process_is_killed_again(
     for _ in range(2):
         assert Runner("tiny", tiny(), Kept(path)).measure(CELL)["steps"] == 3
     assert trained.read_text() == "xx"
+
+
+def test_a_search_begins_where_the_nearest_other_batch_size_ended(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "tiny.jsonl")
+    for batch_size, lr, score in ((4, 1.0, 1.0), (32, 2.0, 3.0), (32, 4.0, 5.0), (64, 8.0, 9.0), (16, 9.0, 9.0)):
+        kept.keep(replace(CELL, batch_size=batch_size, lr=lr, temperature=lr), result(score, 1))
+    started = Runner("tiny", tiny(), kept)._known("infonce", 16)
+    assert started == (32, 4.0, 4.0, None)
+    assert Runner("tiny", tiny(), kept)._known("dcl", 16) == (32, 1e-3, 0.1, None)
+
+
+def test_what_a_guide_finds_nearer_than_the_positive_is_no_negative() -> None:
+    problem = tiny(pairs=30, shared=1)
+    x, y = towers(problem, "cpu")
+    rows = torch.arange(5)
+    encoded = [normalize(tower(rows)).detach() for tower in (x, y)]  # the guide is as the encoders are
+    a, b = (each.tolist() for each in encoded)
+    dot = lambda u, v: sum(i * j for i, j in zip(u, v, strict=True))  # noqa: E731
+    expected = 0.0
+    for i in range(5):
+        positive = dot(a[i], b[i])
+        others = [dot(a[i], b[j]) for j in range(5) if j != i]
+        others += [dot(side[i], side[j]) for side in (a, b) for j in range(5) if j != i]
+        left = [positive, *(score for score in others if score <= positive)]
+        expected += (math.log(sum(math.exp(score / 0.1) for score in left)) - positive / 0.1) / 5
+    step = METHODS["gist"].make(Given(x, y, 5, 0.1, None, 1, 0, 128))
+    assert step(rows).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"mnrl", "mnrl-together"}))
