@@ -57,7 +57,8 @@ def one_tower(make_loss: MakeLoss, z: torch.Tensor, ids: Any, mass: float, b: in
 
 
 def two_towers(make_loss: MakeLoss, mass: float, b: int, lengths: dict[str, int]) -> Errors:
-    return two_tower_error(make_loss, *clustered_pairs(SAMPLES, DIM), TEMPERATURE, b, positive_mass=mass, **lengths)
+    errors = two_tower_error(make_loss, *clustered_pairs(SAMPLES, DIM), TEMPERATURE, b, positive_mass=mass, **lengths)
+    return errors.x, errors.y, errors.beta
 
 
 def measured(embeddings: torch.Tensor, ids: Any, given: Given) -> Part:

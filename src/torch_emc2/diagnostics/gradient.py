@@ -63,11 +63,12 @@ class GradientError:
 
 
 class TwoTowerError(NamedTuple):
-    """Errors of the gradient in both sides' embeddings and in β."""
+    """Errors of the gradient in both sides' embeddings, in β, and at the parameters, where they were asked for."""
 
     x: GradientError
     y: GradientError
     beta: GradientError
+    at_parameters: GradientError | None = None
 
 
 def gradient_error(
@@ -117,22 +118,13 @@ def gradient_error(
         return loss_fn(z[index, met[:, 0]], z[index, met[:, 1]], given, encode=encode)
 
     (exact,) = torch.autograd.grad(objective, z)
-    at_embeddings = _Errors(exact, epochs)
-    to_map: list[tuple[int, Tensor]] = []
+    at_embeddings, at_parameters = _Errors(exact, epochs), _AtParameters(exact, epochs)
     last: dict[str, float] = defaultdict(float)
     for run, epoch, (gradient,), numbers in _epochs(make_loss, visit, [z], batch_size, epochs, mixing_epochs, runs):
         for name, number in numbers.items():
             last[name] += number / (runs * epochs)
-        for n, mean in at_embeddings.add(epoch, gradient):
-            if epoch == n and (run == 0 or n in (1, epochs)):
-                to_map.append((n, mean))
-    if to_parameters is None:
-        return at_embeddings.summary(dict(last))
-    exact, *means = to_parameters(torch.stack([exact, *(mean for _, mean in to_map)]))
-    at_parameters = _Errors(exact, epochs)
-    for (n, _), mean in zip(to_map, means, strict=True):
-        at_parameters.add_mean(n, mean)
-    return at_embeddings.summary(dict(last), at_parameters.summary())
+        at_parameters.add(run, epoch, at_embeddings.add(epoch, gradient))
+    return at_embeddings.summary(dict(last), at_parameters.summary(to_parameters))
 
 
 def two_tower_error(
@@ -147,6 +139,7 @@ def two_tower_error(
     epochs: int = 100,
     mixing_epochs: int = 20,
     runs: int = 4,
+    to_parameters: Callable[[Tensor], Tensor] | None = None,
 ) -> TwoTowerError:
     """Measure the gradient in two towers' fixed embeddings and in β, as `gradient_error` does that of one.
 
@@ -161,6 +154,7 @@ def two_tower_error(
         epochs: as in `gradient_error`, and so on.
         mixing_epochs: likewise.
         runs: likewise.
+        to_parameters: likewise, of x and y as two views: from (k, m, 2, d).
     """
     _require(len(x), batch_size, epochs, runs)
     x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
@@ -171,11 +165,16 @@ def two_tower_error(
         return loss_fn(x[index], y[index], index, encode=(x.__getitem__, y.__getitem__), logit_scale=beta)
 
     leaves = [x, y, beta]
-    errors = [_Errors(exact, epochs) for exact in torch.autograd.grad(objective, leaves)]
-    for _, epoch, gradients, _ in _epochs(make_loss, visit, leaves, batch_size, epochs, mixing_epochs, runs):
+    exact_x, exact_y, exact_beta = torch.autograd.grad(objective, leaves)
+    exact = torch.stack([exact_x, exact_y], 1)
+    errors = [_Errors(each, epochs) for each in (exact_x, exact_y, exact_beta)]
+    both, at_parameters = _Errors(exact, epochs), _AtParameters(exact, epochs)
+    for run, epoch, gradients, _ in _epochs(make_loss, visit, leaves, batch_size, epochs, mixing_epochs, runs):
         for error, gradient in zip(errors, gradients, strict=True):
             error.add(epoch, gradient)
-    return TwoTowerError(*(error.summary() for error in errors))
+        at_parameters.add(run, epoch, both.add(epoch, torch.stack(gradients[:2], 1)))
+    at_x, at_y, at_beta = (error.summary() for error in errors)
+    return TwoTowerError(at_x, at_y, at_beta, at_parameters.summary(to_parameters))
 
 
 def parameter_gradient(
@@ -249,6 +248,27 @@ class _Errors:
         bias = products.mean().item()
         spread = products.std().item() / len(products) ** 0.5 if len(products) > 1 else math.nan
         return GradientError(list(self.squared), squared, bias, spread, squared[0] - bias, last or {}, at_parameters)
+
+
+class _AtParameters:
+    """Errors of the few mean gradients that are taken on to the parameters."""
+
+    def __init__(self, exact: Tensor, epochs: int) -> None:
+        self.epochs, self.means = epochs, [(0, exact)]
+
+    def add(self, run: int, epoch: int, means: list[tuple[int, Tensor]]) -> None:
+        """Take what `_Errors.add` returns."""
+        self.means += [(n, mean) for n, mean in means if epoch == n and (run == 0 or n in (1, self.epochs))]
+
+    def summary(self, to_parameters: Callable[[Tensor], Tensor] | None) -> GradientError | None:
+        if to_parameters is None:
+            return None
+        lengths, means = zip(*self.means, strict=True)
+        exact, *mapped = to_parameters(torch.stack(means))
+        errors = _Errors(exact, self.epochs)
+        for n, mean in zip(lengths[1:], mapped, strict=True):
+            errors.add_mean(n, mean)
+        return errors.summary()
 
 
 def _epochs(
