@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from towers import Tower, on, towers
 
-__all__ = ["run"]
+__all__ = ["run", "train"]
 
 SEEN = 2000
 """Training queries that are looked at afterwards."""
@@ -26,13 +26,14 @@ SEEN = 2000
 
 def run(cell: Cell, problem: Problem, device: str) -> Result:
     """Train and measure in this process, which has done nothing else: its memory is the cell's."""
-    _train(cell, problem, device, steps=2)  # what is loaded and compiled at a first step
+    train(cell, problem, device, steps=2)  # what is loaded and compiled at a first step
     before = _peak_mb(device, reset=True)
-    trained, cost = _train(cell, problem, device)
+    trained, cost = train(cell, problem, device)
     return {**cost, "peak_mb": _peak_mb(device) - before, **_evaluate(cell, problem, trained)}
 
 
-def _train(cell: Cell, problem: Problem, device: str, steps: int | None = None) -> tuple[tuple[Tower, Tower], Result]:
+def train(cell: Cell, problem: Problem, device: str, steps: int | None = None) -> tuple[tuple[Tower, Tower], Result]:
+    """Return both towers after the whole training, or so many steps of it, and what it cost."""
     torch.manual_seed(cell.seed)
     method = METHODS[cell.method]
     x, y = towers(problem, device)
@@ -64,7 +65,7 @@ def _train(cell: Cell, problem: Problem, device: str, steps: int | None = None) 
         "pairs": len(losses) * size,
         "encoded": x.passes[0] + y.passes[0],
         "differentiated": x.passes[1] + y.passes[1],
-        "loss": sum(last) / len(last),
+        "loss": sum(last) / max(1, len(last)),
     }
 
 

@@ -1,6 +1,7 @@
 import os
 import struct
 import zlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from torch_emc2.data import BadImageError, decode_image
 from torch_emc2.settings.images import Decoding
@@ -303,3 +305,45 @@ def test_sixteen_bit_colour_that_fills_its_range_is_taken(tmp_path):
             decode_image(dark)
     with pytest.raises(BadImageError, match="scale it to 8 bits"):
         decode_image(colour(7, 9, 65535), Decoding(value_range="0,4095"))
+
+
+# --- shrinking --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+@pytest.mark.parametrize(("width", "height", "size"), [(640, 320, (64, 32)), (330, 640, (32, 62)), (32, 40, (32, 40))])
+def test_larger_images_are_shrunk_to_a_shorter_side(tmp_path, kind, width, height, size):
+    """Of a smooth picture each pixel is near the mean of those that it stands for, however it is shrunk."""
+    across, down = np.meshgrid(np.linspace(0, 6, width), np.linspace(0, 6, height))
+    smooth = np.stack([127 + 100 * np.sin(across), 127 + 100 * np.cos(down), 127 + 50 * np.sin(across + down)], 2)
+    Image.fromarray(smooth.round().astype(np.uint8)).save(tmp_path / f"a.{kind}", quality=95)
+    shrunk = _decoded(tmp_path / f"a.{kind}", shrink_to=32)
+    assert shrunk.shape == (size[1], size[0], 3)
+    rows, columns = (np.linspace(0, n, m + 1).round().astype(int) for n, m in ((height, size[1]), (width, size[0])))
+    means = [[smooth[a:b, c:d].mean((0, 1)) for c, d in pairwise(columns)] for a, b in pairwise(rows)]
+    assert np.abs(shrunk - np.array(means))[1:-1, 1:-1].max() < 12
+
+
+def test_photographs_are_shrunk_before_they_are_turned_and_after_they_lie_on_the_background(tmp_path):
+    photo = Image.new("RGB", (200, 100), "red")
+    photo.paste("blue", (100, 0, 200, 100))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    photo.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    upright = _decoded(tmp_path / "a.jpg", shrink_to=10)
+    assert upright.shape == (20, 10, 3)
+    assert np.abs(upright[2, 5] - np.array([255, 0, 0])).max() < 12
+    assert np.abs(upright[17, 5] - np.array([0, 0, 255])).max() < 12
+    holes = np.zeros((40, 40, 4), np.uint8)
+    holes[:, ::2] = 200, 100, 50, 255  # what is transparent is black, and must not be seen
+    Image.fromarray(holes).save(tmp_path / "b.png")
+    mixed = _decoded(tmp_path / "b.png", background="white", shrink_to=10)[2:-2, 2:-2]
+    assert np.abs(mixed - np.array([227.5, 177.5, 152.5])).max() < 3
+
+
+def test_a_shrunk_jpeg_is_not_decoded_whole(tmp_path, monkeypatch):
+    Image.new("RGB", (1600, 800)).save(tmp_path / "a.jpg")
+    loaded, load = [], JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda file: loaded.append(file.size) or load(file))
+    _decoded(tmp_path / "a.jpg", shrink_to=50)
+    assert set(loaded) == {(200, 100)}  # twice what is needed

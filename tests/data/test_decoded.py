@@ -69,8 +69,11 @@ def test_a_file_that_is_cut_short_is_made_again(images, tmp_path):
         assert _file(folder).read_bytes() == whole
 
 
-def test_without_room_they_are_decoded_each_time(images, tmp_path, monkeypatch, caplog):
-    needed = 3 * (9 * 12 + 12 * 9 + 20 * 20 + 16 * 16)
+@pytest.mark.parametrize(
+    ("shrink_to", "pixels"), [(None, 9 * 12 + 12 * 9 + 20 * 20 + 16 * 16), (9, 9 * 12 + 12 * 9 + 9 * 9 + 9 * 9)]
+)
+def test_without_room_they_are_decoded_each_time(images, tmp_path, monkeypatch, caplog, shrink_to, pixels):
+    images, needed = images.decoded(Decoding(shrink_to=shrink_to)), 3 * pixels
     caplog.set_level("INFO", "torch_emc2")
     for free, fits in ((needed - 1, False), (needed, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))

@@ -38,6 +38,7 @@ def test_wrong_augmentations_are_named(wrong: dict[str, Any], named: str) -> Non
         ({"value_range": "1%,99"}, "got '1%,99'"),
         ({"value_range": "1%,101%"}, "got '1%,101%'"),
         ({"max_pixels": 0}, "max_pixels must be at least 1, got 0"),
+        ({"shrink_to": 0}, "shrink_to must be at least 1 pixel, or None for all of them, got 0"),
     ],
 )
 def test_wrong_decodings_are_named(wrong: dict[str, Any], named: str) -> None:

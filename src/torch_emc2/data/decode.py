@@ -72,6 +72,7 @@ def decode(path: str | os.PathLike[str] | IO[bytes], decoding: Decoding) -> Tens
     """Do, also of an open file, what `decode_image` does, with errors as they come; `refusal` has them in words."""
     with open_image(path, decoding) as file:
         depth, raw = depth_of(file), _raw_mode(file)
+        _decode_smaller(file, decoding)
         ImageOps.exif_transpose(file, in_place=True)
         return _pixels(file, depth, raw, decoding)
 
@@ -86,8 +87,17 @@ def _pixels(file: Image.Image, depth: Depth | None, raw: str, decoding: Decoding
     """Return an upright image as RGB, uint8 (3, h, w); it may be changed."""
     _scale_transparent_grey(file, raw)
     image = file if depth is None else _eight_bit(file, depth, decoding.value_range)
-    pixels = torch.from_numpy(np.asarray(_flat(image, decoding.background)))
+    flat = _flat(image, decoding.background)
+    if (size := decoding.shrunk(*flat.size)) != flat.size:
+        flat = flat.resize(size, Image.Resampling.BICUBIC)  # of all pixels below, not of some: no moiré
+    pixels = torch.from_numpy(np.asarray(flat))
     return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def _decode_smaller(file: Image.Image, decoding: Decoding) -> None:
+    """Have a JPEG decoded at a half, a quarter or an eighth, as long as that is twice what is needed."""
+    if (size := decoding.shrunk(*file.size)) != file.size:
+        file.draft(None, (2 * size[0], 2 * size[1]))  # None keeps the mode
 
 
 @contextlib.contextmanager

@@ -153,7 +153,8 @@ def _bytes(images: ImageDataset, paths: Sequence[str | None]) -> int:
     pixels = 0
     for path in paths:
         with contextlib.suppress(Exception), open_image(str(path), images.decoding) as file:  # unreadable: no pixels
-            pixels += file.width * file.height
+            width, height = images.decoding.shrunk(*file.size)
+            pixels += width * height
     return pixels * images.channels
 
 

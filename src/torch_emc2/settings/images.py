@@ -88,13 +88,14 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What is made of pixels that are not plain 8-bit colours.
+    """What is made of a file's pixels: plain 8-bit colours, of no more of them than are needed.
 
     Attributes:
         background: the colour behind transparent pixels, as Pillow names it.
         value_range: the values that become black and white, as ``min,max``, or as ``low%,high%`` of each image's own,
             where integers are deeper than 8 bits, or floating-point. None: 16 bits that fill their range.
         max_pixels: larger images are refused before they take memory.
+        shrink_to: the shorter side of larger images, in pixels, as they are shrunk to; None: as they are.
 
     Raises:
         ValueError: a value that none of that can be made with.
@@ -103,6 +104,7 @@ class Decoding:
     background: str = "white"
     value_range: str | None = None
     max_pixels: int = 2**26
+    shrink_to: int | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -115,6 +117,15 @@ class Decoding:
             parse_range(self.value_range)
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}")
+        if self.shrink_to is not None and self.shrink_to < 1:
+            raise ValueError(f"shrink_to must be at least 1 pixel, or None for all of them, got {self.shrink_to}")
+
+    def shrunk(self, width: int, height: int) -> tuple[int, int]:
+        """Return the width and height in which an image is read."""
+        if self.shrink_to is None or min(width, height) <= self.shrink_to:
+            return width, height
+        share = self.shrink_to / min(width, height)
+        return round(width * share), round(height * share)
 
 
 def parse_range(value_range: str) -> tuple[float, float, bool]:
