@@ -71,6 +71,19 @@ def test_two_processes(here: Here) -> None:
     assert ran.numbers("epoch 1: global loss") < ran.numbers("epoch 0: global loss")
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accelerate_loop(processes: int, here: Here) -> None:
+    pytest.importorskip("accelerate")
+    start = (
+        [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    )
+    command = [*start, EXAMPLES / "accelerate_loop.py", "--epochs", "2"]
+    ran = Ran(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    first, whole, resumed = ran.numbers(rf"{processes} processes: global loss")
+    assert resumed == whole < first
+    assert "weights equal True, chains equal True" in ran.printed
+
+
 def test_sentence_transformers_trainer(here: Here) -> None:
     for module in ("sentence_transformers", "datasets", "accelerate"):
         pytest.importorskip(module)
