@@ -74,10 +74,8 @@ def test_two_processes(here: Here) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_accelerate_loop(processes: int, here: Here) -> None:
     pytest.importorskip("accelerate")
-    start = (
-        [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    )
-    command = [*start, EXAMPLES / "accelerate_loop.py", "--epochs", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *torchrun, EXAMPLES / "accelerate_loop.py", "--epochs", "2"]
     ran = Ran(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     first, whole, resumed = ran.numbers(rf"{processes} processes: global loss")
     assert resumed == whole < first
