@@ -81,6 +81,30 @@ def test_seeds_are_a_series_with_mean_and_spread(three: list[Path], tmp_path: Pa
     assert "Errors at b = 4:" in text
     assert f"emc2 evaluate {tmp_path}/&lt;c&amp;d&gt; --baselines" in text
     assert "loss=infonce, 1 run" in text
+    own = Config()
+    assert (
+        f"digits: {own.model.backbone}, loss infonce, temperature {own.temperature:g}, {own.epochs} epochs in" in text
+    )
+    assert "squared distance of an image&#39;s two views, from 0 to 4: less is better" in text
+    assert "Uniformity" not in text, "nothing was measured that it would explain"
+    assert re.findall("Not drawn: <code>(.*?)</code>", text) == [f"emc2 map {three[0]}", f"emc2 diagnose {three[0]}"]
+    assert [
+        text.index(f'id="{part}"') for part in ("quality", "pictures", "curves", "diagnosis", "settings")
+    ] == sorted(text.index(f'id="{part}"') for part in ("quality", "pictures", "curves", "diagnosis", "settings"))
+
+
+def test_a_long_curve_is_smoothed(three: list[Path], tmp_path: Path) -> None:
+    values = [(-1.0) ** i for i in range(60)]
+    (three[2] / "metrics.csv").write_text("\n".join(["step,global_loss", *(f"{i},{v}" for i, v in enumerate(values))]))
+    write_report(three[2:], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    places = [
+        [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)]
+        for path in re.findall(r'<path d="([^"]*)" clip-path[^>]*stroke: #3b7dd8', text)
+    ]
+    (raw, smooth) = ([y for y in each] for each in places)
+    middle = (max(raw) + min(raw)) / 2
+    assert max(abs(y - middle) for y in smooth[3:-3]) < 0.01 * (max(raw) - min(raw))  # six values, three of each
 
 
 def test_a_curve_is_the_mean_where_all_runs_have_the_step(three: list[Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from torch_emc2.diagnostics import GradientError
 
-__all__ = ["PANELS", "plot_curves", "plot_errors"]
+__all__ = ["PANELS", "plot_curves", "plot_errors", "smoothed"]
 
 # Title of the panel of each number, and what it says. Its column may also be named "train/acceptance",
 # "acceptance_step" or "lr-Adam".
@@ -50,10 +50,12 @@ def plot_curves(metrics: Sequence[Mapping[str, float]] | str | Path, out: str | 
     figure, grid = _subplots(1, len(panels), width=3.5 * len(panels), height=3)
     for axes, (key, column) in zip(grid[0], panels.items(), strict=True):
         places, values = np.array([(row[x], row[column]) for row in rows if column in row]).T
-        smoothed = key != "lr" and len(values) >= _SMOOTHED
-        axes.plot(places, values, color=_LINE, linewidth=1.5, alpha=0.3 if smoothed else 1, marker=_marker(values))
-        if smoothed:
-            axes.plot(places, _running_mean(values, len(values) // 10), color=_LINE, linewidth=1.8)
+        smooth = None if key == "lr" else smoothed(values)
+        axes.plot(
+            places, values, color=_LINE, linewidth=1.5, alpha=1 if smooth is None else 0.3, marker=_marker(values)
+        )
+        if smooth is not None:
+            axes.plot(places, smooth, color=_LINE, linewidth=1.8)
         title, meaning = PANELS[key]
         axes.set_title(title, fontsize=10.5, loc="left", pad=20)
         axes.text(0, 1.03, meaning, fontsize=8, color="#5a5a5a", transform=axes.transAxes)
@@ -102,6 +104,11 @@ def plot_errors(errors: Mapping[str, GradientError], out: str | Path) -> None:
 
 def _marker(values: np.ndarray) -> str:
     return "." if len(values) < 20 else ""
+
+
+def smoothed(values: np.ndarray) -> np.ndarray | None:
+    """Return the running mean (n,) over a tenth of a curve's values (n,); None where they are few enough to be read."""
+    return _running_mean(values, len(values) // 10) if len(values) >= _SMOOTHED else None
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:

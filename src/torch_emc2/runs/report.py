@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -24,33 +25,39 @@ from torch_emc2 import __version__
 from torch_emc2.config import Config, recorded_config, to_yaml
 from torch_emc2.files import whole_file
 from torch_emc2.run_folder import require_finished
+from torch_emc2.runs.pictures import smoothed
 
 __all__ = ["write_report"]
 
 # What is drawn of metrics.csv, what it is, and what is good.
 _CURVES = {
     "global_loss": (
-        "Global loss, per negative",
-        "0 where all embeddings are equal; less is better",
+        "Global loss, nats per negative",
+        "0 where all embeddings are equal; less is better, at one temperature and batch size",
     ),
     "positive_similarity": ("Similarity of a sample's views", "cosine, up to 1"),
     "acceptance": ("Chains' acceptance rate", "near 0, chains no longer move"),
     "carried_share": ("Weight of carried negatives", "what the batch alone would miss"),
     "lr": ("Learning rate", "as scheduled"),
 }
+# What is in evaluation.json, and what it says.
 _NUMBERS = {
-    "probe": "Linear probe, %",
-    "knn1_cosine": "1-NN, cosine, %",
-    "knn20_cosine": "20-NN, cosine, %",
-    "retrieval": "Retrieval of the other view, %",
-    "alignment": "Alignment",
-    "uniformity": "Uniformity",
-    "effective_rank": "Effective rank",
+    "probe": ("Linear probe, %", "of test images that a linear classifier of the features puts into their class"),
+    "knn1_cosine": ("1-NN, cosine, %", "of test images whose nearest training image is of their class"),
+    "knn20_cosine": ("20-NN, cosine, %", "the same by a vote of the nearest twenty"),
+    "retrieval": ("Retrieval of the other view, %", "of views to which, of all others, the same image's is nearest"),
+    "alignment": ("Alignment", "squared distance of an image's two views, from 0 to 4: less is better"),
+    "uniformity": ("Uniformity", "how evenly images spread, from -8 to 0: less is better, 0 where all are equal"),
+    "effective_rank": ("Effective rank", "directions that the features fill, up to their number: more is better"),
 }
+# What a run's commands draw, by which of them, and what it shows.
 _PICTURES = {
-    "neighbours.png": "Test images, and the training images that are nearest to them by the cosine of features",
-    "map.png": "A map of the embeddings: near on it is, mostly, near in them",
-    "diagnosis.png": "Squared error of each estimator's gradient, relative to the exact one's, by epochs averaged",
+    "neighbours.png": ("evaluate", "Test images, and the training images nearest to them by the cosine of features"),
+    "map.png": ("map", "A map of the embeddings: what is near on it is, mostly, alike to the encoder"),
+    "diagnosis.png": (
+        "diagnose",
+        "Squared error of each estimator's gradient, relative to the exact one's, by epochs averaged",
+    ),
 }
 _NOT_COMPARED = {"seed", "out"}
 _INK = "#7b7c7d"  # stands for the page's text colour, light or dark
@@ -65,6 +72,16 @@ class _Series:
     name: str
     config: Config
     runs: list[Path]
+
+    @property
+    def summary(self) -> str:
+        """What was trained, in a line."""
+        own = self.config
+        limit = "" if own.data.limit is None else f", at most {own.data.limit} images"
+        length = f"{own.epochs} epochs in batches of {own.batch_size}"
+        return (
+            f"{own.data.name}{limit}: {own.model.backbone}, loss {own.loss}, temperature {own.temperature:g}, {length}"
+        )
 
     def curve(self, column: str) -> list[tuple[float, float, float]]:
         """Return (step, mean, standard deviation) where all runs have logged a number."""
@@ -120,9 +137,14 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
                 missing=[run for run in runs if not (run / "evaluation.json").is_file()],
                 pictures=[
                     (run, words, _data_uri(run / name))
-                    for name, words in _PICTURES.items()
+                    for name, (_, words) in _PICTURES.items()
                     for run in (each.runs[0] for each in series)
                     if (run / name).is_file()
+                ],
+                not_drawn=[
+                    f"emc2 {command} {series[0].runs[0]}"
+                    for name, (command, _) in _PICTURES.items()
+                    if not any((each.runs[0] / name).is_file() for each in series)
                 ],
                 diagnoses=[
                     (run, _tables((run / "diagnosis.md").read_text(encoding="utf-8")))
@@ -190,10 +212,13 @@ def _drawn(curves: Sequence[list[tuple[float, float, float]]], title: str) -> st
             if not curve:
                 continue
             steps, means, spreads = zip(*curve, strict=True)
-            colour, dashes = _line(i)
-            axes.plot(steps, means, color=colour, linewidth=1.5, linestyle=dashes)
+            line: Any = dict(zip(("color", "linestyle"), _line(i), strict=True))
+            smooth = smoothed(np.array(means))
+            axes.plot(steps, means, **line, linewidth=1.5, alpha=1 if smooth is None else 0.3)
+            if smooth is not None:
+                axes.plot(steps, smooth, **line, linewidth=1.8)
             low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-            axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+            axes.fill_between(steps, low, high, color=line["color"], alpha=0.2, linewidth=0)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
@@ -210,10 +235,11 @@ def _line(series: int) -> tuple[str, str]:
     return _COLOURS[series % len(_COLOURS)], _STYLES[series // len(_COLOURS) % len(_STYLES)]
 
 
-def _accuracies(series: Sequence[_Series]) -> tuple[list[str], list[list[str]]]:
-    """Return a table's head and rows: an encoder of a series each, the trained one first."""
+def _accuracies(series: Sequence[_Series]) -> tuple[list[str], list[list[str]], list[tuple[str, str]]]:
+    """Return a table's head and rows, an encoder of a series each, the trained one first; and what its numbers say."""
     rows = [(each.name, encoder, numbers) for each in series for encoder, numbers in each.numbers().items()]
-    shown = {name: words for name, words in _NUMBERS.items() if any(name in numbers for *_, numbers in rows)}
+    said = {name: words for name, words in _NUMBERS.items() if any(name in numbers for *_, numbers in rows)}
+    shown = {name: title for name, (title, _) in said.items()}
 
     def entry(name: str, values: Sequence[float]) -> str:
         if not values:
@@ -222,10 +248,11 @@ def _accuracies(series: Sequence[_Series]) -> tuple[list[str], list[list[str]]]:
         mean, spread = _spread([scale * value for value in values])
         return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
-    return ["run", "encoder", *shown.values(), "runs"], [
+    table = [
         [name, encoder, *(entry(column, numbers[column]) for column in shown), str(max(map(len, numbers.values())))]
         for name, encoder, numbers in rows
     ]
+    return ["run", "encoder", *shown.values(), "runs"], table, list(said.values())
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
