@@ -147,3 +147,15 @@ def test_frames_tell_whether_classes_agree(tmp_path: Path, monkeypatch: pytest.M
         ["0.125", "2.png"],
     ]
     assert list(settings["legend"].values()) == [SAME, OTHER]
+
+
+def test_a_title_says_what_is_below_and_how_many_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = []
+    monkeypatch.setattr("torch_emc2.runs.neighbours.draw_rows", lambda rows, title, *_, **__: titles.append(title))
+    for count, label in ((1, None), (51, "a")):
+        queries = gallery([label] * count)
+        draw_neighbours(Neighbours(queries, gallery([None]), [[Hit(0, 0.5)]] * count), tmp_path / "n.png", "Found")
+    assert titles == [
+        "Found; below: cosine similarity, name",
+        "Found (the first 50 of 51); below: cosine similarity, class, name",
+    ]

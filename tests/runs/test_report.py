@@ -102,7 +102,7 @@ def test_a_long_curve_is_smoothed(three: list[Path], tmp_path: Path) -> None:
         [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)]
         for path in re.findall(r'<path d="([^"]*)" clip-path[^>]*stroke: #3b7dd8', text)
     ]
-    (raw, smooth) = ([y for y in each] for each in places)
+    raw, smooth = places
     middle = (max(raw) + min(raw)) / 2
     assert max(abs(y - middle) for y in smooth[3:-3]) < 0.01 * (max(raw) - min(raw))  # six values, three of each
 

@@ -100,8 +100,12 @@ def draw_neighbours(found: Neighbours, out: Path, title: str = "Queries, and the
     frames = {tile.frame for row in rows for tile in row}
     words = {"frame: the query's class": SAME, "another class": OTHER}
     legend = {text: colour for text, colour in words.items() if frames & {SAME, OTHER}}
+    if len(found.hits) > _DRAWN:
+        title = f"{title} (the first {_DRAWN} of {len(found.hits)})"
+    classes = any(label is not None for label in [*queries.labels, *gallery.labels])
+    below = "cosine similarity, class, name" if classes else "cosine similarity, name"
     with whole_file(out) as file:
-        draw_rows(rows, f"{title}; below: cosine similarity, class, name", file, legend=legend, first=1)
+        draw_rows(rows, f"{title}; below: {below}", file, legend=legend, first=1)
 
 
 def _own_table(model: Model, table: EmbeddingTable, path: Path | None) -> Gallery:
