@@ -156,6 +156,28 @@ def test_a_table_takes_further_rows_of_its_own_model_only(
         embed_images(finished, photos, tmp_path / "half.parquet", append=True)
 
 
+def test_files_that_changed_are_embedded_anew(finished: Path, photos: Path, tmp_path: Path) -> None:
+    out, once, old = (tmp_path / f"{name}.parquet" for name in ("out", "once", "old"))
+    embed_images(finished, photos, out)
+    pq.write_table(pq.read_table(out).drop_columns("modified"), old)
+    before = read_table(out)
+    shutil.copy(photos / "b.png", photos / "deep/ü.png")
+    os.utime(photos / "deep/ü.png", ns=(0, 10**18))
+    assert embed_images(finished, photos, old, append=True)[::3] == (0, 3), "it does not say when its files changed"
+    assert embed_images(finished, photos, out, append=True)[::3] == (1, 2)
+    embed_images(finished, photos, once)
+    for table in map(read_table, (out, once)):
+        assert table.paths == before.paths
+        assert table.modified[2] == 10**18
+        torch.testing.assert_close(table.embeddings[:2], before.embeddings[:2])
+        torch.testing.assert_close(table.embeddings[2], before.embeddings[1])
+    assert embed_images(finished, photos, out, append=True)[::3] == (0, 3)
+    (photos / "a.jpg").write_bytes(b"broken")
+    (photos / "new.png").write_bytes((photos / "b.png").read_bytes())
+    embed_images(finished, photos, out, append=True, on_bad_image="skip")
+    assert [Path(path).name for path in read_table(out).paths] == ["b.png", "ü.png", "new.png"]
+
+
 def test_rows_of_one_table_are_of_one_range(
     finished: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -52,7 +52,8 @@ def embed_images(
         on_bad_image: what to do with an unreadable one; by default the run's setting.
         value_range: of values deeper than 8 bits; by default the run's, unless that was found in its images.
         normalize: give rows the length 1.
-        append: keep the rows of the table that is there, if it is of this model, and embed what it does not have.
+        append: keep the rows of the table that is there, if it is of this model, and embed what it does not have, and
+            files that have changed.
 
     Raises:
         DataError: there is no image; or, unless they are to be skipped, one cannot be read.
@@ -75,8 +76,8 @@ def embed_images(
     found = find_images(*folders)
     if not found.files:
         raise DataError(f"no images in {named}: give images, or folders that hold some. {found}".rstrip())
-    known = {os.path.realpath(path) for path in before.paths} if before is not None else set()
-    new = [path for path in found.files if os.path.realpath(path) not in known]
+    known = {} if before is None else dict(zip(map(os.path.realpath, before.paths), before.modified, strict=True))
+    new = [path for path in found.files if not _same(path, known)]
     there = len(found.files) - len(new)
     _LOG.info("%s: %d images to embed. %s", named, len(new), found)
     skip = (on_bad_image or model.config.data.on_bad_image) == "skip"
@@ -91,6 +92,7 @@ def embed_images(
     for path in good:
         if path != path.encode(errors="replace").decode():
             raise DataError(f"the name {path!r} is not UTF-8, which a table's text must be: rename the file")
+    modified = [_modified(path) for path in good]  # before they are read
     origin = Origin(model.identity, str(run), normalize, decoding.value_range)
     if before is not None and before.origin is not None:
         origin = replace(origin, value_range=_one_range(before.origin, origin, out))
@@ -99,10 +101,11 @@ def embed_images(
             file.touch()  # fails now where it cannot be written, not after the work
             with leave_out_advised(run):
                 embeddings = model.features(ImageDataset(FileImages(good, decoding)), normalize=normalize)
-            table = EmbeddingTable(good, [class_of(path, folders) for path in good], embeddings, origin)
+            labels = [class_of(path, folders) for path in good]
+            table = EmbeddingTable(good, labels, embeddings, origin, modified)
             if found_at not in (None, out.stat().st_mtime_ns if out.exists() else None):
                 raise ValueError(f"{out} was changed by another process meanwhile, and stays: start again")
-            write_table(table if before is None else _joined(before, table), file)
+            write_table(table if before is None else _joined(before, table, new), file)
     return Embedded(len(good), unreadable, found, there)
 
 
@@ -130,10 +133,27 @@ def _one_range(there: Origin, own: Origin, out: Path) -> str | None:
     return there.value_range or own.value_range
 
 
-def _joined(first: EmbeddingTable, second: EmbeddingTable) -> EmbeddingTable:
+def _same(path: str, known: Mapping[str, int | None]) -> bool:
+    """Tell whether a table has a file as it is: by the real path, and the time of its last change, if that is known."""
+    real = os.path.realpath(path)
+    return real in known and known[real] in (None, _modified(path))
+
+
+def _modified(path: str) -> int | None:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:  # as reading it will find
+        return None
+
+
+def _joined(first: EmbeddingTable, second: EmbeddingTable, anew: Sequence[str]) -> EmbeddingTable:
+    """Return the rows of both, but those of the first that are of files looked at anew."""
+    gone = set(map(os.path.realpath, anew))
+    kept = [row for row, path in enumerate(first.paths) if os.path.realpath(path) not in gone]
     return EmbeddingTable(
-        [*first.paths, *second.paths],
-        [*first.labels, *second.labels],
-        torch.cat([first.embeddings, second.embeddings]),
+        [*(first.paths[row] for row in kept), *second.paths],
+        [*(first.labels[row] for row in kept), *second.labels],
+        torch.cat([first.embeddings[kept], second.embeddings]),
         second.origin,
+        [*(first.modified[row] for row in kept), *second.modified],
     )

@@ -46,12 +46,14 @@ class EmbeddingTable:
         labels: n classes, the folders that hold the images; None for those that are in none.
         embeddings: float32 (n, d).
         origin: None where the table does not say.
+        modified: n times, in ns since 1970, at which the files were last changed; None where the table does not say.
     """
 
     paths: Sequence[str]
     labels: Sequence[str | None]
     embeddings: Tensor
     origin: Origin | None
+    modified: Sequence[int | None]
 
 
 def write_table(table: EmbeddingTable, file: Path) -> None:
@@ -61,6 +63,7 @@ def write_table(table: EmbeddingTable, file: Path) -> None:
         "path": pa.array(table.paths, pa.string()),
         "label": pa.array(table.labels, pa.string()),
         "embedding": pa.FixedSizeListArray.from_arrays(flat, table.embeddings.shape[1]),
+        "modified": pa.array(table.modified, pa.int64()),
     })  # fmt: skip
     if table.origin is not None:
         columns = columns.replace_schema_metadata({_KEY: json.dumps(asdict(table.origin))})
@@ -77,11 +80,15 @@ def read_table(path: Path) -> EmbeddingTable:
     try:
         columns = pq.read_table(path)
         paths = columns["path"].to_pylist()
-        labels = columns["label"].to_pylist() if "label" in columns.column_names else [None] * len(paths)
+        labels, modified = (
+            columns[name].to_pylist() if name in columns.column_names else [None] * len(paths)
+            for name in ("label", "modified")
+        )
         lists = columns["embedding"].combine_chunks()
         embeddings = torch.tensor(lists.flatten().to_numpy(), dtype=torch.float32).view(len(paths), -1)
         known: dict[str, Any] | None = json.loads((columns.schema.metadata or {}).get(_KEY, "null"))
-        return EmbeddingTable(paths, labels, embeddings, None if known is None else Origin(**known))
+        origin = None if known is None else Origin(**known)
+        return EmbeddingTable(paths, labels, embeddings, origin, modified)
     except FileNotFoundError:
         raise
     except Exception as error:  # pyarrow, json and torch each have their own for what does not fit
