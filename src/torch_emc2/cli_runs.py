@@ -72,7 +72,7 @@ def embed(argv: list[str]) -> None:
     parser.add_argument("paths", type=images, nargs="+", metavar="FOLDER_OR_IMAGE")
     parser.add_argument("-o", "--out", type=parquet, required=True, help="Parquet file to write")
     parser.add_argument("--normalize", action="store_true", help="rows of length 1: their products are cosines")
-    parser.add_argument("--append", action="store_true", help="keep a table of this model, embed what is new or changed")
+    parser.add_argument("--append", action="store_true", help="keep a table, embed what is new or has changed")
     parser.add_argument("--on-bad-image", choices=("raise", "skip"), help="by default the run's setting")
     parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)
     args = parser.parse_args(argv)
