@@ -1,6 +1,6 @@
 """A loop under Accelerate, whose checkpoints have the chains: stopped after half of the epochs, and gone on with.
 
-torchrun --standalone --nproc-per-node 2 examples/accelerate_loop.py    # on GPUs accelerate launch does, too
+torchrun --standalone --nproc-per-node 2 examples/accelerate_loop.py    # on CPUs
 """
 
 import argparse

@@ -96,7 +96,7 @@ def test_the_papers_settings() -> None:
         ("seed: -1", r"seed must be at least 0 and below 2\*\*32, got -1"),
         ("model: {out_dim: 0}", "out_dim must be at least 1, got 0"),
         ("data: {finite_views: 1}", "finite_views must be at least 2, or null for none, got 1"),
-        ("data: {shrink: 0.5}", "shrink must be from 1 to 1000, or null for images as they are, got 0.5"),
+        ("data: {shrink: 0.5}", "shrink must be from 2 to 1000, or null for images as they are, got 0.5"),
         (
             "data: {finite_views: 2, augment: device}",
             "finite_views are drawn before training: leave augment at workers",

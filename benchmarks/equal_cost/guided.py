@@ -31,7 +31,9 @@ def guided(given: Given) -> Callable[[Tensor], Tensor]:
         own = _scores(*(tower(rows) for tower in sides))
         guide = _scores(*map(by_guide, sides, guides, (rows, rows)))
         nearer = guide > guide.diagonal()[:, None]
-        loss = cross_entropy((own / given.temperature).masked_fill(nearer, -math.inf), torch.arange(len(rows)))
+        loss = cross_entropy(
+            (own / given.temperature).masked_fill(nearer, -math.inf), torch.arange(len(rows), device=own.device)
+        )
         loss.backward()
         return loss.detach()
 

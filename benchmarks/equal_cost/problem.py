@@ -45,7 +45,7 @@ class Problem:
     y: Side
     parts: dict[str, Tensor]
     encoders: Callable[[], tuple[nn.Module, nn.Module]]
-    epochs: int
+    epochs: float
     lr: float
     temperature: float
 

@@ -5,7 +5,8 @@
     python benchmarks/equal_cost/run.py wordnet --packages FOLDER --batch-sizes 32 8            # validation queries
     python benchmarks/equal_cost/run.py wordnet --packages FOLDER --batch-sizes 32 8 --final    # and test queries
 
-Stopped and started again it goes on where it was. `table.py` prints what is kept.
+A search begins where that of the nearest batch size before it ended. Stopped and started again it goes on where it was.
+`table.py` prints what is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import re
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -56,19 +57,22 @@ class Runner:
         self.bar.update()
         return self.kept.results[cell]
 
-    def search(self, method: str, batch_size: int, budget: int) -> Found:
-        """Find a method's best cell on the validation queries."""
+    def search(self, method: str, batch_size: int, budget: int, before: Sequence[int] = ()) -> Found:
+        """Find a method's best cell on the validation queries; ``before`` are the batch sizes searched before."""
         kappas = METHODS[method].kappas
-        known, lr, temperature, kappa = self._known(method, batch_size)
+        known, lr, temperature, kappa = self._known(method, batch_size, before)
         lr *= math.sqrt(METHODS[method].batches * batch_size / known)
         start = Cell(self.name, method, batch_size, self.problem.epochs, lr, temperature, kappa)
         return search(start, self._score, budget=budget, kappas=kappas)
 
-    def _known(self, method: str, batch_size: int) -> tuple[int, float, float, float | str | None]:
-        """A batch size, and what to begin with there: the best kept of the nearest other size, or the problem's."""
+    def _known(
+        self, method: str, batch_size: int, before: Sequence[int]
+    ) -> tuple[int, float, float, float | str | None]:
+        """A batch size, and what to begin with: the best of the nearest that was searched before, or the problem's."""
         others: dict[int, list[Cell]] = defaultdict(list)
         for cell, result in self.kept.results.items():
-            if cell.method == method and cell.batch_size != batch_size and not cell.final and "validation" in result:
+            alike = cell.method == method and cell.epochs == self.problem.epochs and not cell.final
+            if alike and cell.batch_size in before and "validation" in result:
                 others[cell.batch_size].append(cell)
         if not others:
             kappas = METHODS[method].kappas
@@ -126,9 +130,9 @@ def main() -> None:
     torch.set_num_threads(1)
     problem = PROBLEMS[args.problem](args.packages)
     runner = Runner(args.problem, problem, Kept(args.cells / f"{args.problem}.jsonl"), args.device)
-    for batch_size in args.batch_sizes:
+    for i, batch_size in enumerate(args.batch_sizes):
         for method in args.methods:
-            found = runner.search(method, batch_size, args.budget)
+            found = runner.search(method, batch_size, args.budget, args.batch_sizes[:i])
             validation = runner.kept.results[found.cell].get("validation")
             tqdm.write(f"{found} {validation}")
             for epochs in (args.epochs or [problem.epochs]) if args.final else []:

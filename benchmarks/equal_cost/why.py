@@ -4,6 +4,7 @@
 
 The exact gradient is that of the global loss with κ = 0 of 1,024 training pairs, of two towers or, where all embeddings
 are negatives, of all those; errors are relative to its squared norm. The encoders are those of a training on all pairs.
+It takes 3 GB of memory.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ class DataConfig:
         value_range: the values that become black and white in images deeper than 8 bits, as min,max, or as low%,high%
             of each image's own; by default 16 bits that fill their range are taken, others refused.
         max_pixels: an image with more counts as unreadable, before it takes memory.
-        shrink: larger images in files are shrunk as they are decoded, which is much faster, until their shorter side is
-            so many times the views' size; by default they are as they are.
+        shrink: larger images in files are shrunk as they are decoded, until their shorter side is so many times the
+            views' size, which is faster for JPEG; by default they are as they are.
     """
 
     name: str = "digits"
@@ -81,8 +81,8 @@ class DataConfig:
             raise ValueError(f"limit must be at least 2, or null for all images, got {self.limit}")
         if not 0 <= self.num_workers <= _MOST_WORKERS:
             raise ValueError(f"num_workers must be from 0 to {_MOST_WORKERS}, got {self.num_workers}")
-        if self.shrink is not None and not 1 <= self.shrink <= 1000:
-            raise ValueError(f"shrink must be from 1 to 1000, or null for images as they are, got {self.shrink:g}")
+        if self.shrink is not None and not 2 <= self.shrink <= 1000:
+            raise ValueError(f"shrink must be from 2 to 1000, or null for images as they are, got {self.shrink:g}")
         if self.finite_views is not None and self.finite_views < 2:
             raise ValueError(f"finite_views must be at least 2, or null for none, got {self.finite_views}")
         if self.finite_views is not None and self.decode_once:

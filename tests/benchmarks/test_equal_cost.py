@@ -22,8 +22,10 @@ pytest.importorskip("numba")
 pytest.importorskip("scipy")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "equal_cost"))
 
+import why
 from bags import Bags, _tokens
 from cells import Cell, Kept
+from encoders import BagEncoder
 from methods import METHODS, Given
 from problem import Problem, Side, split
 from problems import PROBLEMS
@@ -176,26 +178,54 @@ def test_a_search_begins_where_the_nearest_other_batch_size_ended(tmp_path: Path
     kept = Kept(tmp_path / "tiny.jsonl")
     for batch_size, lr, score in ((4, 1.0, 1.0), (32, 2.0, 3.0), (32, 4.0, 5.0), (64, 8.0, 9.0), (16, 9.0, 9.0)):
         kept.keep(replace(CELL, batch_size=batch_size, lr=lr, temperature=lr), result(score, 1))
-    started = Runner("tiny", tiny(), kept)._known("infonce", 16)
-    assert started == (32, 4.0, 4.0, None)
-    assert Runner("tiny", tiny(), kept)._known("dcl", 16) == (32, 1e-3, 0.1, None)
+    kept.keep(replace(CELL, batch_size=32, lr=5.0, epochs=3), result(9.0, 1))  # of another length
+    runner = Runner("tiny", tiny(), kept)
+    assert runner._known("infonce", 16, [4, 64, 32]) == (32, 4.0, 4.0, None)
+    assert runner._known("infonce", 16, [4]) == (4, 1.0, 1.0, None)
+    assert runner._known("infonce", 16, []) == runner._known("dcl", 16, [4, 32]) == (32, 1e-3, 0.1, None)
+
+
+def test_a_search_begun_again_trains_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def scored(cell: Cell, *_: object) -> dict[str, object]:
+        trained.append(cell)
+        return result(-abs(math.log(cell.lr / 7e-4)) - abs(math.log(cell.temperature / 0.05)), 1)
+
+    monkeypatch.setattr("run.run", scored)
+    monkeypatch.setattr("run._in_process", lambda work: work())
+    found = []
+    for _ in range(2):  # each reads what is kept
+        runner = Runner("tiny", tiny(), Kept(tmp_path / "tiny.jsonl"))
+        searched = (32, []), (8, [32]), (16, [32, 8])
+        found.append([runner.search("infonce", size, 12, before) for size, before in searched])
+    assert found[0] == found[1]
+    assert len(trained) == len(set(trained))
 
 
 def test_what_a_guide_finds_nearer_than_the_positive_is_no_negative() -> None:
     problem = tiny(pairs=30, shared=1)
     x, y = towers(problem, "cpu")
     rows = torch.arange(5)
-    encoded = [normalize(tower(rows)).detach() for tower in (x, y)]  # the guide is as the encoders are
-    a, b = (each.tolist() for each in encoded)
-    dot = lambda u, v: sum(i * j for i, j in zip(u, v, strict=True))  # noqa: E731
-    expected = 0.0
-    for i in range(5):
-        positive = dot(a[i], b[i])
-        others = [dot(a[i], b[j]) for j in range(5) if j != i]
-        others += [dot(side[i], side[j]) for side in (a, b) for j in range(5) if j != i]
-        left = [positive, *(score for score in others if score <= positive)]
-        expected += (math.log(sum(math.exp(score / 0.1) for score in left)) - positive / 0.1) / 5
     step = METHODS["gist"].make(Given(x, y, 5, 0.1, None, 1, 0, 128))
+
+    def scores() -> list[list[float]]:
+        """Each row's positive, and 3 · 4 others in an order."""
+        a, b = (normalize(tower(rows)).tolist() for tower in (x, y))
+        dot = lambda u, v: sum(i * j for i, j in zip(u, v, strict=True))  # noqa: E731
+        pairs = [[(a[i], b[j]), (a[i], a[j]), (b[i], b[j])] for i in range(5) for j in range(5) if j != i]
+        others = [dot(*pair) for own in pairs for pair in own]
+        return [[dot(a[i], b[i]), *others[12 * i : 12 * i + 12]] for i in range(5)]
+
+    guide = scores()
+    for tower in (x, y):  # which the guide does not follow
+        nn.init.normal_(tower.encoder.weight, generator=torch.Generator().manual_seed(1))
+    expected, left_out = 0.0, 0
+    for own, known in zip(scores(), guide, strict=True):
+        left = [score for score, nearer in zip(own, known, strict=True) if nearer <= known[0]]
+        left_out += len(own) - len(left)
+        expected += (math.log(sum(math.exp(score / 0.1) for score in left)) - own[0] / 0.1) / 5
+    assert left_out > 0
     assert step(rows).item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -247,3 +277,19 @@ def test_a_table_has_the_means_of_seeds_and_the_best_at_no_more_than_a_cost() ->
 
 def test_problems_have_names() -> None:
     assert {"wordnet", "emoji", "emoji-names"} <= set(PROBLEMS)
+
+
+def test_a_whole_batch_of_dcl_has_no_error_at_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(why, "PAIRS", 12)
+    monkeypatch.setattr(why, "LENGTHS", {"epochs": 2, "mixing_epochs": 1, "runs": 2})
+    monkeypatch.setattr(why, "ESTIMATORS", {name: why.ESTIMATORS[name] for name in ("DCL", "InfoNCE", "EMC², cache")})
+    texts = [f"word{i} other{i % 7}" for i in range(16)]
+    own = torch.arange(16).clamp(max=13)  # the last three are one query
+    sides = Side(Bags(texts), own), Side(Bags(texts[::-1]), torch.arange(16))
+    problem = Problem(*sides, {"train": torch.arange(16)}, lambda: (BagEncoder(), BagEncoder()), 1, 1e-3, 0.1)
+    errors = why.measure(*towers(problem, "cpu"), 0.5, 12)
+    assert list(errors) == [(of, name) for of in ("two towers", "all embeddings") for name in why.ESTIMATORS]
+    for of in ("two towers", "all embeddings"):
+        assert errors[of, "DCL"].one_epoch < 1e-9
+        assert errors[of, "InfoNCE"].one_epoch == pytest.approx(errors[of, "InfoNCE"].squared_bias, rel=1e-3)
+        assert errors[of, "InfoNCE"].squared_bias > 1e-4

@@ -12,6 +12,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
 from torch import Tensor
 
 from torch_emc2.data.errors import BadImageError, DataError
@@ -72,32 +73,34 @@ def decode(path: str | os.PathLike[str] | IO[bytes], decoding: Decoding) -> Tens
     """Do, also of an open file, what `decode_image` does, with errors as they come; `refusal` has them in words."""
     with open_image(path, decoding) as file:
         depth, raw = depth_of(file), _raw_mode(file)
-        _decode_smaller(file, decoding)
+        size = decoding.shrunk(*file.size)
+        if size != file.size:
+            file.draft(None, size)  # a JPEG is decoded at a half, a quarter or an eighth, no smaller than that
+        if file.getexif().get(Base.Orientation, 1) > 4:  # turned by a quarter
+            size = size[::-1]
         ImageOps.exif_transpose(file, in_place=True)
-        return _pixels(file, depth, raw, decoding)
+        return _pixels(file, depth, raw, decoding, size)
 
 
 def image_pixels(image: Image.Image, decoding: Decoding) -> Tensor:
-    """Return what `decode_image` makes of an image that Pillow has opened or made; it stays as it is."""
+    """Return what `decode_image` makes of an image that Pillow has opened or made; it stays as it is.
+
+    A JPEG that is shrunk differs by a little: here from all its pixels, there from those of a smaller decoding.
+    """
     depth, raw = depth_of(image), _raw_mode(image)  # which a copy does not tell
-    return _pixels(ImageOps.exif_transpose(image), depth, raw, decoding)
+    upright = ImageOps.exif_transpose(image)
+    return _pixels(upright, depth, raw, decoding, decoding.shrunk(*upright.size))
 
 
-def _pixels(file: Image.Image, depth: Depth | None, raw: str, decoding: Decoding) -> Tensor:
-    """Return an upright image as RGB, uint8 (3, h, w); it may be changed."""
+def _pixels(file: Image.Image, depth: Depth | None, raw: str, decoding: Decoding, size: tuple[int, int]) -> Tensor:
+    """Return an upright image as RGB, uint8 (3, h, w), of a width and height; it may be changed."""
     _scale_transparent_grey(file, raw)
     image = file if depth is None else _eight_bit(file, depth, decoding.value_range)
     flat = _flat(image, decoding.background)
-    if (size := decoding.shrunk(*flat.size)) != flat.size:
+    if size != flat.size:
         flat = flat.resize(size, Image.Resampling.BICUBIC)  # of all pixels below, not of some: no moiré
     pixels = torch.from_numpy(np.asarray(flat))
     return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
-
-
-def _decode_smaller(file: Image.Image, decoding: Decoding) -> None:
-    """Have a JPEG decoded at a half, a quarter or an eighth, as long as that is twice what is needed."""
-    if (size := decoding.shrunk(*file.size)) != file.size:
-        file.draft(None, (2 * size[0], 2 * size[1]))  # None keeps the mode
 
 
 @contextlib.contextmanager

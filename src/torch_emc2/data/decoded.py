@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -95,7 +94,7 @@ def decoded_once(
     """
     if not images.in_files or images.decoding is None:
         return images
-    origin = {"which": which(images), "channels": images.channels, "decoding": asdict(images.decoding)}
+    origin = {"which": which(images), "channels": images.channels, "decoding": images.decoding.fields}
     paths = [images.path(i) for i in range(len(images))]
     source = keep(
         folder, origin, ".pixels", partial(_open, paths=paths), partial(_make, images, paths, origin, num_workers)

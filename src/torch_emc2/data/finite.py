@@ -112,7 +112,7 @@ def finite_views(
         "seed": seed,
     }
     if images.decoding is not None:
-        origin["decoding"] = asdict(images.decoding)
+        origin["decoding"] = images.decoding.fields
     shape = len(images), num_views, images.channels, augmentation.size, augmentation.size
     drawn = _Drawn(images, augmentation, num_views, seed, on_bad_image)
     views = keep(

@@ -123,7 +123,9 @@ def gradient_error(
     for run, epoch, (gradient,), numbers in _epochs(make_loss, visit, [z], batch_size, epochs, mixing_epochs, runs):
         for name, number in numbers.items():
             last[name] += number / (runs * epochs)
-        at_parameters.add(run, epoch, at_embeddings.add(epoch, gradient))
+        means = at_embeddings.add(epoch, gradient)
+        if to_parameters is not None:
+            at_parameters.add(run, epoch, means)
     return at_embeddings.summary(dict(last), at_parameters.summary(to_parameters))
 
 
@@ -172,7 +174,8 @@ def two_tower_error(
     for run, epoch, gradients, _ in _epochs(make_loss, visit, leaves, batch_size, epochs, mixing_epochs, runs):
         for error, gradient in zip(errors, gradients, strict=True):
             error.add(epoch, gradient)
-        at_parameters.add(run, epoch, both.add(epoch, torch.stack(gradients[:2], 1)))
+        if to_parameters is not None:
+            at_parameters.add(run, epoch, both.add(epoch, torch.stack(gradients[:2], 1)))
     at_x, at_y, at_beta = (error.summary() for error in errors)
     return TwoTowerError(at_x, at_y, at_beta, at_parameters.summary(to_parameters))
 

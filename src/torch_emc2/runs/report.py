@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -50,14 +51,10 @@ _NUMBERS = {
     "uniformity": ("Uniformity", "how evenly images spread, from -8 to 0: less is better, 0 where all are equal"),
     "effective_rank": ("Effective rank", "directions that the features fill, up to their number: more is better"),
 }
-# What a run's commands draw, by which of them, and what it shows.
 _PICTURES = {
-    "neighbours.png": ("evaluate", "Test images, and the training images nearest to them by the cosine of features"),
-    "map.png": ("map", "A map of the embeddings: what is near on it is, mostly, alike to the encoder"),
-    "diagnosis.png": (
-        "diagnose",
-        "Squared error of each estimator's gradient, relative to the exact one's, by epochs averaged",
-    ),
+    "neighbours.png": "Test images, and the training images nearest to them by the cosine of features",
+    "map.png": "A map of the embeddings: what is near on it is, mostly, alike to the encoder",
+    "diagnosis.png": "Squared error of each estimator's gradient, relative to the exact one's, by epochs averaged",
 }
 _NOT_COMPARED = {"seed", "out"}
 _INK = "#7b7c7d"  # stands for the page's text colour, light or dark
@@ -134,17 +131,22 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
                 lines=[_line(i) for i in range(len(series))],
                 curves=list(_curves(series)),
                 accuracies=_accuracies(series),
-                missing=[run for run in runs if not (run / "evaluation.json").is_file()],
+                missing=[
+                    f"emc2 evaluate {shlex.quote(str(run))} --baselines"
+                    for run in runs
+                    if not (run / "evaluation.json").is_file()
+                ],
                 pictures=[
                     (run, words, _data_uri(run / name))
-                    for name, (_, words) in _PICTURES.items()
+                    for name, words in _PICTURES.items()
                     for run in (each.runs[0] for each in series)
                     if (run / name).is_file()
                 ],
                 not_drawn=[
-                    f"emc2 {command} {series[0].runs[0]}"
-                    for name, (command, _) in _PICTURES.items()
-                    if not any((each.runs[0] / name).is_file() for each in series)
+                    f"emc2 {command} {shlex.quote(str(run))}"
+                    for name, command in (("map.png", "map"), ("diagnosis.png", "diagnose"))
+                    for run in (each.runs[0] for each in series)
+                    if not (run / name).is_file()
                 ],
                 diagnoses=[
                     (run, _tables((run / "diagnosis.md").read_text(encoding="utf-8")))
@@ -198,10 +200,10 @@ def _curves(series: Sequence[_Series]) -> Iterator[tuple[str, str, str]]:
     for column, (title, words) in _CURVES.items():
         curves = [each.curve(column) for each in series]
         if any(curves):
-            yield title, words, _drawn(curves, title)
+            yield title, words, _drawn(curves, title, smooth=column != "lr")
 
 
-def _drawn(curves: Sequence[list[tuple[float, float, float]]], title: str) -> str:
+def _drawn(curves: Sequence[list[tuple[float, float, float]]], title: str, *, smooth: bool) -> str:
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": title}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
     with mpl.rc_context(style):
@@ -213,10 +215,10 @@ def _drawn(curves: Sequence[list[tuple[float, float, float]]], title: str) -> st
                 continue
             steps, means, spreads = zip(*curve, strict=True)
             line: Any = dict(zip(("color", "linestyle"), _line(i), strict=True))
-            smooth = smoothed(np.array(means))
-            axes.plot(steps, means, **line, linewidth=1.5, alpha=1 if smooth is None else 0.3)
-            if smooth is not None:
-                axes.plot(steps, smooth, **line, linewidth=1.8)
+            around = smoothed(np.array(means)) if smooth else None
+            axes.plot(steps, means, **line, linewidth=1.5, alpha=1 if around is None else 0.3)
+            if around is not None:
+                axes.plot(steps, around, **line, linewidth=1.8)
             low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
             axes.fill_between(steps, low, high, color=line["color"], alpha=0.2, linewidth=0)
         axes.set_xlabel("step")

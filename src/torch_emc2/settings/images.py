@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from PIL import ImageColor
 
@@ -119,6 +120,11 @@ class Decoding:
             raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}")
         if self.shrink_to is not None and self.shrink_to < 1:
             raise ValueError(f"shrink_to must be at least 1 pixel, or None for all of them, got {self.shrink_to}")
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All that pixels depend on; what came later only where it is set: files named by a hash of it stay valid."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("shrink_to", None)}
 
     def shrunk(self, width: int, height: int) -> tuple[int, int]:
         """Return the width and height in which an image is read."""
