@@ -15,6 +15,10 @@ from outcomes import Outcome, outcome
 from torch_emc2.config import Config, read_config, to_yaml
 from torch_emc2.training import train
 
+# Tests are small: threads would only wait for one another, and a fork leaves them behind. Processes of tests do likewise.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 def _tiny(out: Path) -> Config:
     overrides = "--data.limit 66 --data.augmentation.size 8 --batch_size 16 --epochs 2 --log_every_steps 1"
