@@ -15,7 +15,7 @@ from outcomes import Outcome, outcome
 from torch_emc2.config import Config, read_config, to_yaml
 from torch_emc2.training import train
 
-# Tests are small: threads would only wait for one another, and a fork leaves them behind. Processes of tests do likewise.
+# Tests are small: threads would only wait for one another, and a fork leaves them behind. So for what tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
