@@ -16,7 +16,15 @@ from queued import queued
 from torch import Tensor
 from towers import Tower
 
-from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, cached_backward
+from torch_emc2 import (
+    DCLLoss,
+    EMC2Loss,
+    InfoNCELoss,
+    NegativeCacheLoss,
+    SogCLRLoss,
+    UniformityLoss,
+    cached_backward,
+)
 from torch_emc2.losses.sogclr import cosine_gamma
 
 __all__ = ["KAPPAS", "METHODS", "Given", "Method"]
@@ -170,6 +178,8 @@ METHODS = {
     "in-batch": Method("in-batch, κ searched", ours(DCLLoss), KAPPAS),
     "infonce-together": Method("InfoNCE, all embeddings", together(InfoNCELoss)),
     "dcl-together": Method("DCL, all embeddings", together(DCLLoss)),
+    "uniformity": Method("alignment and uniformity", ours(UniformityLoss)),
+    "uniformity-together": Method("alignment and uniformity, all embeddings", together(UniformityLoss)),
     "in-batch-together": Method("in-batch, κ searched, all embeddings", together(DCLLoss), KAPPAS),
     "isir-together": Method("EMC² isir, cache, all embeddings", _emc2_together, KAPPAS),
     "remembered": emc2("EMC² isir, cache, 512 remembered", kernel="isir", num_remembered=512),

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from torch_emc2 import exact
     from torch_emc2.chunked import cached_backward
     from torch_emc2.kernels import metropolis
-    from torch_emc2.losses import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
+    from torch_emc2.losses import (
+        ContrastiveLoss,
+        DCLLoss,
+        EMC2Loss,
+        InfoNCELoss,
+        NegativeCacheLoss,
+        SogCLRLoss,
+        UniformityLoss,
+    )
     from torch_emc2.runs.model import Model
     from torch_emc2.temperature import Temperature
 
@@ -26,6 +34,7 @@ __all__ = [
     "NegativeCacheLoss",
     "SogCLRLoss",
     "Temperature",
+    "UniformityLoss",
     "cached_backward",
     "exact",
     "load",

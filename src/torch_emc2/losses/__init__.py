@@ -6,6 +6,7 @@ from torch_emc2.losses.emc2 import EMC2Loss
 from torch_emc2.losses.in_batch import DCLLoss, InfoNCELoss
 from torch_emc2.losses.negative_cache import NegativeCacheLoss
 from torch_emc2.losses.sogclr import SogCLRLoss, cosine_gamma
+from torch_emc2.losses.uniformity import UniformityLoss
 
 __all__ = [
     "ContrastiveLoss",
@@ -15,5 +16,6 @@ __all__ = [
     "InfoNCELoss",
     "NegativeCacheLoss",
     "SogCLRLoss",
+    "UniformityLoss",
     "cosine_gamma",
 ]

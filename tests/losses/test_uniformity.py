@@ -1,0 +1,174 @@
+"""UniformityLoss against plain loops: value of its parts, gradient, memory, and what it averages to."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.multiprocessing import spawn
+from torch.nn.functional import normalize
+
+from torch_emc2 import DCLLoss, InfoNCELoss, Temperature, UniformityLoss
+
+B, D = 5, 4
+
+
+def batches(count: int, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(count, 2, B, D, dtype=torch.float64, generator=generator)
+    return [(x.requires_grad_(), y.requires_grad_()) for x, y in drawn]
+
+
+def dot(u: Tensor, v: Tensor) -> float:
+    return sum(a * b for a, b in zip(u.tolist(), v.tolist(), strict=True))
+
+
+def sets(x: Tensor, y: Tensor, towers: int) -> list[list[tuple[int, int, list[int]]]]:
+    """Of each direction its rows: row, positive, negatives, as places among x and then y."""
+    if towers == 2:
+        return [
+            [(i, B + i, [B + j for j in range(B) if j != i]) for i in range(B)],
+            [(B + i, i, [j for j in range(B) if j != i]) for i in range(B)],
+        ]
+    places = range(2 * B)
+    return [[(i, (i + B) % (2 * B), [j for j in places if j % B != i % B]) for i in places]]
+
+
+def by_loop(x: Tensor, y: Tensor, u: list[float], beta: float, gamma: float, towers: int, kappa: float) -> Tensor:
+    """The gradient as that of a sum of similarities with constant weights; ``u`` is written over."""
+    z = normalize(torch.cat([x, y]))
+    total, directions = z.new_zeros(()), sets(x, y, towers)
+    for side, rows in enumerate(directions):
+        means = []
+        for row, positive, negatives in rows:
+            mass = kappa * math.exp(beta * dot(z[row], z[positive]))
+            g = (sum(math.exp(beta * dot(z[row], z[j])) for j in negatives) + mass) / len(negatives)
+            own = g if u[side] == 0 else (1 - gamma) * u[side] + gamma * g
+            weights = {j: math.exp(beta * dot(z[row], z[j])) / (len(negatives) * own) for j in negatives}
+            weights[positive] = mass / (len(negatives) * own) - 1
+            total = total + beta * sum(w * (z[row] @ z[j]) for j, w in weights.items()) / len(rows) / len(directions)
+            means.append(g)
+        mean = sum(means) / len(means)
+        u[side] = mean if u[side] == 0 else (1 - gamma) * u[side] + gamma * mean
+    return total
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.5])
+@pytest.mark.parametrize("gamma", [1.0, 0.3])
+@pytest.mark.parametrize("towers", [1, 2])
+def test_steps_are_those_of_a_loop_also_over_a_save(towers: Any, gamma: float, kappa: float) -> None:
+    loss_fn = UniformityLoss(0.4, gamma, towers=towers, positive_weight=kappa)
+    u = [0.0] * towers
+    for step, (x, y) in enumerate(batches(4)):
+        got = torch.autograd.grad(loss_fn(x, y), (x, y))
+        expected = torch.autograd.grad(by_loop(x, y, u, 2.5, gamma, towers, kappa), (x, y))
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)  # u is kept in float32
+        if step == 1:
+            saved = loss_fn.state_dict()
+            loss_fn = UniformityLoss(0.4, gamma, towers=towers, positive_weight=kappa)
+            loss_fn.load_state_dict(saved)
+    torch.testing.assert_close(loss_fn.get_extra_state()["log_u"].exp(), torch.tensor(u, dtype=torch.float32))
+
+
+@given(st.floats(0.05, 2.0), st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_with_gamma_one_it_is_dcl(temperature: float, seed: int) -> None:
+    loss_fn, dcl = UniformityLoss(temperature, 1.0), DCLLoss(temperature)
+    for x, y in batches(2, seed=seed):
+        got, expected = loss_fn(x, y), dcl(x, y)
+        torch.testing.assert_close(got + math.log(2 * B - 2), expected)
+        torch.testing.assert_close(torch.autograd.grad(got, (x, y)), torch.autograd.grad(expected, (x, y)))
+
+
+def test_over_many_small_batches_it_is_the_gradient_of_alignment_and_uniformity_of_the_whole_data() -> None:
+    """Two towers of 40 pairs, embeddings at rest: batches of 4, and the logarithm of one mean over all pairs."""
+    m, beta = 40, 5.0
+    x, y = torch.randn(2, m, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    x, y = x.requires_grad_(), y.requires_grad_()
+    logits = beta * normalize(x) @ normalize(y).T
+    negatives = logits.masked_fill(torch.eye(m, dtype=torch.bool), -torch.inf).flatten().logsumexp(0)
+    objective = negatives - math.log(m * (m - 1)) - logits.diagonal().mean()
+    exact = torch.cat(torch.autograd.grad(objective, (x, y)))
+
+    def mean_gradient(loss_fn: Any) -> Tensor:
+        generator, total = torch.Generator().manual_seed(1), torch.zeros_like(exact)
+        for epoch in range(420):
+            for index in torch.randperm(m, generator=generator).split(4):
+                gradient = torch.cat(torch.autograd.grad(loss_fn(x[index], y[index]), (x, y)))
+                total += gradient * (epoch >= 20) / (400 * m / 4)
+        return total
+
+    def error(loss_fn: Any) -> float:
+        return float((mean_gradient(loss_fn) - exact).square().sum() / exact.square().sum())
+
+    assert error(UniformityLoss(1 / beta, 0.01, towers=2)) < 0.002
+    assert error(UniformityLoss(1 / beta, 1.0, towers=2)) > 0.02, "DCL's is another objective's, and biased"
+
+
+def test_a_row_without_negatives_changes_nothing() -> None:
+    x, y = batches(1)[0]
+    same = torch.zeros(B, B, dtype=torch.bool)
+    same[0] = True  # x_0 knows of no negative; all else does
+    settings: Any = {"towers": 2, "directions": "x->y", "positive_weight": 0.5}
+    loss_fn, infonce = UniformityLoss(0.4, 0.5, **settings), InfoNCELoss(0.4, **settings)
+    got, expected = (torch.autograd.grad(each(x, y, same=same), (x, y)) for each in (loss_fn, infonce))
+    torch.testing.assert_close(got, expected)  # the first call normalises each row
+    z, w = normalize(x), normalize(y)
+    masses = [[math.exp(2.5 * dot(z[i], w[j])) * (0.5 if i == j else 1) for j in range(B)] for i in range(1, B)]
+    others = [sum(row) / (B - 1) for row in masses]
+    assert loss_fn.get_extra_state()["log_u"][0].exp().item() == pytest.approx(sum(others) / len(others), rel=1e-5)
+
+
+def test_evaluation_reads_and_another_temperature_begins_anew() -> None:
+    (a, b), (c, d) = batches(2)
+    loss_fn = UniformityLoss(0.4)
+    loss_fn(a, b)
+    before = loss_fn.get_extra_state()
+    loss_fn.eval()(c, d)
+    assert torch.equal(loss_fn.get_extra_state()["log_u"], before["log_u"])
+    loss_fn.temperature = 0.4
+    assert torch.equal(loss_fn.get_extra_state()["log_u"], before["log_u"])
+    loss_fn.train().temperature = 0.1
+    torch.testing.assert_close(loss_fn(c, d) + math.log(2 * B - 2), DCLLoss(0.1)(c, d))
+    learnt = UniformityLoss(Temperature(0.4), towers=2)
+    for x, y in batches(2):
+        learnt(x, y).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite() for parameter in learnt.parameters())
+
+
+def test_what_it_cannot_use_is_named() -> None:
+    for gamma in (0.0, 1.5, math.nan):
+        with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\]"):
+            UniformityLoss(gamma=gamma)
+    for state in ({}, {"log_u": torch.zeros(1)}, {"log_u": torch.zeros(2), "calls": 1}, DCLLoss().state_dict()):
+        with pytest.raises(ValueError, match="the saved state is not that of a UniformityLoss with towers=1"):
+            UniformityLoss().set_extra_state(dict(state))
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    loss_fn, gradients = UniformityLoss(0.4, 0.3, towers=2), []
+    share = slice(0, 2) if rank == 0 else slice(2, B)
+    for x, y in batches(3):
+        x, y = x.detach()[share].requires_grad_(), y.detach()[share].requires_grad_()
+        gradients.append(torch.cat(torch.autograd.grad(loss_fn(x, y), (x, y)), 1) / 2)  # DDP's mean over ranks
+    torch.save((gradients, loss_fn.state_dict()), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    spawn(_rank, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    loss_fn = UniformityLoss(0.4, 0.3, towers=2)
+    expected = [torch.cat(torch.autograd.grad(loss_fn(x, y), (x, y)), 1) for x, y in batches(3)]
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    got = [torch.cat(parts) for parts in zip(*(gradients for gradients, _ in of_ranks), strict=True)]
+    torch.testing.assert_close(got, expected)
+    for _, state in of_ranks:
+        torch.testing.assert_close(state, loss_fn.state_dict())
