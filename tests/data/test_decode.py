@@ -329,11 +329,13 @@ def test_photographs_are_shrunk_before_they_are_turned_and_after_they_lie_on_the
     photo.paste("blue", (100, 0, 200, 100))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter, clockwise
-    photo.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    upright = _decoded(tmp_path / "a.jpg", shrink_to=10)
-    assert upright.shape == (20, 10, 3)
-    assert np.abs(upright[2, 5] - np.array([255, 0, 0])).max() < 12
-    assert np.abs(upright[17, 5] - np.array([0, 0, 255])).max() < 12
+    for kind in ("jpg", "tif", "png"):
+        photo.save(tmp_path / f"a.{kind}", exif=exif, quality=95)
+        for shrink_to, (height, width) in ((10, (20, 10)), (None, (200, 100))):
+            upright = _decoded(tmp_path / f"a.{kind}", shrink_to=shrink_to)
+            assert upright.shape == (height, width, 3)
+            assert np.abs(upright[height // 10, width // 2] - np.array([255, 0, 0])).max() < 12
+            assert np.abs(upright[-height // 10, width // 2] - np.array([0, 0, 255])).max() < 12
     holes = np.zeros((40, 40, 4), np.uint8)
     holes[:, ::2] = 200, 100, 50, 255  # what is transparent is black, and must not be seen
     Image.fromarray(holes).save(tmp_path / "b.png")

@@ -34,8 +34,9 @@ def test_every_estimator_has_a_row_and_names_are_taken_once() -> None:
         importlib.import_module(f"torch_emc2.losses.{module.name}") for module in pkgutil.iter_modules(losses.__path__)
     ]
     own = {row.loss for row in ROWS}
-    assert own == set.union(*(concrete(module) for module in modules))
-    assert all(concrete(module) <= own for module in (losses, torch_emc2))
+    other_objective = {torch_emc2.UniformityLoss}  # no estimator of the global loss: --loss torch_emc2:UniformityLoss
+    assert own | other_objective == set.union(*(concrete(module) for module in modules))
+    assert all(concrete(module) <= own | other_objective for module in (losses, torch_emc2))
     assert list(ESTIMATORS) == list(LOSSES)
     methods = [method for row in ROWS for method in row.methods]
     assert all(row.methods for row in ROWS)

@@ -12,7 +12,6 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.ExifTags import Base
 from torch import Tensor
 
 from torch_emc2.data.errors import BadImageError, DataError
@@ -76,9 +75,10 @@ def decode(path: str | os.PathLike[str] | IO[bytes], decoding: Decoding) -> Tens
         size = decoding.shrunk(*file.size)
         if size != file.size:
             file.draft(None, size)  # a JPEG is decoded at a half, a quarter or an eighth, no smaller than that
-        if file.getexif().get(Base.Orientation, 1) > 4:  # turned by a quarter
-            size = size[::-1]
+        before = file.size
         ImageOps.exif_transpose(file, in_place=True)
+        if file.size != before:  # turned by a quarter; a TIFF's was so from the start
+            size = size[::-1]
         return _pixels(file, depth, raw, decoding, size)
 
 
