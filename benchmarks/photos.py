@@ -63,7 +63,7 @@ def score(part: Path, run: Path) -> None:
     ]
     own = [i for i, file in enumerate(every) if file.parent.parent.name == part.name]
     torch.manual_seed(model.config.seed)
-    untrained = build_encoder(model.config.model, 3, model.encoder.image_size).eval()
+    untrained = build_encoder(model.config.model, 3, model.encoder.image_size).eval().to(model.device)
     pixels = torch.nn.Flatten()
     trained = model.encoder.features
     for name, features in (

@@ -180,6 +180,12 @@ METHODS = {
     "dcl-together": Method("DCL, all embeddings", together(DCLLoss)),
     "uniformity": Method("alignment and uniformity", ours(UniformityLoss)),
     "uniformity-together": Method("alignment and uniformity, all embeddings", together(UniformityLoss)),
+    "uniformity-kappa-together": Method(
+        "alignment and uniformity, κ searched, all embeddings", together(UniformityLoss), KAPPAS
+    ),
+    "uniformity-together-0.02": Method(
+        "alignment and uniformity, γ = 0.02, all embeddings", together(UniformityLoss, gamma=0.02)
+    ),
     "in-batch-together": Method("in-batch, κ searched, all embeddings", together(DCLLoss), KAPPAS),
     "isir-together": Method("EMC² isir, cache, all embeddings", _emc2_together, KAPPAS),
     "remembered": emc2("EMC² isir, cache, 512 remembered", kernel="isir", num_remembered=512),

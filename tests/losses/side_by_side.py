@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from slow import EMC2, Batch, Key, NegativeCache, Slow, SogCLR
+from slow import EMC2, Batch, Key, NegativeCache, Slow, SogCLR, Uniformity
 from torch import Tensor
 
-from torch_emc2 import EMC2Loss, NegativeCacheLoss, SogCLRLoss
+from torch_emc2 import EMC2Loss, NegativeCacheLoss, SogCLRLoss, UniformityLoss
 from torch_emc2.losses import ContrastiveLoss
 from torch_emc2.memory.chains import ChainTable
 
@@ -58,6 +58,9 @@ def check_memory(fast: ContrastiveLoss, slow: Slow) -> None:
             owed = fast.sides[candidates].owed
             if owed is not None:
                 _check_vectors(owed.data, {i: z for (k, i), z in slow.due.items() if k == number and bool(z.any())})
+        if isinstance(fast, UniformityLoss) and isinstance(slow, Uniformity):
+            log_u = float(fast.get_extra_state()["log_u"][number])
+            assert math.exp(log_u) == pytest.approx(slow.averages.get(number, 0.0), rel=1e-6)
         if isinstance(fast, SogCLRLoss) and isinstance(slow, SogCLR):
             averages = {(i, *view, 0)[:2]: u for (k, i, *view), u in slow.averages.items() if k == number}
             log_u = fast.sides[rows].log_u.data

@@ -288,6 +288,30 @@ class InBatch(Slow):
         return self.textbook(number, row, beta), {j: mass / total for j, mass in masses.items()}, []
 
 
+class Uniformity(Slow):
+    """The batch's masses, normalised by one moving average of all rows' denominators."""
+
+    def __init__(self, gamma: float, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.gamma = gamma
+        self.averages: dict[int, float] = {}  # by direction
+
+    def start(self, number: int, rows: list[Row]) -> None:
+        self.now: list[float] = []
+
+    def weigh(self, number: int, row: Row, beta: float) -> Weighed:
+        masses = self.masses(number, row, beta)
+        now = sum(masses.values()) / len(row.negatives)
+        self.now.append(now)
+        average = (1 - self.gamma) * self.averages.get(number, now) + self.gamma * now
+        weights = {j: mass / (len(row.negatives) * average) for j, mass in masses.items()}
+        return self.estimate(number, row, beta), weights, []
+
+    def end(self, number: int, rows: list[Row]) -> None:
+        now = sum(self.now) / len(self.now)
+        self.averages[number] = (1 - self.gamma) * self.averages.get(number, now) + self.gamma * now
+
+
 class SogCLR(Slow):
     """The batch's masses, normalised by a moving average of each row's own denominator."""
 

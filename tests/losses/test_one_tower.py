@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from side_by_side import check_memory, follow
-from slow import EMC2, Batch, InBatch, NegativeCache, Slow, SogCLR
+from slow import EMC2, Batch, InBatch, NegativeCache, Slow, SogCLR, Uniformity
 
-from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, UniformityLoss
 from torch_emc2.kernels import Isir, Metropolis
 from torch_emc2.losses import ContrastiveLoss
 
@@ -89,6 +89,13 @@ def test_in_batch(kind: str, kappa: Any) -> None:
     given, settings = settings_of(kind, kappa)
     loss = DCLLoss if kappa == 0 else InfoNCELoss
     compare(loss(**given), InBatch(**settings), kind, tolerance=1e-10)
+
+
+@each_kind
+@each_kappa
+def test_uniformity(kind: str, kappa: Any) -> None:
+    given, settings = settings_of(kind, kappa)
+    compare(UniformityLoss(gamma=0.3, **given), Uniformity(0.3, **settings), kind)
 
 
 @each_kind

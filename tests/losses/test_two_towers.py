@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from side_by_side import check_memory, follow
-from slow import DIRECTIONS, EMC2, Batch, InBatch, NegativeCache, Slow, SogCLR
+from slow import DIRECTIONS, EMC2, Batch, InBatch, NegativeCache, Slow, SogCLR, Uniformity
 from torch import Tensor
 
-from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, UniformityLoss
 from torch_emc2.kernels import Isir, Metropolis
 from torch_emc2.losses import ContrastiveLoss
 
@@ -82,6 +82,13 @@ def test_in_batch(kind: str, directions: Any, kappa: Any) -> None:
     settings = settings_of(kappa, directions)
     loss = DCLLoss if kappa == 0 else InfoNCELoss
     compare(loss(**settings), InBatch(**settings), kind, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.7])
+@pytest.mark.parametrize(("kind", "directions"), CASES)
+def test_uniformity(kind: str, directions: Any, kappa: Any) -> None:
+    settings = settings_of(kappa, directions)
+    compare(UniformityLoss(gamma=0.3, **settings), Uniformity(0.3, **settings), kind)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch_emc2.settings.losses import (
     EMC2Config,
     NegativeCacheConfig,
     SogCLRConfig,
+    UniformityConfig,
     is_outside,
     require_loss,
     require_positive_weight,
@@ -23,6 +24,7 @@ from torch_emc2.settings.losses import (
         (lambda: EMC2Config(burn_in=0.5, kernel="isir"), "burn_in must be null for the kernel isir"),
         (lambda: EMC2Config(num_chains=0), "num_chains must be at least 1, got 0"),
         (lambda: SogCLRConfig(gamma=0.0), "gamma must be above 0 and at most 1, got 0.0"),
+        (lambda: UniformityConfig(gamma=1.5), "gamma must be above 0 and at most 1, got 1.5"),
         (lambda: NegativeCacheConfig(refresh_fraction=1.5), "refresh_fraction must be from 0 to 1, got 1.5"),
     ],
 )

@@ -13,12 +13,14 @@ from torch_emc2.losses.in_batch import DCLLoss, InfoNCELoss
 from torch_emc2.losses.negative_cache import NegativeCacheLoss
 from torch_emc2.losses.outside import load_outside, make_outside
 from torch_emc2.losses.sogclr import SogCLRLoss
+from torch_emc2.losses.uniformity import UniformityLoss
 from torch_emc2.settings.losses import (
     LOSSES,
     EMC2Config,
     NegativeCacheConfig,
     PositiveWeight,
     SogCLRConfig,
+    UniformityConfig,
     group_of,
     is_outside,
     require_loss,
@@ -153,6 +155,10 @@ _METROPOLIS: dict[str, Any] = {"kernel": "metropolis", "carry": "encode", "num_c
 _ISIR: dict[str, Any] = {**_METROPOLIS, "kernel": "isir", "burn_in": None}
 
 
+def _uniformity(own: UniformityConfig, given: Given) -> UniformityLoss:
+    return UniformityLoss(given.temperature, own.gamma, **_in_batch(given))
+
+
 def _sogclr(own: SogCLRConfig, given: Given) -> SogCLRLoss:
     return SogCLRLoss(given.num_samples, given.temperature, own.gamma, **given.weight)
 
@@ -183,6 +189,13 @@ ESTIMATORS = {
             DCLLoss,
             lambda _, given: DCLLoss(given.temperature, **_in_batch(given)),
             methods=(Method("DCL", "#b07aa1", "s"),),
+        ),
+        Estimator(
+            "uniformity",
+            UniformityLoss,
+            _uniformity,
+            methods=(Method("Uniformity", "#3aa6a6", "X"),),
+            variants={"": {}, "γ = 0.1": {"gamma": 0.1}},
         ),
         Estimator(
             "sogclr",

@@ -55,7 +55,7 @@ class UniformityLoss(ContrastiveLoss):
     def __init__(
         self,
         temperature: float | Temperature = 0.1,
-        gamma: float = 0.02,
+        gamma: float = 0.005,
         *,
         positive_weight: PositiveWeight = 0.0,
         num_samples: NumSamples = None,
@@ -69,12 +69,12 @@ class UniformityLoss(ContrastiveLoss):
         )
         self.gamma = float(gamma)
         self._calls = 0
-        self._log_u = torch.full((towers,), -torch.inf)  # a direction each
+        self._log_u = torch.full((towers,), -torch.inf, dtype=torch.float32)  # a direction each
 
     def _accept_temperature(self, value: Any) -> float | Temperature:
         temperature = super()._accept_temperature(value)
         if temperature != getattr(self, "temperature", temperature):
-            self._log_u = torch.full((self.towers,), -torch.inf)
+            self._log_u = torch.full_like(self._log_u, -torch.inf)
         return temperature
 
     def _alike(self, device: str) -> dict[str, object]:

@@ -16,6 +16,7 @@ __all__ = [
     "NegativeCacheConfig",
     "PositiveWeight",
     "SogCLRConfig",
+    "UniformityConfig",
     "group_of",
     "is_outside",
     "require_loss",
@@ -75,6 +76,21 @@ class SogCLRConfig:
 
 
 @dataclass
+class UniformityConfig:
+    """`torch_emc2.UniformityLoss`'s own settings.
+
+    Attributes:
+        gamma: weight of the present batch in the moving average that all rows share.
+    """
+
+    gamma: float = 0.005
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be above 0 and at most 1, got {self.gamma}")
+
+
+@dataclass
 class NegativeCacheConfig:
     """Negative Cache's own settings.
 
@@ -92,6 +108,7 @@ class NegativeCacheConfig:
 LOSSES: Mapping[str, type[Any] | None] = {
     "infonce": None,
     "dcl": None,
+    "uniformity": UniformityConfig,
     "sogclr": SogCLRConfig,
     "negative-cache": NegativeCacheConfig,
     "emc2": EMC2Config,
