@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import torch_emc2
+from torch_emc2.data import evaluation_transform
+from torch_emc2.evaluation.features import extract_features, raw_pixels
 from torch_emc2.models import build_encoder
 
 VENDORS = "google", "twitter"
@@ -64,20 +66,21 @@ def score(part: Path, run: Path) -> None:
     own = [i for i, file in enumerate(every) if file.parent.parent.name == part.name]
     torch.manual_seed(model.config.seed)
     untrained = build_encoder(model.config.model, 3, model.encoder.image_size).eval().to(model.device)
-    pixels = torch.nn.Flatten()
-    trained = model.encoder.features
-    for name, features in (
-        ("trained", trained),
+    transform = evaluation_transform(model.encoder.image_size)
+    for name, encode in (
+        ("trained", model.encoder.features),
         ("untrained", untrained.features),
-        ("raw pixels, less their mean", pixels),
+        ("raw pixels, 32 × 32, less their mean", raw_pixels),
     ):
-        model.encoder.features = features  # type: ignore[method-assign]
-        google, twitter = (model.embed([str(file) for file in files]) for files in (queries, every))
-        if features is pixels:
+        google, twitter = (
+            extract_features(encode, model.images([str(file) for file in files]), transform, device=model.device)
+            for files in (queries, every)
+        )
+        if encode is raw_pixels:
             google, twitter = google - twitter.mean(0), twitter - twitter.mean(0)
         within = top1(google, twitter[own], torch.arange(len(own)))
         among_all = top1(google, twitter, torch.tensor(own))
-        print(f"{name:28s} {within:.3f} among {len(own)}, {among_all:.3f} among {len(every)}")
+        print(f"{name:36s} {within:.3f} among {len(own)}, {among_all:.3f} among {len(every)}")
 
 
 def main() -> None:
