@@ -25,7 +25,7 @@ from towers import Tower
 from tqdm.auto import tqdm
 from train import train
 
-from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss, UniformityLoss
 from torch_emc2.diagnostics import GradientError, gradient_error, parameter_gradient, two_tower_error
 
 TRAINED = Cell("wordnet", "dcl-together", 32, epochs=3, lr=2e-3, temperature=0.03)  # the best of its search
@@ -41,6 +41,7 @@ def emc2(carry: str, **settings: Any) -> Callable[..., Any]:
 ESTIMATORS: dict[str, Callable[..., Any]] = {
     "InfoNCE": lambda seed, num_samples, **common: InfoNCELoss(**common),
     "DCL": lambda seed, num_samples, **common: DCLLoss(**common),
+    "Uniformity": lambda seed, num_samples, **common: UniformityLoss(**common),
     "SogCLR, γ = 0.9": lambda seed, **common: SogCLRLoss(gamma=0.9, **common),
     "EMC², cache": emc2("cache"),
     "EMC², cache, 4 chains": emc2("cache", num_chains=4),
