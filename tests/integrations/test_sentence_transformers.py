@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import spawn
 from torch.utils._pytree import tree_map_only
 
-from torch_emc2 import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, Temperature
+from torch_emc2 import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, Temperature, UniformityLoss
 
 transformers = pytest.importorskip("transformers")
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -163,11 +163,12 @@ def same(one: Any, other: Any) -> bool:
     return True
 
 
-def test_stopped_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path) -> None:
-    weights, memory, _ = train(folder, tmp_path)
-    assert same(train(folder, tmp_path, resume=True)[:2], (weights, memory))
+@pytest.mark.parametrize("loss", [lambda: None, lambda: UniformityLoss(0.1)], ids=["emc2", "uniformity"])
+def test_stopped_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path, loss: Any) -> None:
+    weights, memory, _ = train(folder, tmp_path, loss())
+    assert same(train(folder, tmp_path, loss(), resume=True)[:2], (weights, memory))
     assert memory[8]["_extra_state"]["calls"] == 14  # two epochs of seven batches, accumulated by twos
-    assert not same(train(folder, tmp_path, resume=True, remember=False)[0], weights)
+    assert not same(train(folder, tmp_path, loss(), resume=True, remember=False)[0], weights)
 
 
 def test_the_memory_of_another_step_is_refused(folder: Path, tmp_path: Path) -> None:
