@@ -93,6 +93,10 @@ def embed(argv: list[str]) -> None:
     told = f"{len(done.skipped)} skipped as unreadable, {done.found.left_out.total()} files left out"
     there = f", {done.there} were in the table" if args.append else ""
     print(f"{done.embedded} images embedded, {told}{there}: {args.out}")
+    if done.gone:
+        print(
+            f"{done.gone} of the table's files are not there any more: their rows stay, and all that reads them says so"
+        )
 
 
 def neighbours(argv: list[str]) -> None:
@@ -105,7 +109,7 @@ def neighbours(argv: list[str]) -> None:
         dest="table",
         type=table,
         metavar="EMBEDDINGS.parquet",
-        help="where to look, as emc2 embed RUN wrote it; by default the images that the run was trained on",
+        help="where to look, as emc2 embed RUN wrote it; by default the run's training images",
     )
     parser.add_argument("-k", type=whole(1), default=8, help="neighbours of each")
     parser.add_argument("--value-range", type=value_range, help=_VALUE_RANGE)

@@ -31,11 +31,13 @@ class Positive(NamedTuple):
         mean: (rows,) mean of their logits: the positive term.
         log_mass: (rows,) log Σ exp of their logits.
         share: (rows, P) of each in that mass.
+        mean_by_mass: (rows,) mean of their logits with those shares, the derivative of the mass's logarithm times β.
     """
 
     mean: Tensor
     log_mass: Tensor
     share: Tensor
+    mean_by_mass: Tensor
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,10 @@ class Rows:
         """Look at the positives among logits (rows, C + k)."""
         each, weights = logits.gather(1, self.positives), self.positive_weights
         if each.shape[1] == 1:
-            return Positive(each[:, 0], each[:, 0], weights)
+            return Positive(each[:, 0], each[:, 0], weights, each[:, 0])
         log_mass = each.masked_fill(weights == 0, -torch.inf).logsumexp(1)
         share = (each - log_mass[:, None]).exp_().masked_fill_(weights == 0, 0.0)
-        return Positive((each * weights).sum(1), log_mass, share)
+        return Positive((each * weights).sum(1), log_mass, share, (each * share).sum(1))
 
     def mask_(self, logits: Tensor) -> Tensor:
         """Set to -inf what is no negative in logits (rows, C + k)."""

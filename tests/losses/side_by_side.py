@@ -59,8 +59,9 @@ def check_memory(fast: ContrastiveLoss, slow: Slow) -> None:
             if owed is not None:
                 _check_vectors(owed.data, {i: z for (k, i), z in slow.due.items() if k == number and bool(z.any())})
         if isinstance(fast, UniformityLoss) and isinstance(slow, Uniformity):
-            log_u = float(fast.get_extra_state()["log_u"][number])
-            assert math.exp(log_u) == pytest.approx(slow.averages.get(number, 0.0), rel=1e-6)
+            log_u, similarity, log_beta = map(float, fast.get_extra_state()["averages"][number])
+            found = math.exp(log_u), similarity * math.exp(log_u), math.exp(log_beta)
+            assert found == pytest.approx(slow.averages.get(number, (0.0, 0.0, 0.0)), rel=1e-5, abs=1e-6)
         if isinstance(fast, SogCLRLoss) and isinstance(slow, SogCLR):
             averages = {(i, *view, 0)[:2]: u for (k, i, *view), u in slow.averages.items() if k == number}
             log_u = fast.sides[rows].log_u.data

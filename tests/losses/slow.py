@@ -294,22 +294,35 @@ class Uniformity(Slow):
     def __init__(self, gamma: float, **settings: Any) -> None:
         super().__init__(**settings)
         self.gamma = gamma
-        self.averages: dict[int, float] = {}  # by direction
+        self.averages: dict[int, tuple[float, float, float]] = {}  # u, its derivative by β, and β; by direction
 
     def start(self, number: int, rows: list[Row]) -> None:
         self.now: list[float] = []
+        self.slopes: list[float] = []
 
     def weigh(self, number: int, row: Row, beta: float) -> Weighed:
         masses = self.masses(number, row, beta)
         now = sum(masses.values()) / len(row.negatives)
         self.now.append(now)
-        average = (1 - self.gamma) * self.averages.get(number, now) + self.gamma * now
-        weights = {j: mass / (len(row.negatives) * average) for j, mass in masses.items()}
+        self.slopes.append(sum(mass * row.similarities[j] for j, mass in masses.items()) / len(row.negatives))
+        self.beta = beta
+        u, _, gamma = self.before(number)
+        weights = {j: mass / (len(row.negatives) * ((1 - gamma) * u + gamma * now)) for j, mass in masses.items()}
         return self.estimate(number, row, beta), weights, []
 
+    def before(self, number: int) -> tuple[float, float, float]:
+        """The average and its derivative by β, taken to this β, and what the batch counts for beside it."""
+        if number not in self.averages:
+            return 0.0, 0.0, 1.0
+        u, slope, at = self.averages[number]
+        factor = math.exp((self.beta - at) * slope / u)
+        return factor * u, factor * slope, min(1.0, max(self.gamma, 10 * abs(math.log(self.beta / at))))
+
     def end(self, number: int, rows: list[Row]) -> None:
-        now = sum(self.now) / len(self.now)
-        self.averages[number] = (1 - self.gamma) * self.averages.get(number, now) + self.gamma * now
+        u, slope, gamma = self.before(number)
+        now, slope_now = (sum(each) / len(rows) for each in (self.now, self.slopes))
+        after = (1 - gamma) * u + gamma * now, (1 - gamma) * slope + gamma * slope_now
+        self.averages[number] = *after, self.beta
 
 
 class SogCLR(Slow):

@@ -25,6 +25,12 @@ def batches(count: int, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     return [(x.requires_grad_(), y.requires_grad_()) for x, y in drawn]
 
 
+def log_u(loss_fn: UniformityLoss) -> Tensor:
+    """Logarithm of the average, of each direction."""
+    averages: Tensor = loss_fn.get_extra_state()["averages"]
+    return averages[:, 0]
+
+
 def dot(u: Tensor, v: Tensor) -> float:
     return sum(a * b for a, b in zip(u.tolist(), v.tolist(), strict=True))
 
@@ -40,22 +46,24 @@ def sets(x: Tensor, y: Tensor, towers: int) -> list[list[tuple[int, int, list[in
     return [[(i, (i + B) % (2 * B), [j for j in places if j % B != i % B]) for i in places]]
 
 
-def by_loop(x: Tensor, y: Tensor, u: list[float], beta: float, gamma: float, towers: int, kappa: float) -> Tensor:
-    """The gradient as that of a sum of similarities with constant weights; ``u`` is written over."""
-    z = normalize(torch.cat([x, y]))
+def by_loop(
+    x: Tensor, y: Tensor, u: list[float], call: int, beta: float, gamma: float, towers: int, kappa: float
+) -> Tensor:
+    """The gradient as that of a sum of similarities with constant weights; ``u`` is written over. Calls from 0 on."""
+    z, gamma = normalize(torch.cat([x, y])), gamma if call else 1.0
     total, directions = z.new_zeros(()), sets(x, y, towers)
     for side, rows in enumerate(directions):
         means = []
         for row, positive, negatives in rows:
             mass = kappa * math.exp(beta * dot(z[row], z[positive]))
             g = (sum(math.exp(beta * dot(z[row], z[j])) for j in negatives) + mass) / len(negatives)
-            own = g if u[side] == 0 else (1 - gamma) * u[side] + gamma * g
+            own = (1 - gamma) * u[side] + gamma * g
             weights = {j: math.exp(beta * dot(z[row], z[j])) / (len(negatives) * own) for j in negatives}
             weights[positive] = mass / (len(negatives) * own) - 1
             total = total + beta * sum(w * (z[row] @ z[j]) for j, w in weights.items()) / len(rows) / len(directions)
             means.append(g)
         mean = sum(means) / len(means)
-        u[side] = mean if u[side] == 0 else (1 - gamma) * u[side] + gamma * mean
+        u[side] = (1 - gamma) * u[side] + gamma * mean
     return total
 
 
@@ -65,15 +73,15 @@ def by_loop(x: Tensor, y: Tensor, u: list[float], beta: float, gamma: float, tow
 def test_steps_are_those_of_a_loop_also_over_a_save(towers: Any, gamma: float, kappa: float) -> None:
     loss_fn = UniformityLoss(0.4, gamma, towers=towers, positive_weight=kappa)
     u = [0.0] * towers
-    for step, (x, y) in enumerate(batches(4)):
+    for step, (x, y) in enumerate(batches(6)):
         got = torch.autograd.grad(loss_fn(x, y), (x, y))
-        expected = torch.autograd.grad(by_loop(x, y, u, 2.5, gamma, towers, kappa), (x, y))
+        expected = torch.autograd.grad(by_loop(x, y, u, step, 2.5, gamma, towers, kappa), (x, y))
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)  # u is kept in float32
         if step == 1:
             saved = loss_fn.state_dict()
             loss_fn = UniformityLoss(0.4, gamma, towers=towers, positive_weight=kappa)
             loss_fn.load_state_dict(saved)
-    torch.testing.assert_close(loss_fn.get_extra_state()["log_u"].exp(), torch.tensor(u, dtype=torch.float32))
+    torch.testing.assert_close(log_u(loss_fn).exp(), torch.tensor(u, dtype=torch.float32))
 
 
 @given(st.floats(0.05, 2.0), st.integers(0, 10**6))
@@ -117,37 +125,102 @@ def test_a_row_without_negatives_changes_nothing() -> None:
     same[0] = True  # x_0 knows of no negative; all else does
     settings: Any = {"towers": 2, "directions": "x->y", "positive_weight": 0.5}
     loss_fn, infonce = UniformityLoss(0.4, 0.5, **settings), InfoNCELoss(0.4, **settings)
-    got, expected = (torch.autograd.grad(each(x, y, same=same), (x, y)) for each in (loss_fn, infonce))
+    value = loss_fn(x, y, same=same)
+    got = torch.autograd.grad(value, (x, y))
+    expected = torch.autograd.grad(infonce(x, y, same=same), (x, y))
     torch.testing.assert_close(got, expected)  # the first call normalises each row
     z, w = normalize(x), normalize(y)
     masses = [[math.exp(2.5 * dot(z[i], w[j])) * (0.5 if i == j else 1) for j in range(B)] for i in range(1, B)]
     others = [sum(row) / (B - 1) for row in masses]
-    assert loss_fn.get_extra_state()["log_u"][0].exp().item() == pytest.approx(sum(others) / len(others), rel=1e-5)
+    assert log_u(loss_fn)[0].exp().item() == pytest.approx(sum(others) / len(others), rel=1e-5)
+    values = [math.log(other) - 2.5 * dot(z[i], w[i]) for i, other in enumerate(others, 1)]
+    assert value.item() == pytest.approx(sum(values) / B)  # the row's own is 0
 
 
-def test_evaluation_reads_and_another_temperature_begins_anew() -> None:
+def test_evaluation_reads_and_does_not_write() -> None:
     (a, b), (c, d) = batches(2)
     loss_fn = UniformityLoss(0.4)
     loss_fn(a, b)
     before = loss_fn.get_extra_state()
-    loss_fn.eval()(c, d)
-    assert torch.equal(loss_fn.get_extra_state()["log_u"], before["log_u"])
-    loss_fn.temperature = 0.4
-    assert torch.equal(loss_fn.get_extra_state()["log_u"], before["log_u"])
-    loss_fn.train().temperature = 0.1
-    torch.testing.assert_close(loss_fn(c, d) + math.log(2 * B - 2), DCLLoss(0.1)(c, d))
-    learnt = UniformityLoss(Temperature(0.4), towers=2)
-    for x, y in batches(2):
-        learnt(x, y).backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite() for parameter in learnt.parameters())
+    loss_fn.eval().temperature = 0.3
+    loss_fn(c, d)
+    assert torch.equal(loss_fn.get_extra_state()["averages"], before["averages"])
+
+
+@pytest.mark.parametrize("way", ["schedule", "learnt", "states"])
+def test_the_average_follows_the_temperature(way: str) -> None:
+    """Embeddings at rest, β from 4 to 16 in 400 calls: the average is that of β at the end. It would lag by .7 else."""
+    m = 40
+    x, y = torch.randn(2, m, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    first = Temperature(0.25).double() if way == "learnt" else 0.25
+    loss_fn, generator = UniformityLoss(first, towers=2, directions="x->y"), torch.Generator().manual_seed(1)
+    for call in range(400):
+        beta = 4 * 4 ** (call / 399)
+        if isinstance(loss_fn.temperature, Temperature):
+            with torch.no_grad():
+                loss_fn.temperature.logit_scale.fill_(math.log(beta))
+        elif way == "schedule":
+            loss_fn.temperature = 1 / beta
+        else:
+            state, loss_fn = loss_fn.state_dict(), UniformityLoss(1 / beta, towers=2, directions="x->y")
+            loss_fn.load_state_dict(state)
+        index = torch.randperm(m, generator=generator)[:8]
+        loss_fn(x[index], y[index])
+    masses = [
+        math.exp(16 * dot(a, b)) for i, a in enumerate(normalize(x)) for j, b in enumerate(normalize(y)) if i != j
+    ]
+    assert log_u(loss_fn)[0].item() == pytest.approx(math.log(sum(masses) / len(masses)), abs=0.1)
+
+
+@given(st.floats(0.02, 2.0), st.floats(0.02, 2.0))
+@settings(max_examples=20, deadline=None)
+def test_after_a_leap_of_the_temperature_the_batch_alone_counts(before: float, after: float) -> None:
+    (a, b), (c, d), (e, f) = batches(3)
+    loss_fn, dcl = UniformityLoss(before), DCLLoss(after)
+    for x, y in ((a, b), (c, d)):
+        loss_fn(x, y)
+    loss_fn.temperature = after
+    if abs(math.log(before / after)) > 0.1001:
+        got, expected = (torch.autograd.grad(each(e, f), (e, f)) for each in (loss_fn, dcl))
+        torch.testing.assert_close(got, expected)
+
+
+def test_its_number_tells_how_far_the_average_is_from_the_batch() -> None:
+    loss_fn = UniformityLoss(0.4, towers=2)
+    (a, b), (c, d) = batches(2)
+    loss_fn(a, b)
+    before = log_u(loss_fn).exp()
+    loss_fn(c, d)
+    means = [
+        sum(math.exp(2.5 * dot(z[row], z[j])) for row, _, negatives in rows for j in negatives) / (B * (B - 1))
+        for z in [normalize(torch.cat([c, d]))]
+        for rows in sets(c, d, 2)
+    ]
+    expected = sum(float(u) / mean for u, mean in zip(before, means, strict=True)) / 2
+    assert float(loss_fn.last["normaliser_ratio"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_it_cannot_use_is_named() -> None:
-    for gamma in (0.0, 1.5, math.nan):
-        with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\]"):
-            UniformityLoss(gamma=gamma)
-    for state in ({}, {"log_u": torch.zeros(1)}, {"log_u": torch.zeros(2), "calls": 1}, DCLLoss().state_dict()):
-        with pytest.raises(ValueError, match="the saved state is not that of a UniformityLoss with towers=1"):
+    for gamma in (0.0, 1.5, math.nan, "0.1", True):
+        with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\], got"):
+            UniformityLoss(gamma=gamma)  # type: ignore[arg-type]
+    loss_fn, (x, y) = UniformityLoss(), batches(1)[0]
+    loss_fn.gamma = math.nan
+    with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\], got nan"):
+        loss_fn(x, y)
+    good = UniformityLoss().get_extra_state()
+    for change, named in (
+        ({"averages": torch.zeros(2, 3)}, "the saved state is not that of a UniformityLoss with towers=1"),
+        ({"averages": torch.tensor([[math.nan, 0, 0]])}, "the saved averages are damaged"),
+        ({"averages": torch.tensor([[0.0, 0, math.inf]])}, "the saved averages are damaged"),
+        ({"calls": -1}, "the saved averages are damaged"),
+        ({"calls": "1"}, "the saved state has '1' for a number"),
+        ({"more": 1}, "load what such a loss has saved"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            UniformityLoss().set_extra_state(good | change)
+    for state in ({}, DCLLoss().state_dict()):
+        with pytest.raises(ValueError, match="load what such a loss has saved"):
             UniformityLoss().set_extra_state(dict(state))
 
 
@@ -160,6 +233,10 @@ def _rank(rank: int, folder: str) -> None:
         x, y = x.detach()[share].requires_grad_(), y.detach()[share].requires_grad_()
         gradients.append(torch.cat(torch.autograd.grad(loss_fn(x, y), (x, y)), 1) / 2)  # DDP's mean over ranks
     torch.save((gradients, loss_fn.state_dict()), f"{folder}/{rank}.pt")
+    state = loss_fn.get_extra_state()
+    loss_fn.set_extra_state(state | {"averages": state["averages"] + rank})
+    with pytest.raises(ValueError, match="checksum of what was loaded"):  # not each rank with its own
+        loss_fn(x, y)
     torch.distributed.destroy_process_group()
 
 

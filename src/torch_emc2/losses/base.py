@@ -213,6 +213,7 @@ class ContrastiveLoss(nn.Module, ABC):
                 value = weights.value
             elif self.positive_weight:
                 value = torch.logaddexp(log_mass, log_positive) - positive.mean - rows.log_num_negatives
+                value.masked_fill_(log_mass == -torch.inf, 0.0)
             total.add(rows, positive, weights)
             said.add(rows, value, estimate, positive.mean, *weights.kept)
         values, estimates, similarities, *kept = said.tensors

@@ -195,7 +195,7 @@ ESTIMATORS = {
             UniformityLoss,
             _uniformity,
             methods=(Method("Uniformity", "#3aa6a6", "X"),),
-            variants={"": {}, "γ = 0.1": {"gamma": 0.1}},
+            variants={"γ = 0.005": {"gamma": 0.005}, "γ = 0.1": {"gamma": 0.1}},
         ),
         Estimator(
             "sogclr",

@@ -20,7 +20,7 @@ from torch_emc2.settings.losses import PositiveWeight
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers, unique_ids
 
-__all__ = ["Memory", "StatefulLoss"]
+__all__ = ["Memory", "StatefulLoss", "check_alike", "checksum"]
 
 
 class Memory(ABC):
@@ -109,7 +109,7 @@ class StatefulLoss(ContrastiveLoss):
             self.sides[side].forget(each)
             self.sides[side + 1 - self.towers].forget_negatives(each)
         if several_ranks():
-            self._mark = mix_seed(self._mark, _checksum(gone))
+            self._mark = mix_seed(self._mark, checksum(gone))
 
     def _position(self) -> dict[str, Any]:
         """Return the numbers, beside the memory, that the next call depends on."""
@@ -144,7 +144,7 @@ class StatefulLoss(ContrastiveLoss):
         Raises:
             ValueError: it is another loss's, or of another size; nothing has changed.
         """
-        _check_alike(state, self.get_extra_state(), type(self).__name__)
+        check_alike(state, self.get_extra_state(), type(self).__name__)
         saved = (state,) if self.towers == 1 else (state["x"], state["y"])
         for side, memory in zip(self.sides, saved, strict=True):
             side.check(memory)
@@ -152,7 +152,7 @@ class StatefulLoss(ContrastiveLoss):
         self._take_position(state)
         for side, memory in zip(self.sides, saved, strict=True):
             side.load(memory)
-        self._mark = _checksum(self.get_extra_state()) if several_ranks() else 0
+        self._mark = checksum(self.get_extra_state()) if several_ranks() else 0
 
     def _check_sides(self, saved: Sequence[dict[str, Any]]) -> None:
         """Raise ValueError where sides that fit each for itself do not go together."""
@@ -166,19 +166,19 @@ class StatefulLoss(ContrastiveLoss):
         return f"num_samples={self.num_samples}, {super().extra_repr()}"
 
 
-def _check_alike(saved: Any, own: Any, name: str) -> None:
+def check_alike(saved: Any, own: Any, name: str) -> None:
     """Raise ValueError where a state has other names in it than a loss's own, or no number where that has one."""
     if isinstance(own, dict):
         if not isinstance(saved, dict) or set(saved) != set(own):
             found = sorted(map(str, saved)) if isinstance(saved, dict) else repr(saved)
             raise ValueError(f"the saved state has {found}, this {name} {sorted(own)}: load what such a loss has saved")
         for key in own:
-            _check_alike(saved[key], own[key], name)
+            check_alike(saved[key], own[key], name)
     elif isinstance(own, int | float) and type(saved) is not type(own):
         raise ValueError(f"the saved state has {saved!r} for a number: load what a {name} has saved")
 
 
-def _checksum(state: Any) -> int:
+def checksum(state: Any) -> int:
     """Mix the sums of all tensors of a state, as whole numbers of the same bits, which wrap: O(its size), fast."""
     kinds = {4: torch.int32, 8: torch.int64}
     tables = [leaf.view(kinds[leaf.itemsize]) for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]

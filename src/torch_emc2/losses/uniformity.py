@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch_emc2.geometry import Contrast
 from torch_emc2.losses.arguments import NumSamples
 from torch_emc2.losses.base import ContrastiveLoss
 from torch_emc2.losses.calling import CheckedEncode
+from torch_emc2.losses.stateful import check_alike, checksum
 from torch_emc2.losses.weighting import Conclusion, Scores, Weighing, Weights
+from torch_emc2.ranks import several_ranks
 from torch_emc2.rows import Rows
 from torch_emc2.settings.losses import PositiveWeight
 from torch_emc2.temperature import Temperature
@@ -30,17 +32,21 @@ class UniformityLoss(ContrastiveLoss):
     but u has those of all rows of the last 1 / γ batches. Nothing is remembered of samples, and no ids are needed.
 
     With ``g_a = mean_j exp(β s_j)`` over a row's negatives, ``w_j = exp(β s_j) / (n ((1 - γ) u + γ g_a))`` and then
-    ``u <- (1 - γ) u + γ mean_a g_a`` (``u <- mean_a g_a`` at the first call, which is DCL's): SogCLR's step
-    (Yuan et al. 2022), with one average in the place of one a sample. A row's weights sum to 1 / γ at most. ``u`` is
-    kept as its logarithm, which no temperature overflows. With a positive weight κ, ``κ exp(β s_pos) / n`` is part of
-    ``g``. The value is the batch's estimate of the global contrastive loss, as every estimator's.
+    ``u <- (1 - γ) u + γ mean_a g_a`` (the first call takes ``γ = 1``, and has DCL's gradient): SogCLR's step (Yuan et
+    al. 2022), with one average in the place of one a sample. A row's weights sum to 1 / γ at most. Where β moves, by a
+    schedule or learnt, u goes along its tangent, ``d log u / dβ`` the mean similarity by mass, and γ is no less than 10
+    times the step of log β. ``u`` is kept as its logarithm, which no temperature overflows. With a positive weight κ,
+    ``κ exp(β s_pos) / n`` is part of ``g``.
+
+    The value is no objective of this gradient but, as of all estimators, what the batch says of the global contrastive
+    loss. ``last["normaliser_ratio"]`` is u over the batch's own mean of g: about 1 where u keeps up with the encoder.
 
     The best temperature is higher than that of losses which normalise each row: begin at .1.
 
     Args:
-        temperature: 1 / β. Where another number is assigned, the average begins anew; one that is learnt, or the
-            caller's ``logit_scale``, moves little between two calls and leaves it as it is.
-        gamma: γ in (0, 1], the weight of the present batch; 1 is DCL.
+        temperature: 1 / β.
+        gamma: γ in (0, 1], the weight of the present batch; with 1 the gradient is DCL's, or that of the
+            softmax with κ.
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`.
         num_samples: size of the data set, for ``"global"``.
         towers: 1 or 2; see `ContrastiveLoss`. Each direction has an average of its own.
@@ -62,27 +68,34 @@ class UniformityLoss(ContrastiveLoss):
         towers: Towers = 1,
         directions: Directions = "both",
     ) -> None:
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma must be in (0, 1], got {gamma}")
         super().__init__(
             temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
         )
-        self.gamma = float(gamma)
+        self.gamma = gamma
+        _ = self._gamma  # refuses what it cannot use
         self._calls = 0
-        self._log_u = torch.full((towers,), -torch.inf, dtype=torch.float32)  # a direction each
+        self._mark = 0  # left by a load, which may differ between ranks; a step changes the averages of all alike
+        self._averages = torch.tensor([_NOTHING] * towers, dtype=torch.float32)  # a direction each
 
-    def _accept_temperature(self, value: Any) -> float | Temperature:
-        temperature = super()._accept_temperature(value)
-        if temperature != getattr(self, "temperature", temperature):
-            self._log_u = torch.full_like(self._log_u, -torch.inf)
-        return temperature
+    @property
+    def _gamma(self) -> float:
+        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float) or not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be in (0, 1], got {self.gamma}")
+        return float(self.gamma)
 
     def _alike(self, device: str) -> dict[str, object]:
-        return {**super()._alike(device), "gamma": self.gamma, "number of the call": self._calls}
+        return {
+            **super()._alike(device),
+            "gamma": self._gamma,
+            "number of the call": self._calls,
+            "checksum of what was loaded": self._mark,
+        }
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
-        self._log_u = self._log_u.to(contrast.rows.device)
-        return _Shared(contrast, self._log_u, self.gamma, weighs_positive=self.positive_weight != 0)
+        self._averages = self._averages.to(contrast.rows.device)
+        remembered = self._averages[contrast.anchors]
+        average, weight = _Average(*remembered.to(contrast.rows.dtype)).at(temperature, self._gamma)
+        return _Shared(contrast, average, weight, remembered, weighs_positive=self.positive_weight != 0)
 
     def _remember(self, writes: list[Any]) -> None:
         super()._remember(writes)
@@ -90,22 +103,55 @@ class UniformityLoss(ContrastiveLoss):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the averages, for ``state_dict()``."""
-        return {"calls": self._calls, "log_u": self._log_u.cpu().clone()}
+        return {"calls": self._calls, "averages": self._averages.cpu().clone()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over saved averages: the next call does what would have come next.
+        """Take over saved averages: the next call does what would have come next. They may be of another temperature.
 
         Raises:
             ValueError: they are another loss's, or of another number of towers; nothing has changed.
         """
-        log_u = state.get("log_u") if isinstance(state, dict) else None
-        if not isinstance(log_u, Tensor) or log_u.shape != self._log_u.shape or type(state.get("calls")) is not int:
+        check_alike(state, self.get_extra_state(), type(self).__name__)
+        averages, calls = state["averages"], state["calls"]
+        if not isinstance(averages, Tensor) or averages.shape != self._averages.shape:
             raise ValueError(f"the saved state is not that of a {type(self).__name__} with towers={self.towers}")
-        self._calls, self._log_u = state["calls"], log_u.to(self._log_u, copy=True)
+        if calls < 0 or averages.isnan().any() or averages.isposinf().any():
+            raise ValueError(f"the saved averages are damaged: {averages.tolist()} after {calls} calls")
+        self._calls, self._averages = calls, averages.to(self._averages, copy=True)
+        self._mark = checksum(self.get_extra_state()) if several_ranks() else 0
 
     def extra_repr(self) -> str:
         """Show the settings."""
         return f"{super().extra_repr()}, gamma={self.gamma:g}"
+
+
+class _Average(NamedTuple):
+    """A moving average of what exp(β s) comes to in a direction; numbers, as tensors ().
+
+    Attributes:
+        log_u: its logarithm.
+        similarity: the mean similarity by mass, d log u / dβ.
+        log_beta: log β that it is of; infinite before the first call.
+    """
+
+    log_u: Tensor
+    similarity: Tensor
+    log_beta: Tensor
+
+    def at(self, temperature: float | Tensor, gamma: float) -> tuple[_Average, Tensor]:
+        """Follow it to another β; and say what the next batch counts for beside it: the more, the farther that is."""
+        log_beta = -torch.as_tensor(temperature).to(self.log_beta).log()
+        moved = log_beta - self.log_beta
+        log_u = self.log_u + (log_beta.exp() - self.log_beta.exp()) * self.similarity
+        return _Average(log_u, self.similarity, log_beta), (moved.abs() / _REACH).clamp_(gamma, 1)
+
+    def with_next(self, log_g: Tensor, weight: Tensor) -> Tensor:
+        """log((1 - weight) u + weight g)."""
+        return torch.logaddexp(torch.log1p(-weight) + self.log_u, weight.log() + log_g)
+
+
+_REACH = 0.1  # of log β: so far the tangent is taken for the curve
+_NOTHING = -math.inf, 0.0, -math.inf
 
 
 class _Shared(Weighing):
@@ -113,41 +159,50 @@ class _Shared(Weighing):
 
     Args:
         contrast: the direction.
-        log_u: (directions,) logarithms of the averages; that of the direction is written over in the end.
-        gamma: share of this batch in it.
+        average: of the calls before, at this call's β.
+        weight: of this batch beside it.
+        remembered: (3,) where the average is kept, and written over in the end.
         weighs_positive: whether the positive has a mass.
     """
 
-    def __init__(self, contrast: Contrast, log_u: Tensor, gamma: float, *, weighs_positive: bool) -> None:
+    def __init__(
+        self, contrast: Contrast, average: _Average, weight: Tensor, remembered: Tensor, *, weighs_positive: bool
+    ) -> None:
         super().__init__(contrast)
-        self.log_u, self.gamma, self.weighs_positive = log_u, gamma, weighs_positive
-
-    def _averaged(self, log_g: Tensor) -> Tensor:
-        """(1 - γ) u + γ g, in logarithms; g where there is no u yet."""
-        before = self.log_u[self.contrast.anchors].to(log_g)
-        if self.gamma == 1:
-            return log_g
-        after = torch.logaddexp(math.log1p(-self.gamma) + before, math.log(self.gamma) + log_g)
-        return torch.where(before == -torch.inf, log_g, after)
+        self.average, self.weight, self.remembered = average, weight, remembered
+        self.weighs_positive = weighs_positive
 
     def weigh(self, rows: Rows, scores: Scores) -> Weights:
-        log_g = torch.logaddexp(scores.log_mass, scores.log_positive) - rows.log_num_negatives
-        log_total = self._averaged(log_g) + rows.log_num_negatives
+        log_mass = torch.logaddexp(scores.log_mass, scores.log_positive)
+        log_g = log_mass - rows.log_num_negatives
+        log_total = self.average.with_next(log_g, self.weight) + rows.log_num_negatives
         if rows.no_negatives is not None:  # nor has it a gradient then
             log_total = torch.where(log_g.isfinite(), log_total, scores.log_positive)
+        finite = scores.logits.clamp_(min=torch.finfo(scores.logits.dtype).min)
+        logit = torch.linalg.vecdot(scores.masses, finite) * (scores.peak[:, 0] - log_mass).exp()  # mean by mass
+        of_positive = (scores.log_positive - log_mass).exp()
         return Weights(
             negatives=scores.relative_to(log_total),
             positive=(scores.log_positive - log_total).exp() if self.weighs_positive else None,
-            kept=(log_g,),
+            kept=(torch.stack([log_g, logit + of_positive * scores.positive.mean_by_mass], 1),),
         )
 
     def conclude(self, kept: tuple[Tensor, ...]) -> Conclusion:
-        log_g = self.contrast.ranks.gather_rows(kept[0])
+        log_g, logit = self.contrast.ranks.gather_rows(kept[0]).unbind(1)
         has_negatives = log_g.isfinite()
-        mean = log_g.masked_fill(~has_negatives, -torch.inf).logsumexp(0) - has_negatives.sum().clamp(min=1).log()
-        after = torch.where(has_negatives.any(), self._averaged(mean), self.log_u[self.contrast.anchors].to(mean))
+        some = has_negatives.any()
+        log_g, logit = log_g.masked_fill(~has_negatives, -torch.inf), logit.masked_fill(~has_negatives, 0.0)
+        log_mean = log_g.logsumexp(0) - has_negatives.sum().clamp(min=1).log()
+        log_u = self.average.with_next(log_mean, self.weight)
+        share = (self.weight.log() + log_mean - log_u).exp()  # of this batch in the sum
+        similarity = (log_g.softmax(0) @ logit) / self.average.log_beta.exp()
+        after = _Average(
+            log_u,
+            torch.lerp(self.average.similarity, similarity, share),
+            self.average.log_beta,
+        )
 
         def write() -> None:
-            self.log_u[self.contrast.anchors] = after.to(self.log_u)
+            self.remembered.copy_(torch.where(some, torch.stack(after), self.remembered))
 
-        return Conclusion(write=write)
+        return Conclusion(write=write, numbers={"normaliser_ratio": (self.average.log_u - log_mean).exp()})

@@ -26,7 +26,7 @@ _DRAWN, _ABREAST = 12, 8
 
 
 class Duplicates(NamedTuple):
-    """Groups of near duplicates, the largest first: of each image its similarity to the group's first."""
+    """Groups of near duplicates, the most alike first: of each image its similarity to the group's first."""
 
     gallery: Gallery
     groups: list[list[Hit]]
@@ -64,11 +64,12 @@ def near_duplicates(embeddings: Tensor, threshold: float) -> list[list[Hit]]:
     members: dict[int, list[int]] = {}
     for row, own in enumerate(first.tolist()):
         members.setdefault(own, []).append(row)
-    groups = [group for group in members.values() if len(group) > 1]
-    return [
+    groups = [
         [Hit(i, cosine) for i, cosine in zip(group, (unit[group] @ unit[group[0]]).tolist(), strict=True)]
-        for group in sorted(groups, key=len, reverse=True)
+        for group in members.values()
+        if len(group) > 1
     ]
+    return sorted(groups, key=lambda group: (-round(min(cosine for _, cosine in group), 6), -len(group)))
 
 
 def draw_duplicates(found: Duplicates, out: Path) -> None:

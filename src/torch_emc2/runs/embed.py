@@ -29,6 +29,7 @@ class Embedded(NamedTuple):
     skipped: dict[str, str]  # images that cannot be read, and why
     found: Found
     there: int  # that the table had already
+    gone: int  # files of the table's that are not there any more
 
 
 def embed_images(
@@ -41,7 +42,7 @@ def embed_images(
     normalize: bool = False,
     append: bool = False,
 ) -> Embedded:
-    """Write a Parquet table of images: ``path``, ``label``, and ``embedding``, the run's probed feature.
+    """Write a Parquet table of images: ``path``, absolute, ``label``, and ``embedding``, the run's probed feature.
 
     The file appears once it is whole. `torch_emc2.runs.read_table` reads it, with the model that it is of.
 
@@ -102,11 +103,12 @@ def embed_images(
             with leave_out_advised(run):
                 embeddings = model.features(ImageDataset(FileImages(good, decoding)), normalize=normalize)
             labels = [class_of(path, folders) for path in good]
-            table = EmbeddingTable(good, labels, embeddings, origin, modified)
+            table = EmbeddingTable(list(map(os.path.abspath, good)), labels, embeddings, origin, modified)
             if found_at not in (None, out.stat().st_mtime_ns if out.exists() else None):
                 raise ValueError(f"{out} was changed by another process meanwhile, and stays: start again")
             write_table(table if before is None else _joined(before, table, new), file)
-    return Embedded(len(good), unreadable, found, there)
+    gone = 0 if before is None else sum(not os.path.exists(path) for path in before.paths)
+    return Embedded(len(good), unreadable, found, there, gone)
 
 
 def _require_same(there: Origin | None, own: Origin, out: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from torch_emc2.data import BadImageError, ImageDataset, decode_image
@@ -17,6 +19,8 @@ from torch_emc2.settings.images import Decoding
 from torch_emc2.training.run_images import readable_images
 
 __all__ = ["Gallery", "of_images", "of_run", "of_table", "open_gallery", "refuse_images_name"]
+
+_LOG = logging.getLogger(__name__)
 
 # To be looked at only: values of an unknown range show what there is.
 _ANY_RANGE = Decoding(value_range="1%,99%")
@@ -70,9 +74,33 @@ def of_run(model: Model) -> Gallery:
         return of_images(images, model.features(images), model.config.data.name)
 
 
-def of_table(table: EmbeddingTable) -> Gallery:
-    """Give the images of a table; their files need not be there any more."""
-    return Gallery(table.embeddings, table.paths, table.labels, lambda i: decode_image(table.paths[i], _ANY_RANGE))
+def of_table(table: EmbeddingTable, name: Path) -> Gallery:
+    """Give the images of a table whose files are there; where none is, all of them, by their names alone."""
+    paths = table.paths
+    gallery = Gallery(
+        table.embeddings,
+        [_from_here(path) for path in paths],
+        table.labels,
+        lambda i: decode_image(paths[i], _ANY_RANGE),
+    )
+    there = torch.tensor([os.path.exists(path) for path in paths])
+    gone = len(paths) - int(there.sum())
+    if gone == len(paths):
+        _LOG.warning("%s: none of its %d files is there (%s, …); names are all there is", name, gone, paths[0])
+        return gallery
+    if gone:
+        first = paths[int(there.int().argmin())]
+        _LOG.warning(
+            "%s: %d of its %d files are not there any more, and left out (%s, …)", name, gone, len(paths), first
+        )
+        return gallery.subset(there.nonzero()[:, 0])
+    return gallery
+
+
+def _from_here(path: str) -> str:
+    """A file's name as one would type it: relative where it is below the working directory."""
+    relative = os.path.relpath(path) if os.path.isabs(path) else path
+    return path if relative.startswith(os.pardir) else relative
 
 
 def refuse_images_name(out: Path, *galleries: Gallery) -> None:
@@ -89,4 +117,4 @@ def open_gallery(source: Path) -> Gallery:
     Raises:
         ValueError: it is neither.
     """
-    return of_table(read_table(source)) if source.is_file() else of_run(Model(source))
+    return of_table(read_table(source), source) if source.is_file() else of_run(Model(source))

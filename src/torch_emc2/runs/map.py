@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from torch_emc2.files import whole_file
 from torch_emc2.runs.gallery import Gallery, open_gallery, refuse_images_name
-from torch_emc2.runs.tiles import fitted, thumbnail
+from torch_emc2.runs.tiles import fitted, thumbnail, without_missing_glyphs
 
 __all__ = ["Map", "draw_map", "map_of"]
 
@@ -32,6 +32,7 @@ _COLOURS = [to_hex(colour) for colour in color_sequences["tab20"]]
 _COLOURS = [*_COLOURS[:14:2], *_COLOURS[16::2], *_COLOURS[1:14:2], *_COLOURS[17::2]]  # strong ones first, no grey
 _MANY = {"class": "classes", "cluster": "clusters"}
 _NONE = "#c8c8c8"
+_LABEL = 0.15, 0.04  # of the map's width: the room of a group's name
 _THUMBNAIL = 0.034  # of the map's width: no two are nearer
 
 
@@ -101,9 +102,13 @@ def draw_map(found: Map, out: Path) -> None:
             box = OffsetImage(small.expand(3, -1, -1).permute(1, 2, 0).numpy(), zoom=18 / max(small.shape[1:]))
             frame = {"edgecolor": colours[i], "linewidth": 1.5}
             axes.add_artist(AnnotationBbox(box, places[i], pad=0.06, bboxprops=frame))
+    written: list[np.ndarray] = []
     for group, colour in colour_of.items():
         own = places[[name == group for name in found.groups]]
         middle = own[np.abs(own - np.median(own, 0)).sum(1).argmin()]
+        if any((np.abs(middle - other) < _LABEL).all() for other in written):
+            continue  # the legend has it
+        written.append(middle)
         axes.annotate(
             fitted(group, 1.6, 11), middle, color=colour, fontsize=13, fontweight="bold", ha="center", va="center",
             parse_math=False, path_effects=[withStroke(linewidth=4, foreground="white")], zorder=10,
@@ -126,7 +131,7 @@ def draw_map(found: Map, out: Path) -> None:
     axes.set_title(
         f"{some}: near one another by cosine similarity (t-SNE; distances across the map mean little)", fontsize=11
     )
-    with whole_file(out) as file:
+    with whole_file(out) as file, without_missing_glyphs():
         figure.savefig(file, format="png", dpi=110)
 
 

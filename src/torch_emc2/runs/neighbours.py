@@ -65,7 +65,7 @@ def find_neighbours(
     rows = None if table is None else read_table(table)
     known = rows.origin.value_range if rows is not None and rows.origin is not None else None
     model = Model(run, value_range=value_range or known)
-    gallery = of_run(model) if rows is None else _own_table(model, rows, table)
+    gallery = of_run(model) if rows is None or table is None else _own_table(model, rows, table)
     asked = model.images(list(queries))
     found = of_images(asked, model.features(asked), "query")
     return nearest_in(gallery, found, k)
@@ -108,11 +108,11 @@ def draw_neighbours(found: Neighbours, out: Path, title: str = "Queries, and the
         draw_rows(rows, f"{title}; below: {below}", file, legend=legend, first=1)
 
 
-def _own_table(model: Model, table: EmbeddingTable, path: Path | None) -> Gallery:
+def _own_table(model: Model, table: EmbeddingTable, path: Path) -> Gallery:
     if table.origin is None or table.origin.model != model.identity:
         of = "does not say which model it is of" if table.origin is None else f"is that of {table.origin.run}"
         raise ValueError(f"{path} {of}, not of {model.run}: emc2 embed {model.run} FOLDER -o ANOTHER.parquet makes one")
-    return of_table(table)
+    return of_table(table, path)
 
 
 def _same_file(one: str, other: str) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from matplotlib.textpath import text_to_path
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-__all__ = ["PLAIN", "Tile", "draw_rows", "fitted", "thumbnail"]
+__all__ = ["PLAIN", "Tile", "draw_rows", "fitted", "thumbnail", "without_missing_glyphs", "wrapped"]
 
 PLAIN = "#8a8a8a"
 
@@ -54,11 +55,12 @@ def draw_rows(
     gap = 0.25 if first else 0.0
     width = max(2 * _MARGIN + columns * (_SIDE + _SPACE) - _SPACE + gap, 5.0)
     step = _SIDE + 0.06 + lines * _LINE + _SPACE
-    header = 0.62 if legend else 0.46
+    shown = wrapped(title, width - 2 * _MARGIN, 11)
+    below = 0.2 * shown.count("\n")
+    header = below + (0.62 if legend else 0.46)
     height = header + len(rows) * step
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    shown = fitted(title, width - 2 * _MARGIN, 11)
     figure.text(_MARGIN / width, 1 - 0.16 / height, shown, fontsize=11, va="top", parse_math=False)
     if legend:
         figure.legend(
@@ -66,7 +68,7 @@ def draw_rows(
                 Patch(facecolor="none", edgecolor=colour, linewidth=2, label=name) for name, colour in legend.items()
             ],
             loc="upper left",
-            bbox_to_anchor=((_MARGIN - 0.06) / width, 1 - 0.3 / height),
+            bbox_to_anchor=((_MARGIN - 0.06) / width, 1 - (0.3 + below) / height),
             ncols=len(legend),
             fontsize=_FONT,
             frameon=False,
@@ -89,9 +91,16 @@ def draw_rows(
                     va="top",
                     parse_math=False,
                 )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a script that the font lacks: boxes say enough
+    with without_missing_glyphs():
         figure.savefig(out, format="png", dpi=150)
+
+
+@contextmanager
+def without_missing_glyphs() -> Iterator[None]:
+    """Do not warn of a script that the font lacks: its boxes say enough."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
 
 
 def fitted(text: str, inches: float, size: float) -> str:
@@ -105,9 +114,20 @@ def fitted(text: str, inches: float, size: float) -> str:
     return shorter
 
 
+def wrapped(text: str, inches: float, size: float) -> str:
+    """Break a text into lines of at most this width, between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _width(longer, size) > inches:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(fitted(line, inches, size) for line in lines)
+
+
 def _width(text: str, size: float) -> float:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
+    with without_missing_glyphs():
         points: float = text_to_path.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0]
     return points / 72
 

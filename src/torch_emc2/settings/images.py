@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,10 +21,10 @@ def require_data(name: str) -> None:
     if name.startswith("folder:"):
         path = os.path.expanduser(name.removeprefix("folder:"))
         if not os.path.isdir(path):  # Path's own raises where the name is too long
-            raise ValueError(f"{path!r} is not a folder; give one that holds images, as folder:PATH")
+            raise ValueError(f"{path!r} is not a folder; give one that holds images: --data.name folder:PATH")
     elif name not in DATA_SETS and not name.startswith("hf:"):
         if os.path.isdir(os.path.expanduser(name)):
-            raise ValueError(f"unknown data set {name!r}; a folder of images is folder:{name}")
+            raise ValueError(f"unknown data set {name!r}; a folder of images is {shlex.quote(f'folder:{name}')}")
         raise ValueError(f"unknown data set {name!r}; use one of {', '.join(DATA_SETS)}, folder:PATH, hf:OWNER/NAME")
 
 

@@ -66,7 +66,10 @@ def refuse_another(config: Config, run: Path, facts: dict[str, Any], checkpoint:
         changes = "; ".join(f"{name}: {had.get(name)}, now {has[name]}" for name in different)
         advice = f"{resume_command(run)} has it"
         if "images" in different:
-            advice = "put back the images that it began with, or start another run by --out FOLDER"
+            advice = (
+                "it goes on with the very images that it began with: move away what was added and put back what is "
+                "gone, or start another run by --out FOLDER"
+            )
         raise ValueError(f"cannot resume {run}: its config differs ({changes}); {advice}")
 
 

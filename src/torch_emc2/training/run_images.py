@@ -89,6 +89,8 @@ def evaluation_parts(config: Config, run: Path, *, own: bool = True) -> tuple[Im
         DataError: the images are not there, or none of a part can be read.
     """
     data = config.data
+    if own:
+        _require_here(data)
     decoding = _run_decoding(data, run) if own else data.decoding
     train, test = open_splits(data.name, ("probe", "test"), Path(data.root), channels=data.channels)
     files = {*train.files(), *test.files()}
@@ -127,7 +129,18 @@ def _readable(images: ImageDataset, unreadable: Mapping[str, str], least: int) -
 
 def _open(config: Config, splits: Sequence[Split]) -> list[ImageDataset]:
     data = config.data
+    _require_here(data)
     return open_splits(data.name, splits, Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed)
+
+
+def _require_here(data: DataConfig) -> None:
+    """Raise DataError where a run's own folder counts from another working directory than this."""
+    folder = os.path.expanduser(data.name.removeprefix("folder:"))
+    if data.name.startswith("folder:") and not os.path.isabs(folder) and not os.path.isdir(folder):
+        raise DataError(
+            f"{folder!r} is not a folder here, in {os.getcwd()}: the run's {data.name} counts from where it was "
+            "started; go there"
+        )
 
 
 def _left_out(data: DataConfig, run: Path) -> dict[str, str]:
