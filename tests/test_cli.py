@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,10 +275,27 @@ def test_embeddings_are_searched_grouped_and_mapped(
     assert main(["duplicates", "e.parquet", "--threshold", "0.9999"]) == 0
     assert " 1.000  photos/cat/a.png\n 1.000  photos/dog/copy.png\n" in capsys.readouterr().out
     Path("photos/dog/copy.png").unlink()
-    assert main(["duplicates", "e.parquet", "--threshold", "1"]) == 0  # files are only drawn
-    assert "photos/dog/copy.png\n\n1 groups hold 2 of 6 images." in capsys.readouterr().out
+    assert main(["duplicates", "e.parquet", "--threshold", "1"]) == 0  # of what is there none
+    gone = f"e.parquet: 1 of its 6 files are not there any more, and left out ({tmp_path}/photos/dog/copy.png, …)\n"
+    none = "None of 5 images are as similar as 1.0: lower --threshold for more\n"
+    assert capsys.readouterr().out == gone + none
+    assert main(["embed", run, "photos", "-o", "e.parquet", "--normalize", "--append"]) == 0
+    assert "1 of the table's files are not there any more: their rows stay" in capsys.readouterr().out
     assert main(["map", "e.parquet"]) == 0
-    assert capsys.readouterr().out == "Written: map.png\n"
+    assert capsys.readouterr().out == f"{gone}Written: map.png\n"
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    monkeypatch.chdir(other)  # a file is itself from any folder
+    assert main(["embed", run, "../photos", "-o", "../e.parquet", "--normalize", "--append"]) == 0
+    assert "0 images embedded, 0 skipped as unreadable, 0 files left out, 5 were in" in capsys.readouterr().out
+    assert main(["neighbours", run, "../photos/cat/a.png", "--in", "../e.parquet", "-k", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[3].split()[-1] != f"{tmp_path}/photos/cat/a.png"
+    monkeypatch.chdir(tmp_path)
+    shutil.move("photos", "moved")
+    assert main(["duplicates", "e.parquet", "--threshold", "0.9999"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"e.parquet: none of its 6 files is there ({tmp_path}/photos/cat/a.png, …); names are all")
+    assert " 1.000  photos/cat/a.png\n 1.000  photos/dog/copy.png\n" in out
     assert {file.name for file in Path().glob("*.png")} >= {"n.png", "duplicates.png", "map.png"}
 
 

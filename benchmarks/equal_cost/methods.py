@@ -114,9 +114,14 @@ def together(loss: Callable[..., Any], **settings: Any) -> Callable[[Given], Ste
         alike = {**given.settings, "num_samples": sum(given.sizes), "towers": 1}
         loss_fn = loss(**alike, **settings)
 
+        def encode(ids: Tensor) -> Tensor:
+            of_x = ids < queries
+            found = x.of_items(ids[of_x]), y.of_items(ids[~of_x] - queries)
+            return torch.cat(found)[torch.cat([of_x.nonzero(), (~of_x).nonzero()])[:, 0].argsort()]
+
         def step(rows: Tensor) -> Tensor:
             index = torch.stack([x.ids[rows], y.ids[rows] + queries], 1)
-            value = loss_fn(x(rows), y(rows), index)
+            value = loss_fn(x(rows), y(rows), index, encode=encode)
             value.backward()
             return value.detach()
 
@@ -188,6 +193,10 @@ METHODS = {
     ),
     "in-batch-together": Method("in-batch, κ searched, all embeddings", together(DCLLoss), KAPPAS),
     "isir-together": Method("EMC² isir, cache, all embeddings", _emc2_together, KAPPAS),
+    "isir-encode-together": Method(
+        "EMC² isir, encode, all embeddings", partial(_emc2_together, carry="encode"), KAPPAS
+    ),
+    "sogclr-together": Method("SogCLR, γ = 0.9, all embeddings", together(SogCLRLoss, gamma=0.9), KAPPAS),
     "remembered": emc2("EMC² isir, cache, 512 remembered", kernel="isir", num_remembered=512),
     "remembered-together": Method(
         "EMC² isir, cache, 512 remembered, all embeddings",
