@@ -58,7 +58,7 @@ def top1(of_google: Tensor, of_twitter: Tensor, wanted: Tensor) -> float:
 
 def score(part: Path, run: Path) -> None:
     """Print the share found among the part's drawings, and among those of all parts."""
-    model = torch_emc2.load(run)
+    model, part = torch_emc2.load(run), part.resolve()
     queries = sorted((part / "google").iterdir())
     every = [
         file for each in ("train", "validation", "test") for file in sorted((part.parent / each / "twitter").iterdir())
@@ -77,7 +77,7 @@ def score(part: Path, run: Path) -> None:
             for files in (queries, every)
         )
         if encode is raw_pixels:
-            google, twitter = google - twitter.mean(0), twitter - twitter.mean(0)
+            google, twitter = google - google.mean(0), twitter - twitter.mean(0)
         within = top1(google, twitter[own], torch.arange(len(own)))
         among_all = top1(google, twitter, torch.tensor(own))
         print(f"{name:36s} {within:.3f} among {len(own)}, {among_all:.3f} among {len(every)}")
