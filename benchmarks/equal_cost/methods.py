@@ -183,14 +183,10 @@ METHODS = {
     "in-batch": Method("in-batch, κ searched", ours(DCLLoss), KAPPAS),
     "infonce-together": Method("InfoNCE, all embeddings", together(InfoNCELoss)),
     "dcl-together": Method("DCL, all embeddings", together(DCLLoss)),
-    "uniformity": Method("alignment and uniformity", ours(UniformityLoss)),
-    "uniformity-together": Method("alignment and uniformity, all embeddings", together(UniformityLoss)),
-    "uniformity-kappa-together": Method(
-        "alignment and uniformity, κ searched, all embeddings", together(UniformityLoss), KAPPAS
-    ),
-    "uniformity-together-0.02": Method(
-        "alignment and uniformity, γ = 0.02, all embeddings", together(UniformityLoss, gamma=0.02)
-    ),
+    "uniformity": Method("Uniformity", ours(UniformityLoss)),
+    "uniformity-together": Method("Uniformity, all embeddings", together(UniformityLoss)),
+    "uniformity-kappa-together": Method("Uniformity, κ searched, all embeddings", together(UniformityLoss), KAPPAS),
+    "uniformity-together-0.02": Method("Uniformity, γ = 0.02, all embeddings", together(UniformityLoss, gamma=0.02)),
     "in-batch-together": Method("in-batch, κ searched, all embeddings", together(DCLLoss), KAPPAS),
     "isir-together": Method("EMC² isir, cache, all embeddings", _emc2_together, KAPPAS),
     "isir-encode-together": Method(

@@ -177,13 +177,13 @@ def plot(found: Sequence[Group], path: Path) -> None:
         style = {"label": METHODS[name].title, "color": f"C{i % 10}", "marker": "os^DvP"[i % 6], "capsize": 2}
         left.errorbar(sizes, means, spreads, **style)
         training = [group.mean(lambda result: result["train"]["MRR"]) for group in own]
-        right.errorbar(training, means, spreads, **style, ls="")
+        right.errorbar(training, means, spreads, **style, ls=":")
         for size, *place in zip(sizes, training, means, strict=True):
-            right.annotate(f"b = {size}", place, (6, -3), textcoords="offset points", fontsize=8, color=style["color"])
+            right.annotate(f"{size}", place, (5, -9), textcoords="offset points", fontsize=7, color=style["color"])
     left.set(xlabel="Batch size", ylabel="MRR of test queries, %", xscale="log")
     left.set_xticks(sizes := sorted({group.cell.batch_size for group in found}), [str(size) for size in sizes])
     left.minorticks_off()
-    right.set(xlabel="MRR of training queries, %")
+    right.set(xlabel="MRR of training queries, %; numbers are batch sizes")
     right.margins(x=0.15)
     for axes in (left, right):
         axes.grid(alpha=0.25)

@@ -165,7 +165,7 @@ def test_a_training_part_alone_has_its_fifth_held_out(tmp_path):
     assert folder.held_out is None
     assert str(folder) == (
         f"{str(tmp_path)!r}: 4 images to train on in 'train/', 2 classes of 1 ('train') to 3 images. "
-        "No part is held out: a fixed fifth of each class tests what the others' labels teach."
+        "No part is held out: a fixed fifth of each class is kept to test the probe, which the rest teach."
     )
 
 

@@ -182,7 +182,7 @@ def test_a_run_goes_on_with_the_same_data_and_with_no_other(tmp_path: Path) -> N
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
     shutil.rmtree(tmp_path / "data")
     saved(tmp_path / "data", table(pictures(20, seed=3), **content))
-    with pytest.raises(ValueError, match="put back the images that it began with"):
+    with pytest.raises(ValueError, match="with the very images that it began with: move away what was added"):
         train(run_on(name, run, "--epochs", "3"), resume=True)
 
 

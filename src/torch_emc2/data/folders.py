@@ -80,7 +80,9 @@ class ImageFolder:
             where = f" in {self.held_out_name + '/'!r}" if self.held_out_name else ""
             said.append(f"Held out, to test on: {len(self.held_out)}{where}, {_classes(self.held_out)}.")
         elif self.classes:
-            said.append("No part is held out: a fixed fifth of each class tests what the others' labels teach.")
+            said.append(
+                "No part is held out: a fixed fifth of each class is kept to test the probe, which the rest teach."
+            )
         return " ".join([*said, str(self.left_out)]).rstrip()
 
 

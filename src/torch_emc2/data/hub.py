@@ -97,7 +97,9 @@ class HubData:
         if self.held_out is not None:
             said.append(f"Held out, to test on: {len(self.held_out)}.")
         elif self.train.labels is not None:
-            said.append("No part is held out: a fixed fifth of each class tests what the others' labels teach.")
+            said.append(
+                "No part is held out: a fixed fifth of each class is kept to test the probe, which the rest teach."
+            )
         if self.left_out:
             said.append(f"Left out: {', '.join(map(repr, self.left_out))}.")
         return " ".join(said)

@@ -187,8 +187,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.batches = num_samples // (batch_size * world_size)
         if self.batches == 0:
             raise DataError(
-                f"{num_samples} samples do not fill one global batch of {batch_size * world_size} "
-                f"({batch_size} on each of {world_size} ranks); lower batch_size"
+                f"{num_samples} samples do not fill one global batch of {batch_size * world_size}"
+                f"{f' ({batch_size} on each of {world_size} ranks)' if world_size > 1 else ''}; lower batch_size"
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size = rank, world_size

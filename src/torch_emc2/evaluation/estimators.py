@@ -231,8 +231,8 @@ def _objective(diagnosis: Diagnosis) -> str:
     if diagnosis.positive_weight is None:
         return (
             "The exact objective has no positive in the denominator; each estimator keeps its own weight of it, "
-            "InfoNCE's 1 and Negative Cache's n / N. Uniformity is of another objective, the mean over rows inside of the "
-            "logarithm: its bias is how far that one's gradient is."
+            "InfoNCE's 1 and Negative Cache's n / N. Uniformity is of another objective, the mean over rows inside of "
+            "the logarithm: its bias is how far that one's gradient is."
         )
     return (
         f"Every estimator has positive_weight κ = {diagnosis.positive_weight}. In the denominator of the exact "
