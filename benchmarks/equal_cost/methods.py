@@ -186,7 +186,12 @@ METHODS = {
     "uniformity": Method("Uniformity", ours(UniformityLoss)),
     "uniformity-together": Method("Uniformity, all embeddings", together(UniformityLoss)),
     "uniformity-kappa-together": Method("Uniformity, κ searched, all embeddings", together(UniformityLoss), KAPPAS),
-    "uniformity-together-0.02": Method("Uniformity, γ = 0.02, all embeddings", together(UniformityLoss, gamma=0.02)),
+    **{
+        f"uniformity-together-{gamma}": Method(
+            f"Uniformity, γ = {gamma}, all embeddings", together(UniformityLoss, gamma=gamma)
+        )
+        for gamma in (0.002, 0.01, 0.02, 0.1)
+    },
     "in-batch-together": Method("in-batch, κ searched, all embeddings", together(DCLLoss), KAPPAS),
     "isir-together": Method("EMC² isir, cache, all embeddings", _emc2_together, KAPPAS),
     "isir-encode-together": Method(

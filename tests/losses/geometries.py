@@ -25,7 +25,7 @@ CASES: dict[str, tuple[int, str, Callable[[], ContrastiveLoss]]] = {
     ),
     "infonce, learnt": (2, "labels", lambda: InfoNCELoss(Temperature(0.2).double(), towers=2)),
     "dcl, y->x": (2, "same", lambda: DCLLoss(0.2, towers=2, directions="y->x")),
-    "uniformity": (2, "hard of each", lambda: UniformityLoss(0.2, 0.3, towers=2, positive_weight=0.5)),
+    "uniformity": (2, "hard of each", lambda: UniformityLoss(0.2, gamma=0.3, towers=2, positive_weight=0.5)),
     "sogclr": (2, "labels", lambda: SogCLRLoss((X, Y), 0.2, 0.5, towers=2, positive_weight=0.5)),
     "sogclr, keyed": (2, "items", lambda: SogCLRLoss(None, 0.2, 0.5, towers=2)),
     "negative cache": (2, "hard of each", lambda: NegativeCacheLoss((X, Y), D, 0.2, refresh_fraction=0.2, towers=2)),
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[int, str, Callable[[], ContrastiveLoss]]] = {
         ),
     ),
     "one tower: infonce": (1, "hard of each", lambda: InfoNCELoss(0.2)),
-    "one tower: uniformity": (1, "labels", lambda: UniformityLoss(0.2, 0.3)),
+    "one tower: uniformity": (1, "labels", lambda: UniformityLoss(0.2, gamma=0.3)),
     "one tower: sogclr": (1, "labels", lambda: SogCLRLoss(X, 0.2, 0.5, views=3)),
     "one tower: negative cache": (
         1,

@@ -71,7 +71,7 @@ def by_loop(
 @pytest.mark.parametrize("gamma", [1.0, 0.3])
 @pytest.mark.parametrize("towers", [1, 2])
 def test_steps_are_those_of_a_loop_also_over_a_save(towers: Any, gamma: float, kappa: float) -> None:
-    loss_fn = UniformityLoss(0.4, gamma, towers=towers, positive_weight=kappa)
+    loss_fn = UniformityLoss(0.4, gamma=gamma, towers=towers, positive_weight=kappa)
     u = [0.0] * towers
     for step, (x, y) in enumerate(batches(6)):
         got = torch.autograd.grad(loss_fn(x, y), (x, y))
@@ -79,7 +79,7 @@ def test_steps_are_those_of_a_loop_also_over_a_save(towers: Any, gamma: float, k
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)  # u is kept in float32
         if step == 1:
             saved = loss_fn.state_dict()
-            loss_fn = UniformityLoss(0.4, gamma, towers=towers, positive_weight=kappa)
+            loss_fn = UniformityLoss(0.4, gamma=gamma, towers=towers, positive_weight=kappa)
             loss_fn.load_state_dict(saved)
     torch.testing.assert_close(log_u(loss_fn).exp(), torch.tensor(u, dtype=torch.float32))
 
@@ -87,7 +87,7 @@ def test_steps_are_those_of_a_loop_also_over_a_save(towers: Any, gamma: float, k
 @given(st.floats(0.05, 2.0), st.integers(0, 10**6))
 @settings(max_examples=20, deadline=None)
 def test_with_gamma_one_it_is_dcl(temperature: float, seed: int) -> None:
-    loss_fn, dcl = UniformityLoss(temperature, 1.0), DCLLoss(temperature)
+    loss_fn, dcl = UniformityLoss(temperature, gamma=1.0), DCLLoss(temperature)
     for x, y in batches(2, seed=seed):
         got, expected = loss_fn(x, y), dcl(x, y)
         torch.testing.assert_close(got + math.log(2 * B - 2), expected)
@@ -115,8 +115,8 @@ def test_over_many_small_batches_it_is_the_gradient_of_alignment_and_uniformity_
     def error(loss_fn: Any) -> float:
         return float((mean_gradient(loss_fn) - exact).square().sum() / exact.square().sum())
 
-    assert error(UniformityLoss(1 / beta, 0.01, towers=2)) < 0.002
-    assert error(UniformityLoss(1 / beta, 1.0, towers=2)) > 0.02, "DCL's is another objective's, and biased"
+    assert error(UniformityLoss(1 / beta, gamma=0.01, towers=2)) < 0.002
+    assert error(UniformityLoss(1 / beta, gamma=1.0, towers=2)) > 0.02, "DCL's is another objective's, and biased"
 
 
 def test_a_row_without_negatives_changes_nothing() -> None:
@@ -124,7 +124,7 @@ def test_a_row_without_negatives_changes_nothing() -> None:
     same = torch.zeros(B, B, dtype=torch.bool)
     same[0] = True  # x_0 knows of no negative; all else does
     settings: Any = {"towers": 2, "directions": "x->y", "positive_weight": 0.5}
-    loss_fn, infonce = UniformityLoss(0.4, 0.5, **settings), InfoNCELoss(0.4, **settings)
+    loss_fn, infonce = UniformityLoss(0.4, gamma=0.5, **settings), InfoNCELoss(0.4, **settings)
     value = loss_fn(x, y, same=same)
     got = torch.autograd.grad(value, (x, y))
     expected = torch.autograd.grad(infonce(x, y, same=same), (x, y))
@@ -227,7 +227,7 @@ def test_what_it_cannot_use_is_named() -> None:
 def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    loss_fn, gradients = UniformityLoss(0.4, 0.3, towers=2), []
+    loss_fn, gradients = UniformityLoss(0.4, gamma=0.3, towers=2), []
     share = slice(0, 2) if rank == 0 else slice(2, B)
     for x, y in batches(3):
         x, y = x.detach()[share].requires_grad_(), y.detach()[share].requires_grad_()
@@ -242,7 +242,7 @@ def _rank(rank: int, folder: str) -> None:
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     spawn(_rank, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    loss_fn = UniformityLoss(0.4, 0.3, towers=2)
+    loss_fn = UniformityLoss(0.4, gamma=0.3, towers=2)
     expected = [torch.cat(torch.autograd.grad(loss_fn(x, y), (x, y)), 1) for x, y in batches(3)]
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     got = [torch.cat(parts) for parts in zip(*(gradients for gradients, _ in of_ranks), strict=True)]

@@ -156,7 +156,7 @@ _ISIR: dict[str, Any] = {**_METROPOLIS, "kernel": "isir", "burn_in": None}
 
 
 def _uniformity(own: UniformityConfig, given: Given) -> UniformityLoss:
-    return UniformityLoss(given.temperature, own.gamma, **_in_batch(given))
+    return UniformityLoss(given.temperature, gamma=own.gamma, **_in_batch(given))
 
 
 def _sogclr(own: SogCLRConfig, given: Given) -> SogCLRLoss:

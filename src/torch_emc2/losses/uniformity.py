@@ -39,7 +39,8 @@ class UniformityLoss(ContrastiveLoss):
     ``κ exp(β s_pos) / n`` is part of ``g``.
 
     The value is no objective of this gradient but, as of all estimators, what the batch says of the global contrastive
-    loss. ``last["normaliser_ratio"]`` is u over the batch's own mean of g: about 1 where u keeps up with the encoder.
+    loss. ``last["normaliser_ratio"]`` is u over the batch's own mean of g: about 1 where u keeps up with the encoder,
+    and 0 at the first call, before which there is no u.
 
     The best temperature is higher than that of losses which normalise each row: begin at .1.
 
@@ -61,8 +62,8 @@ class UniformityLoss(ContrastiveLoss):
     def __init__(
         self,
         temperature: float | Temperature = 0.1,
-        gamma: float = 0.005,
         *,
+        gamma: float = 0.005,
         positive_weight: PositiveWeight = 0.0,
         num_samples: NumSamples = None,
         towers: Towers = 1,
@@ -140,7 +141,8 @@ class _Average(NamedTuple):
 
     def at(self, temperature: float | Tensor, gamma: float) -> tuple[_Average, Tensor]:
         """Follow it to another β; and say what the next batch counts for beside it: the more, the farther that is."""
-        log_beta = -torch.as_tensor(temperature).to(self.log_beta).log()
+        number = temperature if isinstance(temperature, Tensor) else torch.full_like(self.log_beta, temperature)
+        log_beta = -number.to(self.log_beta).log()
         moved = log_beta - self.log_beta
         log_u = self.log_u + (log_beta.exp() - self.log_beta.exp()) * self.similarity
         return _Average(log_u, self.similarity, log_beta), (moved.abs() / _REACH).clamp_(gamma, 1)
