@@ -70,7 +70,7 @@ def score(part: Path, run: Path) -> None:
     for name, encode in (
         ("trained", model.encoder.features),
         ("untrained", untrained.features),
-        ("raw pixels, 32 × 32, less their mean", raw_pixels),
+        ("raw pixels, 32 × 32, less each vendor's mean", raw_pixels),
     ):
         google, twitter = (
             extract_features(encode, model.images([str(file) for file in files]), transform, device=model.device)

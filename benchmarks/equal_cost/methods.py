@@ -116,8 +116,9 @@ def together(loss: Callable[..., Any], **settings: Any) -> Callable[[Given], Ste
 
         def encode(ids: Tensor) -> Tensor:
             of_x = ids < queries
-            found = x.of_items(ids[of_x]), y.of_items(ids[~of_x] - queries)
-            return torch.cat(found)[torch.cat([of_x.nonzero(), (~of_x).nonzero()])[:, 0].argsort()]
+            sides = (x, of_x, 0), (y, ~of_x, queries)
+            found = [tower.of_items(ids[own] - first) for tower, own, first in sides if own.any()]
+            return torch.cat(found)[torch.cat([own.nonzero()[:, 0] for _, own, _ in sides]).argsort()]
 
         def step(rows: Tensor) -> Tensor:
             index = torch.stack([x.ids[rows], y.ids[rows] + queries], 1)

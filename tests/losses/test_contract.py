@@ -358,7 +358,7 @@ def _new(name: str) -> ContrastiveLoss:
     return loss_fn
 
 
-@each_stateful_loss
+@each_loss
 def test_inference_mode_does_not_spoil_training(name: str) -> None:
     tested, plain = MAKERS[name](), MAKERS[name]()
     for step in range(3):

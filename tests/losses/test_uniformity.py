@@ -135,6 +135,9 @@ def test_a_row_without_negatives_changes_nothing() -> None:
     assert log_u(loss_fn)[0].exp().item() == pytest.approx(sum(others) / len(others), rel=1e-5)
     values = [math.log(other) - 2.5 * dot(z[i], w[i]) for i, other in enumerate(others, 1)]
     assert value.item() == pytest.approx(sum(values) / B)  # the row's own is 0
+    nobody = UniformityLoss(0.4, **settings)
+    nobody(x, y, same=torch.ones(B, B, dtype=torch.bool))
+    assert (float(nobody.last["normaliser_ratio"]), float(log_u(nobody)[0])) == (0, -math.inf)
 
 
 def test_evaluation_reads_and_does_not_write() -> None:
@@ -185,6 +188,24 @@ def test_after_a_leap_of_the_temperature_the_batch_alone_counts(before: float, a
         torch.testing.assert_close(got, expected)
 
 
+def test_averages_that_are_loaded_in_inference_mode_can_be_trained_on() -> None:
+    (a, b), (c, d), (e, f) = batches(3)
+    first, second = UniformityLoss(0.4), UniformityLoss(0.4)
+    first(a, b)
+    with torch.inference_mode():
+        second.load_state_dict(first.state_dict())
+    for x, y in ((c, d), (e, f)):
+        assert torch.equal(first(x, y), second(x, y))
+    assert torch.equal(log_u(first), log_u(second))
+
+
+def test_a_temperature_that_stays_moves_nothing() -> None:
+    loss_fn, (x, y) = UniformityLoss(0.01, gamma=1e-4), batches(1)[0]  # of float64, which float32 rounds
+    for _ in range(300):
+        loss_fn(x, y)
+    assert float(loss_fn.last["normaliser_ratio"]) == pytest.approx(1, abs=1e-5)
+
+
 def test_its_number_tells_how_far_the_average_is_from_the_batch() -> None:
     loss_fn = UniformityLoss(0.4, towers=2)
     (a, b), (c, d) = batches(2)
@@ -202,17 +223,20 @@ def test_its_number_tells_how_far_the_average_is_from_the_batch() -> None:
 
 def test_what_it_cannot_use_is_named() -> None:
     for gamma in (0.0, 1.5, math.nan, "0.1", True):
-        with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\], got"):
+        with pytest.raises(ValueError, match=r"gamma must be a number in \(0, 1\], got"):
             UniformityLoss(gamma=gamma)  # type: ignore[arg-type]
     loss_fn, (x, y) = UniformityLoss(), batches(1)[0]
     loss_fn.gamma = math.nan
-    with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\], got nan"):
+    with pytest.raises(ValueError, match=r"gamma must be a number in \(0, 1\], got nan"):
         loss_fn(x, y)
     good = UniformityLoss().get_extra_state()
     for change, named in (
         ({"averages": torch.zeros(2, 3)}, "the saved state is not that of a UniformityLoss with towers=1"),
         ({"averages": torch.tensor([[math.nan, 0, 0]])}, "the saved averages are damaged"),
         ({"averages": torch.tensor([[0.0, 0, math.inf]])}, "the saved averages are damaged"),
+        ({"averages": torch.tensor([[0.0, -math.inf, 2]])}, "the saved averages are damaged"),
+        ({"averages": torch.tensor([[0.0, 50, 2]])}, "the saved averages are damaged"),
+        ({"averages": torch.zeros(1, 3, dtype=torch.int64)}, "the saved state is not that of a UniformityLoss"),
         ({"calls": -1}, "the saved averages are damaged"),
         ({"calls": "1"}, "the saved state has '1' for a number"),
         ({"more": 1}, "load what such a loss has saved"),
@@ -234,7 +258,7 @@ def _rank(rank: int, folder: str) -> None:
         gradients.append(torch.cat(torch.autograd.grad(loss_fn(x, y), (x, y)), 1) / 2)  # DDP's mean over ranks
     torch.save((gradients, loss_fn.state_dict()), f"{folder}/{rank}.pt")
     state = loss_fn.get_extra_state()
-    loss_fn.set_extra_state(state | {"averages": state["averages"] + rank})
+    loss_fn.set_extra_state(state | {"averages": state["averages"] + torch.tensor([rank, 0, 0])})
     with pytest.raises(ValueError, match="checksum of what was loaded"):  # not each rank with its own
         loss_fn(x, y)
     torch.distributed.destroy_process_group()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch_emc2.data import (
 )
 from torch_emc2.models import load_encoder, save_encoder
 from torch_emc2.runs import Model, embed_images, evaluate_run, find_neighbours, read_table
+from torch_emc2.runs.table import write_table
 
 
 @pytest.fixture
@@ -216,3 +218,40 @@ def test_rows_have_length_one_where_that_is_asked_for(finished: Path, photos: Pa
     origin = read_table(normal).origin
     assert origin is not None
     assert origin.normalized
+
+
+def test_a_file_is_itself_from_any_folder(
+    finished: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By links and by paths that go up; also in a table of relative ones, as earlier versions wrote them."""
+    (tmp_path / "deep" / "x").mkdir(parents=True)
+    shutil.move(photos, tmp_path / "deep" / "photos")
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "x")
+    out, number = tmp_path / "out.parquet", len(os.listdir(tmp_path / "deep" / "photos"))
+    monkeypatch.chdir(tmp_path)
+    assert embed_images(finished, Path("link/../photos"), out).embedded == number
+    monkeypatch.chdir(tmp_path / "deep")
+    done = embed_images(finished, Path("photos"), out, append=True)
+    assert (done.embedded, done.there) == (0, number)
+    table = read_table(out)
+    assert all(Path(path).is_relative_to(tmp_path / "deep" / "photos") for path in table.paths)
+    old = replace(table, paths=[os.path.relpath(path) for path in table.paths])
+    write_table(old, out)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"the paths of .*out\.parquet count from another folder \(photos/"):
+        embed_images(finished, Path("deep/photos"), out, append=True)
+    monkeypatch.chdir(tmp_path / "deep")
+    shutil.copy(next(Path("photos").iterdir()), "photos/new.png")
+    done = embed_images(finished, Path("photos"), out, append=True)
+    assert (done.embedded, done.there) == (1, number)
+    assert sorted(read_table(out).paths) == sorted([*table.paths, str(tmp_path / "deep" / "photos" / "new.png")])
+
+
+def test_a_folder_whose_name_is_no_text_is_named(
+    finished: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = os.fsdecode(os.fsencode(tmp_path) + b"/x\xff")
+    shutil.copytree(photos, here)
+    monkeypatch.chdir(here)
+    with pytest.raises(DataError, match="is not UTF-8"):
+        embed_images(finished, Path(), tmp_path / "out.parquet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -76,12 +77,12 @@ class UniformityLoss(ContrastiveLoss):
         _ = self._gamma  # refuses what it cannot use
         self._calls = 0
         self._mark = 0  # left by a load, which may differ between ranks; a step changes the averages of all alike
-        self._averages = torch.tensor([_NOTHING] * towers, dtype=torch.float32)  # a direction each
+        self._averages = torch.tensor([_NOTHING] * towers, dtype=_KEPT)  # a direction each
 
     @property
     def _gamma(self) -> float:
-        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float) or not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must be in (0, 1], got {self.gamma}")
+        if isinstance(self.gamma, bool) or not isinstance(self.gamma, numbers.Real) or not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be a number in (0, 1], got {self.gamma!r}")
         return float(self.gamma)
 
     def _alike(self, device: str) -> dict[str, object]:
@@ -93,10 +94,16 @@ class UniformityLoss(ContrastiveLoss):
         }
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
-        self._averages = self._averages.to(contrast.rows.device)
+        if self._averages.device != contrast.rows.device:
+            self._take(self._averages.to(contrast.rows.device))
         remembered = self._averages[contrast.anchors]
         average, weight = _Average(*remembered.to(contrast.rows.dtype)).at(temperature, self._gamma)
         return _Shared(contrast, average, weight, remembered, weighs_positive=self.positive_weight != 0)
+
+    def _take(self, averages: Tensor) -> None:
+        """Keep averages; as a tensor that training writes to, though it be first moved or loaded in inference mode."""
+        with torch.inference_mode(False):
+            self._averages = averages.clone()
 
     def _remember(self, writes: list[Any]) -> None:
         super()._remember(writes)
@@ -114,16 +121,18 @@ class UniformityLoss(ContrastiveLoss):
         """
         check_alike(state, self.get_extra_state(), type(self).__name__)
         averages, calls = state["averages"], state["calls"]
-        if not isinstance(averages, Tensor) or averages.shape != self._averages.shape:
+        own = self._averages
+        if not isinstance(averages, Tensor) or (averages.shape, averages.dtype) != (own.shape, own.dtype):
             raise ValueError(f"the saved state is not that of a {type(self).__name__} with towers={self.towers}")
-        if calls < 0 or averages.isnan().any() or averages.isposinf().any():
+        if calls < 0 or not all(map(_is_average, averages.tolist())):
             raise ValueError(f"the saved averages are damaged: {averages.tolist()} after {calls} calls")
-        self._calls, self._averages = calls, averages.to(self._averages, copy=True)
+        self._calls = calls
+        self._take(averages.to(own.device))
         self._mark = checksum(self.get_extra_state()) if several_ranks() else 0
 
     def extra_repr(self) -> str:
         """Show the settings."""
-        return f"{super().extra_repr()}, gamma={self.gamma:g}"
+        return f"{super().extra_repr()}, gamma={self.gamma}"
 
 
 class _Average(NamedTuple):
@@ -142,7 +151,7 @@ class _Average(NamedTuple):
     def at(self, temperature: float | Tensor, gamma: float) -> tuple[_Average, Tensor]:
         """Follow it to another β; and say what the next batch counts for beside it: the more, the farther that is."""
         number = temperature if isinstance(temperature, Tensor) else torch.full_like(self.log_beta, temperature)
-        log_beta = -number.to(self.log_beta).log()
+        log_beta = -number.log().to(_KEPT).to(self.log_beta)  # so that one that stays has not moved by its rounding
         moved = log_beta - self.log_beta
         log_u = self.log_u + (log_beta.exp() - self.log_beta.exp()) * self.similarity
         return _Average(log_u, self.similarity, log_beta), (moved.abs() / _REACH).clamp_(gamma, 1)
@@ -154,6 +163,12 @@ class _Average(NamedTuple):
 
 _REACH = 0.1  # of log β: so far the tangent is taken for the curve
 _NOTHING = -math.inf, 0.0, -math.inf
+_KEPT = torch.float32
+
+
+def _is_average(row: list[float]) -> bool:
+    """Tell whether numbers can be what calls have left."""
+    return tuple(row) == _NOTHING or (all(map(math.isfinite, row)) and abs(row[1]) < 1.001)
 
 
 class _Shared(Weighing):
@@ -207,4 +222,5 @@ class _Shared(Weighing):
         def write() -> None:
             self.remembered.copy_(torch.where(some, torch.stack(after), self.remembered))
 
-        return Conclusion(write=write, numbers={"normaliser_ratio": (self.average.log_u - log_mean).exp()})
+        ratio = torch.where(some, (self.average.log_u - log_mean).exp(), 0.0)
+        return Conclusion(write=write, numbers={"normaliser_ratio": ratio})

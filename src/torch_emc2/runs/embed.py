@@ -72,6 +72,7 @@ def embed_images(
     found_at = out.stat().st_mtime_ns if before is not None else None
     if before is not None:
         _require_same(before.origin, Origin(model.identity, str(run), normalize), out)
+        before = _from_everywhere(before, out)
     folders = [paths] if isinstance(paths, Path) else paths
     named = ", ".join(repr(str(path)) for path in folders)
     found = find_images(*folders)
@@ -90,9 +91,12 @@ def embed_images(
     good = [path for path in new if path not in unreadable]
     if not good and not there:
         raise DataError(f"none of the {len(found.files)} images in {named} can be read: {shown(unreadable)}")
-    for path in good:
-        if path != path.encode(errors="replace").decode():
-            raise DataError(f"the name {path!r} is not UTF-8, which a table's text must be: rename the file")
+    names = list(map(_absolute, good))
+    for name in names:
+        if name != name.encode(errors="replace").decode():
+            raise DataError(
+                f"the name {name!r} is not UTF-8, which a table's text must be: rename the file, or its folder"
+            )
     modified = [_modified(path) for path in good]  # before they are read
     origin = Origin(model.identity, str(run), normalize, decoding.value_range)
     if before is not None and before.origin is not None:
@@ -103,7 +107,7 @@ def embed_images(
             with leave_out_advised(run):
                 embeddings = model.features(ImageDataset(FileImages(good, decoding)), normalize=normalize)
             labels = [class_of(path, folders) for path in good]
-            table = EmbeddingTable(list(map(os.path.abspath, good)), labels, embeddings, origin, modified)
+            table = EmbeddingTable(names, labels, embeddings, origin, modified)
             if found_at not in (None, out.stat().st_mtime_ns if out.exists() else None):
                 raise ValueError(f"{out} was changed by another process meanwhile, and stays: start again")
             write_table(table if before is None else _joined(before, table, new), file)
@@ -123,6 +127,20 @@ def _require_same(there: Origin | None, own: Origin, out: Path) -> None:
         raise ValueError(
             f"the rows of {out} are {'' if there.normalized else 'not '}normalised: {option}, or give {other}"
         )
+
+
+def _absolute(path: str) -> str:
+    """A file's path from everywhere; of links those are followed that lead to its folder, not the file's own."""
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def _from_everywhere(table: EmbeddingTable, file: Path) -> EmbeddingTable:
+    """Make the paths absolute of a table that has relative ones."""
+    relative = [path for path in table.paths if not os.path.isabs(path)]
+    if relative and not any(map(os.path.exists, relative)):
+        raise ValueError(f"the paths of {file} count from another folder ({relative[0]}, …): add to it from there")
+    return replace(table, paths=list(map(_absolute, table.paths)))
 
 
 def _one_range(there: Origin, own: Origin, out: Path) -> str | None:

@@ -83,9 +83,9 @@ def of_table(table: EmbeddingTable, name: Path) -> Gallery:
         table.labels,
         lambda i: decode_image(paths[i], _ANY_RANGE),
     )
-    there = torch.tensor([os.path.exists(path) for path in paths])
+    there = torch.tensor([os.path.exists(path) for path in paths], dtype=torch.bool)
     gone = len(paths) - int(there.sum())
-    if gone == len(paths):
+    if gone and gone == len(paths):
         _LOG.warning("%s: none of its %d files is there (%s, …); names are all there is", name, gone, paths[0])
         return gallery
     if gone:
@@ -100,7 +100,7 @@ def of_table(table: EmbeddingTable, name: Path) -> Gallery:
 def _from_here(path: str) -> str:
     """A file's name as one would type it: relative where it is below the working directory."""
     relative = os.path.relpath(path) if os.path.isabs(path) else path
-    return path if relative.startswith(os.pardir) else relative
+    return path if relative.split(os.sep)[0] == os.pardir else relative
 
 
 def refuse_images_name(out: Path, *galleries: Gallery) -> None:
