@@ -58,8 +58,10 @@ def _makers() -> Iterator[tuple[str, Callable[[], ContrastiveLoss]]]:
 
 MAKERS = dict(_makers())
 STATEFUL = [name for name in MAKERS if isinstance(MAKERS[name](), StatefulLoss)]
+REMEMBERING = [name for name in MAKERS if MAKERS[name]().state_dict()]
 each_loss = pytest.mark.parametrize("name", MAKERS)
 each_stateful_loss = pytest.mark.parametrize("name", STATEFUL)
+each_loss_that_remembers = pytest.mark.parametrize("name", REMEMBERING)
 
 
 def table() -> Tensor:
@@ -296,7 +298,7 @@ def test_state_goes_through_a_file_into_a_new_process(tmp_path: Path) -> None:
         expected.append([step_of(loss_fn, step, own_ids=own_ids) for step in (5, 6)])
         fresh = step_of(MAKERS[name](), 5, own_ids=own_ids)
         differs = any(not torch.equal(a, b) for a, b in zip(fresh, expected[-1][0], strict=True))
-        assert differs == (name in STATEFUL), f"{name}: does its state make a difference?"
+        assert differs == (name in REMEMBERING), f"{name}: does its state make a difference?"
     code = f"""
 import sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -312,7 +314,7 @@ torch.save(results, {str(tmp_path / "next.pt")!r})
     assert_same(torch.load(tmp_path / "next.pt", weights_only=True), expected)
 
 
-@each_stateful_loss
+@each_loss_that_remembers
 def test_evaluation_reads_and_does_not_write(name: str) -> None:
     loss_fn = MAKERS[name]()
     for step in range(3):
