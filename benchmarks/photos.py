@@ -65,7 +65,9 @@ def score(part: Path, run: Path) -> None:
     ]
     own = [i for i, file in enumerate(every) if file.parent.parent.name == part.name]
     torch.manual_seed(model.config.seed)
-    untrained = build_encoder(model.config.model, 3, model.encoder.image_size).eval().to(model.device)
+    untrained = (
+        build_encoder(model.config.model, model.encoder.channels, model.encoder.image_size).eval().to(model.device)
+    )
     transform = evaluation_transform(model.encoder.image_size)
     for name, encode in (
         ("trained", model.encoder.features),
@@ -73,14 +75,14 @@ def score(part: Path, run: Path) -> None:
         ("raw pixels, 32 × 32, less each vendor's mean", raw_pixels),
     ):
         google, twitter = (
-            extract_features(encode, model.images([str(file) for file in files]), transform, device=model.device)
-            for files in (queries, every)
+            extract_features(encode, images.converted(model.encoder.channels), transform, device=model.device)
+            for images in (model.images([str(file) for file in files]) for files in (queries, every))
         )
         if encode is raw_pixels:
             google, twitter = google - google.mean(0), twitter - twitter.mean(0)
         within = top1(google, twitter[own], torch.arange(len(own)))
         among_all = top1(google, twitter, torch.tensor(own))
-        print(f"{name:36s} {within:.3f} among {len(own)}, {among_all:.3f} among {len(every)}")
+        print(f"{name:46s} {within:.3f} among {len(own)}, {among_all:.3f} among {len(every)}")
 
 
 def main() -> None:

@@ -106,6 +106,15 @@ def _plain(loss_fn: Callable[..., Tensor], given: Given) -> Step:
     return step
 
 
+def of_either(x: Tower, y: Tower, ids: Tensor) -> Tensor:
+    """Encode items of both sides, whose ids are x's and, behind them, y's."""
+    queries = len(x.first)
+    of_x = ids < queries
+    sides = (x, of_x, 0), (y, ~of_x, queries)
+    found = [tower.of_items(ids[own] - first) for tower, own, first in sides if own.any()]
+    return torch.cat(found)[torch.cat([own.nonzero()[:, 0] for _, own, _ in sides]).argsort()]
+
+
 def together(loss: Callable[..., Any], **settings: Any) -> Callable[[Given], Step]:
     """Train with a loss of the library for which both towers' embeddings are views: all of a batch are negatives."""
 
@@ -114,15 +123,9 @@ def together(loss: Callable[..., Any], **settings: Any) -> Callable[[Given], Ste
         alike = {**given.settings, "num_samples": sum(given.sizes), "towers": 1}
         loss_fn = loss(**alike, **settings)
 
-        def encode(ids: Tensor) -> Tensor:
-            of_x = ids < queries
-            sides = (x, of_x, 0), (y, ~of_x, queries)
-            found = [tower.of_items(ids[own] - first) for tower, own, first in sides if own.any()]
-            return torch.cat(found)[torch.cat([own.nonzero()[:, 0] for _, own, _ in sides]).argsort()]
-
         def step(rows: Tensor) -> Tensor:
             index = torch.stack([x.ids[rows], y.ids[rows] + queries], 1)
-            value = loss_fn(x(rows), y(rows), index, encode=encode)
+            value = loss_fn(x(rows), y(rows), index, encode=partial(of_either, x, y))
             value.backward()
             return value.detach()
 

@@ -26,7 +26,7 @@ import why
 from bags import Bags, _tokens
 from cells import Cell, Kept
 from encoders import BagEncoder
-from methods import METHODS, Given
+from methods import METHODS, Given, of_either
 from problem import Problem, Side, split
 from problems import PROBLEMS
 from retrieval import global_loss, metrics, ranks
@@ -241,6 +241,19 @@ def test_each_method_trains_and_counts_what_it_encodes(name: str) -> None:
     assert result["encoded"] >= least
     once = {"infonce", "dcl", "isir-cache", "sogclr", "cross-batch-memory", "dcl-together", "remembered-together"}
     assert result["encoded"] == least or name not in once
+
+
+@pytest.mark.parametrize("chosen", [slice(None), slice(0, 9), slice(30, None)])
+def test_items_of_either_side_are_encoded_in_the_order_of_their_ids(chosen: slice) -> None:
+    x, y = towers(tiny(), "cpu")
+    queries, keys = len(x.first), len(y.first)
+    ids = torch.arange(queries + keys)[chosen]
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    one_by_one = [
+        x.of_items(ids[i : i + 1]) if i_d < queries else y.of_items(ids[i : i + 1] - queries)
+        for i, i_d in enumerate(ids.tolist())
+    ]
+    torch.testing.assert_close(of_either(x, y, ids), torch.cat(one_by_one))
 
 
 def test_a_cell_gives_the_same_again_and_is_tested_only_at_the_end() -> None:

@@ -7,10 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from torch_emc2.runs import draw_map, map_of
 from torch_emc2.runs import map as module
+from torch_emc2.runs.gallery import Gallery
+from torch_emc2.runs.map import Map
 
 
 def table(folder: Path, labels: list[str | None], per: int = 20) -> Path:
@@ -66,3 +69,13 @@ def test_equal_embeddings_are_no_map(tmp_path: Path) -> None:
 def test_too_few_images_are_no_map(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has 3 images, at least 5 make a map: embed more"):
         map_of(table(tmp_path, ["a"] * 3, per=1))
+
+
+def test_names_of_groups_do_not_lie_on_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(Axes, "annotate", lambda self, text, *args, **kwargs: written.append(text))
+    places = np.array([[0, 0], [1, 1], [0.5, 0.5], [0.51, 0.51], [0.5, 0.9]], dtype=float)
+    gallery = Gallery(torch.zeros(5, 2), list("abcde"), [None] * 5, lambda i: torch.zeros(3, 2, 2, dtype=torch.uint8))
+    groups = ["low", "high", "middle", "hidden", "above"]
+    draw_map(Map(gallery, places, groups, 5, "class"), tmp_path / "m.png")
+    assert written == ["low", "high", "middle", "above"]

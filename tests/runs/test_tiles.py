@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from torch_emc2.runs.tiles import PLAIN, Tile, _width, draw_rows, fitted, thumbnail
+from torch_emc2.runs.tiles import PLAIN, Tile, _width, draw_rows, fitted, thumbnail, wrapped
 
 GREEN = "#2e9e5b"
 
@@ -80,3 +80,21 @@ def test_rows_need_not_be_equally_long(tmp_path: Path) -> None:
     picture = np.asarray(matplotlib.image.imread(tmp_path / "n.png"))
     assert picture.shape[1] == 750  # no narrower than a title
     assert pixels_of(tmp_path / "n.png", "#c8c8c8") > 4 * 20_000
+
+
+def test_a_title_breaks_between_words_and_makes_room(tmp_path: Path) -> None:
+    title = "Near duplicates, the first 12 of 43 groups; below: cosine similarity to the group's first, name"
+    lines = wrapped(title, 3, 11).split("\n")
+    assert len(lines) > 1
+    assert " ".join(lines) == title
+    assert all(_width(line, 11) <= 3 for line in lines)
+    assert all(_width(f"{line} {after.split()[0]}", 11) > 3 for line, after in zip(lines, lines[1:], strict=False)), (
+        "each as long as it can be"
+    )
+    assert "…" in wrapped("x" * 200, 3, 11)
+    tile, out = Tile(torch.zeros(1, 4, 4, dtype=torch.uint8), ["x"]), tmp_path / "n.png"
+    draw_rows([[tile]], title, out)
+    more = 0.2 * wrapped(title, 5 - 2 * 0.12, 11).count("\n")
+    height = 0.46 + more + 1.2 + 0.06 + 0.15 + 0.14
+    assert more > 0
+    assert matplotlib.image.imread(out).shape[0] == pytest.approx(150 * height, abs=1)

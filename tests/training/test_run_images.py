@@ -224,3 +224,20 @@ def test_an_image_that_was_lost_is_to_be_put_back(config: Config, photos: Path) 
         train(_raising(config), callbacks=[Lose()])
     kept.rename(lost)
     assert_same(outcome(train(_raising(config), resume=True)), whole)
+
+
+def test_a_relative_folder_counts_from_where_the_run_was_started(
+    config: Config, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    there = replace(config, data=replace(config.data, name=f"folder:{photos.name}"))
+    first_images(there, tmp_path)
+    assert len(same_images(there, tmp_path)) == len(same_images(config, tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for look in (same_images, evaluation_parts):
+        with pytest.raises(
+            DataError, match=rf"'{photos.name}' is not a folder here, in .*elsewhere: the run's folder:"
+        ):
+            look(there, tmp_path)
+        look(config, tmp_path)
