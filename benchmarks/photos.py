@@ -65,17 +65,15 @@ def score(part: Path, run: Path) -> None:
     ]
     own = [i for i, file in enumerate(every) if file.parent.parent.name == part.name]
     torch.manual_seed(model.config.seed)
-    untrained = (
-        build_encoder(model.config.model, model.encoder.channels, model.encoder.image_size).eval().to(model.device)
-    )
-    transform = evaluation_transform(model.encoder.image_size)
+    channels, size = model.encoder.channels, model.encoder.image_size
+    untrained = build_encoder(model.config.model, channels, size).eval().to(model.device)
     for name, encode in (
         ("trained", model.encoder.features),
         ("untrained", untrained.features),
         ("raw pixels, 32 × 32, less each vendor's mean", raw_pixels),
     ):
         google, twitter = (
-            extract_features(encode, images.converted(model.encoder.channels), transform, device=model.device)
+            extract_features(encode, images.converted(channels), evaluation_transform(size), device=model.device)
             for images in (model.images([str(file) for file in files]) for files in (queries, every))
         )
         if encode is raw_pixels:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ def follow(
     batches: Iterable[Batch],
     tables: tuple[Tensor, ...] | None = None,
     tolerance: float = 1e-6,  # what is remembered is float32
+    betas: Callable[[int], float] = lambda step: 2.0 + step,
 ) -> list[float]:
     """Compare value and gradients of β, embeddings and ``tables``, from which `encode` reads, one a tower.
 
@@ -31,7 +32,7 @@ def follow(
         outcomes = []
         for loss_fn in (fast, slow):
             inputs, encoded = batch.with_gradient(), [table.clone().requires_grad_() for table in tables or ()]
-            beta = torch.tensor(2.0 + step, dtype=torch.float64, requires_grad=True)
+            beta = torch.tensor(betas(step), dtype=torch.float64, requires_grad=True)
             if isinstance(loss_fn, Slow):
                 loss = loss_fn(inputs, beta, (encoded[0], encoded[-1]) if encoded else None)
             else:

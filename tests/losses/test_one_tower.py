@@ -64,11 +64,11 @@ def batch_of(kind: str, step: int) -> Batch:
     return batch
 
 
-def compare(fast: ContrastiveLoss, slow: Slow, kind: str, with_encode: bool = False, tolerance: float = 1e-6) -> float:
+def compare(fast: ContrastiveLoss, slow: Slow, kind: str, with_encode: bool = False, **further: Any) -> float:
     """Follow both for some steps; how much gradient went to what was carried."""
     table = torch.randn(3 * M, D, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     batches = [batch_of(kind, step) for step in range(STEPS)]
-    carried = follow(fast, slow, batches, (table,) if with_encode else None, tolerance)
+    carried = follow(fast, slow, batches, (table,) if with_encode else None, **further)
     check_memory(fast, slow)
     return sum(carried)
 
@@ -93,9 +93,11 @@ def test_in_batch(kind: str, kappa: Any) -> None:
 
 @each_kind
 @each_kappa
-def test_uniformity(kind: str, kappa: Any) -> None:
+@pytest.mark.parametrize("growth", [1.04, 1.5], ids=["β moves", "β leaps"])
+def test_uniformity(kind: str, kappa: Any, growth: float) -> None:
     given, settings = settings_of(kind, kappa)
-    compare(UniformityLoss(gamma=0.3, **given), Uniformity(0.3, **settings), kind)
+    fast, slow = UniformityLoss(gamma=0.3, **given), Uniformity(0.3, **settings)
+    compare(fast, slow, kind, betas=lambda step: 2 * growth**step)
 
 
 @each_kind

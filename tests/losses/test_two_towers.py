@@ -54,10 +54,10 @@ def tables() -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(n, D, dtype=torch.float64, generator=generator) for n in (X, Y))  # type: ignore[return-value]
 
 
-def compare(fast: ContrastiveLoss, slow: Slow, kind: str, with_encode: bool = False, tolerance: float = 1e-6) -> float:
+def compare(fast: ContrastiveLoss, slow: Slow, kind: str, with_encode: bool = False, **further: Any) -> float:
     """Follow both for some steps. What is carried of a direction is of its columns' side."""
     batches = [batch_of(kind, step) for step in range(STEPS)]
-    carried = follow(fast, slow, batches, tables() if with_encode else None, tolerance)
+    carried = follow(fast, slow, batches, tables() if with_encode else None, **further)
     check_memory(fast, slow)
     for number in range(2) if with_encode else ():
         if slow.directions not in ("both", DIRECTIONS[1 - number]):
@@ -84,11 +84,13 @@ def test_in_batch(kind: str, directions: Any, kappa: Any) -> None:
     compare(loss(**settings), InBatch(**settings), kind, tolerance=1e-10)
 
 
+@pytest.mark.parametrize("growth", [1.04, 1.5], ids=["β moves", "β leaps"])
 @pytest.mark.parametrize("kappa", [0.0, 0.7])
 @pytest.mark.parametrize(("kind", "directions"), CASES)
-def test_uniformity(kind: str, directions: Any, kappa: Any) -> None:
+def test_uniformity(kind: str, directions: Any, kappa: Any, growth: float) -> None:
     settings = settings_of(kappa, directions)
-    compare(UniformityLoss(gamma=0.3, **settings), Uniformity(0.3, **settings), kind)
+    fast, slow = UniformityLoss(gamma=0.3, **settings), Uniformity(0.3, **settings)
+    compare(fast, slow, kind, betas=lambda step: 2 * growth**step)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Pictures of images in rows: their colours, frames and captions."""
 
+import itertools
 import warnings
 from pathlib import Path
 
@@ -88,9 +89,8 @@ def test_a_title_breaks_between_words_and_makes_room(tmp_path: Path) -> None:
     assert len(lines) > 1
     assert " ".join(lines) == title
     assert all(_width(line, 11) <= 3 for line in lines)
-    assert all(_width(f"{line} {after.split()[0]}", 11) > 3 for line, after in zip(lines, lines[1:], strict=False)), (
-        "each as long as it can be"
-    )
+    longer = [f"{line} {after.split()[0]}" for line, after in itertools.pairwise(lines)]
+    assert all(_width(line, 11) > 3 for line in longer), "each as long as it can be"
     assert "…" in wrapped("x" * 200, 3, 11)
     tile, out = Tile(torch.zeros(1, 4, 4, dtype=torch.uint8), ["x"]), tmp_path / "n.png"
     draw_rows([[tile]], title, out)
@@ -98,3 +98,16 @@ def test_a_title_breaks_between_words_and_makes_room(tmp_path: Path) -> None:
     height = 0.46 + more + 1.2 + 0.06 + 0.15 + 0.14
     assert more > 0
     assert matplotlib.image.imread(out).shape[0] == pytest.approx(150 * height, abs=1)
+
+
+def test_a_legend_comes_below_all_lines_of_a_title(tmp_path: Path) -> None:
+    tile = Tile(torch.zeros(1, 4, 4, dtype=torch.uint8), ["x"])
+    tops = []
+    for title in ("short", "a title of many words " * 6):
+        draw_rows([[tile]], title, tmp_path / "n.png", legend={"a frame": GREEN})
+        picture = (matplotlib.image.imread(tmp_path / "n.png")[..., :3] * 255).round()
+        green = (picture == [int(GREEN[i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
+        tops.append(int(green.any(1).argmax()))
+    more = wrapped("a title of many words " * 6, 5 - 2 * 0.12, 11).count("\n")
+    assert more > 0
+    assert tops[1] - tops[0] == pytest.approx(150 * 0.2 * more, abs=1)
