@@ -148,3 +148,12 @@ def test_training_in_half_precision_is_near_that_in_single(precision: Any, loss:
     assert losses[0][0] == pytest.approx(losses[1][0], abs=0.05)
     if loss != "negative-cache":  # whose draw of negatives turns on a rounding
         assert losses[0][-1] == pytest.approx(losses[1][-1], abs=0.2)
+
+
+@pytest.mark.parametrize("name", [name for name, own_ids in CASES if not own_ids and not name.startswith("negative")])
+def test_a_memory_that_is_moved_in_inference_mode_is_trained_on(name: str) -> None:
+    tested, plain = MAKERS[name](), MAKERS[name]()
+    with torch.inference_mode():
+        inputs = [tensor.to(GPU) for tensor in batch(9, 6)]
+        tested.eval()(*inputs, encode=table().to(GPU).__getitem__)
+    torch.testing.assert_close(steps(tested.train(), False, GPU), steps(plain, False, GPU))
