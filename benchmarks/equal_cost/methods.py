@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from guided import guided
 from queued import queued
+from slow import Slow
 from torch import Tensor
 from towers import Tower
 
@@ -20,6 +21,7 @@ from torch_emc2 import (
     DCLLoss,
     EMC2Loss,
     InfoNCELoss,
+    MomentumLoss,
     NegativeCacheLoss,
     SogCLRLoss,
     UniformityLoss,
@@ -134,6 +136,21 @@ def together(loss: Callable[..., Any], **settings: Any) -> Callable[[Given], Ste
     return make
 
 
+def with_momentum(given: Given, momentum: float = 0.99, **settings: Any) -> Step:
+    """Train with a momentum encoder a side; both towers' embeddings are views."""
+    x, y, (queries, _) = given.x, given.y, given.sizes
+    loss_fn = MomentumLoss(given.temperature, positive_weight=given.kappa or 0.0, **settings)
+    slow = Slow(x, momentum), Slow(y, momentum)
+
+    def step(rows: Tensor) -> Tensor:
+        index = torch.stack([x.ids[rows], y.ids[rows] + queries], 1)
+        value = loss_fn(x(rows), y(rows), index, slow=(slow[0](rows), slow[1](rows)))
+        value.backward()
+        return value.detach()
+
+    return step
+
+
 def _sogclr_cosine(given: Given) -> Step:
     return _plain(SogCLRLoss(**given.settings, gamma=cosine_gamma(given.steps)), given)
 
@@ -195,6 +212,14 @@ METHODS = {
             f"Uniformity, γ = {gamma}, all embeddings", together(UniformityLoss, gamma=gamma)
         )
         for gamma in (0.002, 0.01, 0.02, 0.1)
+    },
+    "momentum-together": Method("Momentum, all embeddings", with_momentum),
+    "momentum-kappa-together": Method("Momentum, κ searched, all embeddings", with_momentum, KAPPAS),
+    **{
+        f"momentum-together-{momentum}": Method(
+            f"Momentum, {momentum}, all embeddings", partial(with_momentum, momentum=momentum)
+        )
+        for momentum in (0.9, 0.999)
     },
     "in-batch-together": Method("in-batch, κ searched, all embeddings", together(DCLLoss), KAPPAS),
     "isir-together": Method("EMC² isir, cache, all embeddings", _emc2_together, KAPPAS),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
+from slow import Slow
 from torch import Tensor, nn
 from towers import Tower
 
@@ -24,19 +24,13 @@ class _Queue:
     """The last embeddings of one side; of keys, by their own encoder or by one that follows it."""
 
     def __init__(self, tower: Tower, momentum: float | None) -> None:
-        self.tower, self.momentum = tower, momentum
-        self.encoder = tower.encoder if momentum is None else deepcopy(tower.encoder)
+        self.slow = None if momentum is None else Slow(tower, momentum)
         self.vectors: Tensor | None = None
         self.ids: Tensor | None = None
 
     def keys(self, rows: Tensor, own: Tensor) -> Tensor:
         """Embed the batch as keys: what its queries are, with gradient, or a momentum encoder's."""
-        if self.momentum is None:
-            return own
-        with torch.no_grad():
-            for slow, fast in zip(self.encoder.parameters(), self.tower.encoder.parameters(), strict=True):
-                slow.lerp_(fast, 1 - self.momentum)
-            return self.tower.by(self.encoder, rows)
+        return own if self.slow is None else self.slow(rows)
 
     def push(self, keys: Tensor, ids: Tensor) -> None:
         keys = nn.functional.normalize(keys.detach())

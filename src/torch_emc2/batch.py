@@ -42,12 +42,14 @@ class _Side(NamedTuple):
         whole: (views · size, d) all ranks'; the same tensor where there is one rank.
         ids: (size,) or (size, views), or None.
         repeated: whether an id occurs twice.
+        slow: (views · size, d) all ranks', by a momentum encoder; or None.
     """
 
     local: Tensor
     whole: Tensor
     ids: Tensor | None
     repeated: bool
+    slow: Tensor | None
 
     @property
     def repeated_ids(self) -> Tensor | None:
@@ -103,9 +105,12 @@ def gather_batch(
     of_both = len(inputs.vectors) == 2 and directions != "x->y"
     if ranks.size < 2 and (inputs.hard is None or not inputs.hard.numel() or of_both):
         raise NoNegatives(f"a batch of {ranks.size} has no negatives: give 2 samples or more (drop_last=True helps)")
+    slow = inputs.slow or (None, None)
     sides = [
-        _gather_side(vectors, ids, ranks, name, most)
-        for vectors, ids, name, most in zip(inputs.vectors, inputs.ids, ("index", "y_index"), num_samples, strict=False)
+        _gather_side(vectors, each_slow, ids, ranks, name, most)
+        for vectors, each_slow, ids, name, most in zip(
+            inputs.vectors, slow, inputs.ids, ("index", "y_index"), num_samples, strict=False
+        )
     ]
     hard = _gather_hard(inputs, ranks, num_hard, sides[-1].whole)
     _validate_hard_ids(hard, ranks, num_samples[len(sides) - 1])
@@ -150,6 +155,7 @@ def _agree(
             "gradient of hard negatives": hard is not None and hard.requires_grad,
             "labels": inputs.labels is not None,
             "same": inputs.same is not None,
+            "slow": inputs.slow is not None,
         }
         shared = 0 if hard is None or hard.ndim == 3 else len(hard)
         settings = {**alike(), **shapes}
@@ -166,7 +172,9 @@ def _agree(
     return inputs, Ranks(sizes, dist.get_rank(), device), tuple(shared for *_, shared, _ in reports)
 
 
-def _gather_side(vectors: Tensor, ids: Tensor | None, ranks: Ranks, name: str, num_samples: int | None) -> _Side:
+def _gather_side(
+    vectors: Tensor, slow: Tensor | None, ids: Tensor | None, ranks: Ranks, name: str, num_samples: int | None
+) -> _Side:
     repeated = False
     if ids is not None:
         ids = ids if ranks.world_size == 1 else ranks.gather(ids.to(ranks.device))
@@ -175,7 +183,8 @@ def _gather_side(vectors: Tensor, ids: Tensor | None, ranks: Ranks, name: str, n
             ids = ids.clone().to(ranks.device, non_blocking=ids.device.type == "cpu")
         validate_range(name, numbers, num_samples)  # of all ranks, on all ranks: they fail together
         repeated = len(set(numbers)) < len(numbers)
-    return _Side(vectors, ranks.gather_rows_with_gradient(vectors), ids, repeated)
+    slow = None if slow is None else ranks.gather_rows(slow)
+    return _Side(vectors, ranks.gather_rows_with_gradient(vectors), ids, repeated, slow)
 
 
 def _gather_hard(inputs: Inputs, ranks: Ranks, sizes: tuple[int, ...], like: Tensor) -> _Hard:
@@ -247,6 +256,7 @@ def _contrast(
         own_copies=None if own_copies is None else own_copies.repeat(row_views, 1),
         layout=layout_of(ranks, row_views, column_views, one_tower, anchor.whole.dtype, anchor.whole.device),
         known=known,
+        slow=candidate.slow,
     )
 
 

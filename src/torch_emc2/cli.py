@@ -108,7 +108,8 @@ def _train(argv: list[str]) -> None:
     from torch_emc2.settings.model import require_weights
 
     config = read_config(preset, rest)  # all that can be wrong, before the rest is imported, which takes seconds
-    require_data(config.data.name)
+    if not resume:  # of which the folder may count from where it was started
+        require_data(config.data.name)
     require_weights(config.model)
     if not resume and config.devices == 1:  # of several processes others would find what the first has begun
         with only_writer(Path(config.out)):

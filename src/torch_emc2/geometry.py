@@ -75,6 +75,7 @@ class Contrast:
         layout: where a row's own columns are.
         known: what is known of the samples beyond that; None for nothing.
         num_remembered: how many of the last columns are remembered.
+        slow: (views · size, d) unit vectors of the samples' columns by a momentum encoder; or None.
     """
 
     ranks: Ranks
@@ -94,6 +95,7 @@ class Contrast:
     layout: Layout
     known: Known | None
     num_remembered: int = 0
+    slow: Tensor | None = None
 
     def with_remembered(self, ids: Tensor, vectors: Tensor) -> Contrast:
         """Compare all rows with further candidates: ids (k,), some `NO_ID`, which are left out, and vectors (k, d).
@@ -111,6 +113,24 @@ class Contrast:
             shared_ids=torch.cat([self.shared_ids, ids]),
             shared_copies=torch.cat(copies),
             num_remembered=len(ids),
+        )
+
+    def with_queue(self, ids: Tensor, vectors: Tensor) -> Contrast:
+        """Draw the rows to their positives' slow vectors, and compare them with a queue: ids (k,), vectors (k, d).
+
+        What comes a second time is left out, and what is in the batch; `NO_ID` is never either.
+        """
+        assert self.slow is not None
+        items = ids[:0] if self.candidate_ids is None else self.item_ids
+        left_out = ~first_of(torch.cat([items, ids]))[len(items) :] & (ids != NO_ID)
+        of_slow = torch.ones(len(self.slow), dtype=torch.bool, device=ids.device)  # the positives, and no negatives
+        copies = torch.cat([of_slow, left_out])
+        return replace(
+            self,
+            candidate_vectors=torch.cat([self.candidate_vectors, self.slow, vectors]),
+            shared_ids=torch.cat([self.shared_ids, ids.new_full((len(self.slow),), NO_ID), ids]),
+            shared_copies=copies if self.shared_copies is None else torch.cat([self.shared_copies, copies]),
+            layout=self.layout._replace(positives=self.layout.positives + len(self.columns)),
         )
 
     @cached_property

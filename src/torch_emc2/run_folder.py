@@ -151,7 +151,7 @@ def resume_command(run: Path) -> str:
 
 
 def read_facts(run: Path) -> dict[str, Any]:
-    """Read a run's versions.json: versions, processes, which images they are and in which range; {} before it is there.
+    """Read a run's versions.json, {} before it is there: versions, processes, which images, where, in which range.
 
     Raises:
         ValueError: it is damaged.

@@ -28,6 +28,7 @@ class Inputs:
         hard_ids: (k,) or (b, k) int64, -1 where they have none; or None.
         same: (b, b) bool, or None.
         labels: (b,) int64, or None.
+        slow: of each side (views · b, d) unit vectors, by a momentum encoder, without gradient; or None.
     """
 
     size: int
@@ -38,6 +39,7 @@ class Inputs:
     hard_ids: Tensor | None = None
     same: Tensor | None = None
     labels: Tensor | None = None
+    slow: tuple[Tensor, ...] | None = None
 
 
 def validate_inputs(
@@ -49,6 +51,7 @@ def validate_inputs(
     hard_index: Tensor | None = None,
     same: Tensor | None = None,
     labels: Tensor | None = None,
+    slow: Tensor | tuple[Tensor, Tensor] | None = None,
     *,
     towers: Towers = 1,
     needs_index: bool = False,
@@ -62,14 +65,9 @@ def validate_inputs(
         call = "loss(x, y, index)" if x.ndim == 2 else "loss(x, index=index) for x of (b, views, d)"
         raise ValueError(f"this loss needs index, the ids of the batch's samples: {call}")
     _validate_views(x, y, towers)
-    if y is None:
-        size, views, dim = x.shape
-        z = unit_vectors(x.transpose(0, 1).flatten(0, 1), lambda row: f"x[{row % size}, {row // size}]")
-        vectors: tuple[Tensor, ...] = (z,)
-    else:
-        (size, dim), views = x.shape, 3 - towers
-        z = unit_vectors(torch.cat([x, y]), lambda row: f"{'xy'[row // size]}[{row % size}]")
-        vectors = (z,) if towers == 1 else torch.split(z, size)
+    size, dim, views = len(x), x.shape[-1], x.shape[1] if y is None else 3 - towers
+    vectors = _normalised(x, y, towers, "x", "y")
+    by_slow = None if slow is None else _validate_slow(slow, x, y, towers)
     if index is not None:
         index = _validate_index("index", index, size, views)
     if y_index is not None and towers == 1:
@@ -91,7 +89,7 @@ def validate_inputs(
             raise ValueError(f"labels must be ({size},), one a sample, got {tuple(labels.shape)}")
         labels = labels.to(x.device, torch.int64)
     ids = (index,) if towers == 1 else (index, index if y_index is None else y_index)
-    return Inputs(size, views, vectors, ids, hard, hard_ids, same, labels)
+    return Inputs(size, views, vectors, ids, hard, hard_ids, same, labels, by_slow)
 
 
 def unique_ids(ids: Tensor, num_samples: int | None) -> Tensor:
@@ -128,6 +126,34 @@ def _validate_views(x: Tensor, y: Tensor | None, towers: Towers) -> None:
     y = x if y is None else y
     if not x.is_floating_point() or x.dtype != y.dtype:
         raise TypeError(f"x and y must share a floating-point dtype, got {x.dtype} and {y.dtype}")
+
+
+def _normalised(x: Tensor, y: Tensor | None, towers: Towers, *names: str) -> tuple[Tensor, ...]:
+    """Return unit vectors of each side, (views · b, d)."""
+    size = len(x)
+    if y is None:
+        whole = x.transpose(0, 1).flatten(0, 1)
+        return (unit_vectors(whole, lambda row: f"{names[0]}[{row % size}, {row // size}]"),)
+    z = unit_vectors(torch.cat([x, y]), lambda row: f"{names[row // size]}[{row % size}]")
+    return (z,) if towers == 1 else torch.split(z, size)
+
+
+def _validate_slow(slow: object, x: Tensor, y: Tensor | None, towers: Towers) -> tuple[Tensor, ...]:
+    """Return unit vectors of each side as those of x and y are, without gradient."""
+    given, like = (slow, (x, y)) if y is not None else ((slow,), (x,))
+    names = ("slow",) if y is None else ("slow[0]", "slow[1]")
+    if not isinstance(given, tuple | list) or len(given) != len(like):
+        raise TypeError(f"slow must be a pair of tensors, of x and of y, got {type(slow).__name__}")
+    for name, each in zip(names, given, strict=True):
+        if not isinstance(each, Tensor) or not each.is_floating_point():
+            what = each.dtype if isinstance(each, Tensor) else type(each).__name__
+            raise TypeError(f"{name} must be embeddings, a tensor of a floating-point dtype, got {what}")
+        if each.shape != x.shape:
+            raise ValueError(f"{name} must be {tuple(x.shape)}, one for each embedding, got {tuple(each.shape)}")
+        if each.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {each.device}")
+    first, *second = (each.detach().to(x.dtype) for each in given)
+    return _normalised(first, second[0] if second else None, towers, *names)
 
 
 def _validate_index(name: str, index: Tensor, size: int, views: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The images of a run: those that it began with, whatever becomes of the others."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -227,17 +228,34 @@ def test_an_image_that_was_lost_is_to_be_put_back(config: Config, photos: Path) 
 
 
 def test_a_relative_folder_counts_from_where_the_run_was_started(
-    config: Config, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Config, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(photos.parent)
-    there = replace(config, data=replace(config.data, name=f"folder:{photos.name}"))
-    first_images(there, tmp_path)
-    assert len(same_images(there, tmp_path)) == len(same_images(config, tmp_path))
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = replace(config, data=replace(config.data, name=f"folder:{photos.name}"), epochs=1)
+    run = train(config)
+    first = [image.read_bytes() for image in map(Path, same_images(config, run).files())]
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(photos, elsewhere / photos.name)
+    for file in (elsewhere / photos.name).glob("*/*/*.png"):  # other images of the same names
+        Image.new("RGB", (9, 9)).save(file)
+    monkeypatch.chdir(elsewhere)
+
+    def contents(images: ImageDataset) -> list[bytes]:
+        return [Path(file).read_bytes() for file in images.files()]
+
+    assert main(["train", str(run / "config.yaml"), "--resume", "--epochs", "2"]) == 0
+    assert contents(same_images(config, run)) == first
+    assert contents(evaluation_parts(config, run)[0]) == first
+    with pytest.raises(ValueError, match="is not a folder here"):  # a new run counts from here
+        first_images(replace(config, data=replace(config.data, name="folder:none")), tmp_path / "new")
+
+    shutil.rmtree(elsewhere / photos.name)
+    photos.rename(elsewhere / photos.name)
+    caplog.set_level("INFO", "torch_emc2")
+    assert contents(same_images(config, run)) == first
+    assert f"{str(elsewhere / photos.name)!r} is taken for it" in caplog.text
+    shutil.rmtree(elsewhere / photos.name)
+    gone = rf"^'{photos}', the run's folder of images, is not there: put it back, or go to where folder:photos is$"
     for look in (same_images, evaluation_parts):
-        with pytest.raises(
-            DataError, match=rf"'{photos.name}' is not a folder here, in .*elsewhere: the run's folder:"
-        ):
-            look(there, tmp_path)
-        look(config, tmp_path)
+        with pytest.raises(DataError, match=gone):
+            look(config, run)

@@ -4,6 +4,7 @@ from torch_emc2.losses.base import ContrastiveLoss
 from torch_emc2.losses.calling import Encode
 from torch_emc2.losses.emc2 import EMC2Loss
 from torch_emc2.losses.in_batch import DCLLoss, InfoNCELoss
+from torch_emc2.losses.momentum import MomentumLoss
 from torch_emc2.losses.negative_cache import NegativeCacheLoss
 from torch_emc2.losses.sogclr import SogCLRLoss, cosine_gamma
 from torch_emc2.losses.uniformity import UniformityLoss
@@ -14,6 +15,7 @@ __all__ = [
     "EMC2Loss",
     "Encode",
     "InfoNCELoss",
+    "MomentumLoss",
     "NegativeCacheLoss",
     "SogCLRLoss",
     "UniformityLoss",

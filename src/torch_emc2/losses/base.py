@@ -109,6 +109,7 @@ class ContrastiveLoss(nn.Module, ABC):
         hard_index: Tensor | None = None,
         same: Tensor | None = None,
         labels: Tensor | None = None,
+        slow: Tensor | tuple[Tensor, Tensor] | None = None,
         encode: Encode | tuple[Encode | None, Encode | None] | None = None,
         logit_scale: Tensor | float | None = None,
     ) -> Tensor:
@@ -129,6 +130,7 @@ class ContrastiveLoss(nn.Module, ABC):
             same: (b, b) bool, further pairs (x_i, y_j), or samples, known to belong together: no negatives.
             labels: (b,) classes. Samples of one class are one another's positives, too: the positive term is their mean
                 (Khosla et al. 2020).
+            slow: embeddings of the same x and y, shaped alike, by a momentum encoder; for `MomentumLoss`.
             encode: gives carried negatives' embeddings; see `Encode`. Of two towers a pair, for x's and y's ids.
             logit_scale: β, where the caller learns it, exponentiated (as open_clip's models return it), in place of the
                 temperature.
@@ -150,7 +152,7 @@ class ContrastiveLoss(nn.Module, ABC):
                 f"x must be embeddings, a tensor (b, d), got {type(x).__name__}: what a trainer gives its loss goes "
                 "through the model first (docs/trainers.md has the losses for trainers)"
             )
-        given = x, y, index, y_index, hard, hard_index, same, labels
+        given = x, y, index, y_index, hard, hard_index, same, labels, slow
         device = x.device.type
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         callers = partial(torch.autocast, device, dtype=dtype, enabled=enabled)

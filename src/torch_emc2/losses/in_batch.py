@@ -16,7 +16,7 @@ from torch_emc2.settings.losses import PositiveWeight
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 
-__all__ = ["DCLLoss", "InfoNCELoss"]
+__all__ = ["DCLLoss", "InfoNCELoss", "Softmax"]
 
 
 class InfoNCELoss(ContrastiveLoss):
@@ -51,10 +51,10 @@ class InfoNCELoss(ContrastiveLoss):
         )
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
-        return _Softmax(contrast)
+        return Softmax(contrast)
 
 
-class _Softmax(Weighing):
+class Softmax(Weighing):
     """Softmax over a row's negatives and its positive."""
 
     def weigh(self, rows: Rows, scores: Scores) -> Weights:

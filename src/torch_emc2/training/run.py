@@ -31,7 +31,7 @@ from torch_emc2.training.batches import ContrastiveData
 from torch_emc2.training.callbacks import KeptCheckpoints, MetricsFile, StopOnSIGTERM, WholeCheckpoints
 from torch_emc2.training.progress import Progress, made_of
 from torch_emc2.training.resume import find_checkpoint, refuse_another, validate_checkpoint
-from torch_emc2.training.run_images import first_images, same_images
+from torch_emc2.training.run_images import first_images, folder_of, own_data, same_images
 from torch_emc2.training.step import ContrastiveModule
 
 __all__ = ["train"]
@@ -89,7 +89,8 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     every = min(config.log_every_steps, module.steps_per_epoch(trainer.world_size))
     trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
     value_range = images.decoding and images.decoding.value_range
-    facts = {"processes": trainer.world_size, "images": known, "value_range": value_range}
+    folder = folder_of(config.data if checkpoint is None else own_data(config.data, run))
+    facts = {"processes": trainer.world_size, "images": known, "value_range": value_range, "folder": folder}
     if resume and trainer.is_global_zero:
         refuse_another(config, run, facts, checkpoint)
     if checkpoint is not None:

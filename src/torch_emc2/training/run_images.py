@@ -17,7 +17,7 @@ from torch_emc2.files import one_line, whole_file
 from torch_emc2.run_folder import read_facts
 from torch_emc2.settings.images import Decoding
 
-__all__ = ["evaluation_parts", "first_images", "readable_images", "same_images"]
+__all__ = ["evaluation_parts", "first_images", "folder_of", "own_data", "readable_images", "same_images"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def first_images(config: Config, run: Path) -> ImageDataset:
 
 def same_images(config: Config, run: Path) -> ImageDataset:
     """Return what `first_images` returned when the run began."""
+    config = replace(config, data=own_data(config.data, run))
     (images,) = _open(config, ["train"])
     return images.decoded(_run_decoding(config.data, run)).without(_left_out(config.data, run))
 
@@ -88,9 +89,7 @@ def evaluation_parts(config: Config, run: Path, *, own: bool = True) -> tuple[Im
         BadImageError: some cannot be read, and are not to be skipped.
         DataError: the images are not there, or none of a part can be read.
     """
-    data = config.data
-    if own:
-        _require_here(data)
+    data = own_data(config.data, run) if own else config.data
     decoding = _run_decoding(data, run) if own else data.decoding
     train, test = open_splits(data.name, ("probe", "test"), Path(data.root), channels=data.channels)
     files = {*train.files(), *test.files()}
@@ -129,18 +128,32 @@ def _readable(images: ImageDataset, unreadable: Mapping[str, str], least: int) -
 
 def _open(config: Config, splits: Sequence[Split]) -> list[ImageDataset]:
     data = config.data
-    _require_here(data)
     return open_splits(data.name, splits, Path(data.root), channels=data.channels, limit=data.limit, seed=config.seed)
 
 
-def _require_here(data: DataConfig) -> None:
-    """Raise DataError where a run's own folder counts from another working directory than this."""
-    folder = os.path.expanduser(data.name.removeprefix("folder:"))
-    if data.name.startswith("folder:") and not os.path.isabs(folder) and not os.path.isdir(folder):
+def folder_of(data: DataConfig) -> str | None:
+    """Return the absolute path of a folder of images; None of other data sets."""
+    return os.path.abspath(_base(data)) if data.name.startswith("folder:") else None
+
+
+def own_data(data: DataConfig, run: Path) -> DataConfig:
+    """Return a run's own data: a relative folder counts from where the run was started, as long as it is there.
+
+    Raises:
+        DataError: it is neither there nor here.
+    """
+    here = folder_of(data)
+    if here is None or os.path.isabs(_base(data)):
+        return data
+    there = read_facts(run).get("folder", here)
+    if os.path.isdir(there):
+        return data if there == here else replace(data, name=f"folder:{there}")
+    if not os.path.isdir(here):
         raise DataError(
-            f"{folder!r} is not a folder here, in {os.getcwd()}: the run's {data.name} counts from where it was "
-            "started; go there"
+            f"{there!r}, the run's folder of images, is not there: put it back, or go to where {data.name} is"
         )
+    _LOG.info("%r, the run's folder of images, is not there: %r is taken for it", there, here)
+    return data
 
 
 def _left_out(data: DataConfig, run: Path) -> dict[str, str]:

@@ -1,0 +1,177 @@
+"""Momentum: positives and further negatives by a slow copy of the encoder, beside the batch's own negatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_emc2.batch import Directions
+from torch_emc2.geometry import Contrast
+from torch_emc2.known import NO_ID
+from torch_emc2.losses.arguments import NumSamples, require_int
+from torch_emc2.losses.calling import CheckedEncode
+from torch_emc2.losses.in_batch import Softmax
+from torch_emc2.losses.stateful import Memory, StatefulLoss
+from torch_emc2.losses.weighting import Conclusion, Weighing
+from torch_emc2.settings.losses import PositiveWeight
+from torch_emc2.temperature import Temperature
+from torch_emc2.validation import Towers
+
+__all__ = ["MomentumLoss"]
+
+
+class MomentumLoss(StatefulLoss):
+    """``-β s(a, slow a⁺) + log[κ exp(β s(a, slow a⁺)) + Σ_batch exp(β s_aj) + Σ_queue exp(β s(a, slow q))]``.
+
+    "Slow" are embeddings by a momentum encoder, an exponential moving average of the encoder (MoCo, He et al. 2020). A
+    row is drawn to its positive's slow embedding and pushed from the batch's own embeddings, which have a gradient,
+    and from a queue of the last slow ones, which are comparable with today's where the encoder's own would be stale.
+    So a small batch has as many negatives as the queue is long, for one forward pass more and no backward pass.
+
+    What differs from MoCo is each needed (docs/method.md): all views are rows, the batch's own embeddings are
+    negatives beside the queue, and κ = 0 leaves the positive out of the denominator (Yeh et al. 2022).
+
+    The value is the loss as written, with slow embeddings as constants, and its gradient is that. In ``last``
+    similarities and the global loss are those of slow positives, and over all these negatives.
+
+    Args:
+        temperature: 1 / β, or a `Temperature`, which is learnt.
+        num_queued: slow embeddings that are kept, of both views or of each side; 4·d bytes each.
+        positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. Here beside all negatives that a row meets.
+        num_samples: size of the data set, for ``"global"``.
+        towers: 1 or 2; see `ContrastiveLoss`. Each side has a queue of its own.
+        directions: of two towers.
+
+    Notes:
+        ``index`` may be left out. With it, what is queued of a sample that is in the batch is no negative: give it
+        where an epoch is not much longer than the queue. ``labels`` are refused, which are not known of the queue.
+
+    Raises:
+        ValueError: a call without ``slow``.
+
+    Example::
+
+        >>> from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+        >>> encoder = torch.nn.Linear(32, 16)
+        >>> slow_encoder = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+        >>> loss_fn = MomentumLoss(temperature=0.1)
+        >>> views = torch.randn(2, 8, 32)
+        >>> with torch.no_grad():
+        ...     slow = slow_encoder(views[0]), slow_encoder(views[1])
+        >>> loss = loss_fn(encoder(views[0]), encoder(views[1]), slow=slow)
+        >>> slow_encoder.update_parameters(encoder)  # after the optimiser's step
+    """
+
+    _needs_index = False
+    sides: tuple[_Queue, ...]
+
+    def __init__(
+        self,
+        temperature: float | Temperature = 0.07,
+        *,
+        num_queued: int = 512,
+        positive_weight: PositiveWeight = 0.0,
+        num_samples: NumSamples = None,
+        towers: Towers = 1,
+        directions: Directions = "both",
+    ) -> None:
+        super().__init__(
+            temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
+        )
+        if require_int("num_queued", num_queued) < 0:
+            raise ValueError(f"num_queued must be at least 0, got {num_queued}")
+        self.num_queued = int(num_queued)
+        self.sides = tuple(_Queue(self.num_queued) for _ in self.sizes)
+
+    def _alike(self, device: str) -> dict[str, object]:
+        return {**super()._alike(device), "num_queued": self.num_queued}
+
+    def _widen(self, contrast: Contrast) -> Contrast:
+        if contrast.slow is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the batch's embeddings by a momentum encoder, loss(x, y, slow=(…, …)): "
+                "torch.optim.swa_utils.AveragedModel makes one"
+            )
+        if contrast.known is not None and contrast.known.labels is not None:
+            raise ValueError(f"labels are not known of what is queued: {type(self).__name__} takes none")
+        return contrast.with_queue(*self.sides[contrast.candidates].read(contrast.slow))
+
+    def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
+        return _Queued(contrast, self.sides[contrast.candidates])
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return f"{super().extra_repr()}, num_queued={self.num_queued}"
+
+
+class _Queued(Softmax):
+    """Softmax over all that a row meets; the batch's slow embeddings are queued in the end."""
+
+    def __init__(self, contrast: Contrast, queue: _Queue) -> None:
+        super().__init__(contrast)
+        self.queue = queue
+
+    def conclude(self, kept: tuple[Tensor, ...]) -> Conclusion:
+        slow = self.contrast.slow
+        assert slow is not None
+        ids = slow.new_full((len(slow),), NO_ID, dtype=torch.int64)
+        if self.contrast.candidate_ids is not None:
+            ids = self.contrast.column_ids[: len(slow)]
+        return Conclusion(write=lambda: self.queue.push(ids, slow))
+
+
+class _Queue(Memory):
+    """The last slow embeddings of a side, and the ids of their samples, or views; newest first.
+
+    Args:
+        length: how many are kept.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.ids, self.vectors = torch.empty(0, dtype=torch.int64), torch.empty(0, 0, dtype=_KEPT)
+
+    def read(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ids (k,) and vectors (k, d), as ``like`` (n, d) is."""
+        if not len(self.ids):
+            return self.ids.to(like.device), like[:0]
+        if self.vectors.shape[1] != like.shape[1]:
+            raise ValueError(
+                f"the queue holds embeddings of {self.vectors.shape[1]} dimensions, the batch's have {like.shape[1]}: "
+                "build a new loss for another encoder"
+            )
+        return self.ids.to(like.device), self.vectors.to(like)
+
+    def push(self, ids: Tensor, vectors: Tensor) -> None:
+        """Put new ones (n,), (n, d) before the others, of which the last go."""
+        with torch.inference_mode(False):
+            own, kept = self.read(vectors)
+            self.ids = torch.cat([ids, own])[: self.length]
+            self.vectors = torch.cat([vectors, kept])[: self.length].to(_KEPT)
+
+    def state(self) -> dict[str, Any]:
+        return {"ids": self.ids.cpu().clone(), "vectors": self.vectors.cpu().clone()}
+
+    def check(self, state: dict[str, Any]) -> None:
+        ids, vectors = state["ids"], state["vectors"]
+        fits = isinstance(ids, Tensor) and isinstance(vectors, Tensor) and ids.shape == vectors.shape[:1]
+        if not fits or vectors.ndim != 2 or (ids.dtype, vectors.dtype) != (torch.int64, _KEPT):
+            raise ValueError("the saved queue is damaged: it needs ids (k,), int64, and vectors (k, d), float32")
+        if len(ids) > self.length:
+            raise ValueError(f"the saved queue has {len(ids)} embeddings, this loss num_queued={self.length}")
+        if len(ids) and not ((vectors.norm(dim=1) - 1).abs() < 1e-3).all():
+            raise ValueError("the saved queue is damaged: its vectors are no unit vectors")
+
+    def load(self, state: dict[str, Any]) -> None:
+        with torch.inference_mode(False):
+            device = self.ids.device
+            self.ids, self.vectors = state["ids"].to(device, copy=True), state["vectors"].to(device, copy=True)
+
+    def forget(self, ids: Tensor) -> None:
+        kept = ~torch.isin(self.ids, ids.to(self.ids.device))
+        self.ids, self.vectors = self.ids[kept], self.vectors[kept]
+
+
+_KEPT = torch.float32
