@@ -58,6 +58,7 @@ class Softmax(Weighing):
     """Softmax over a row's negatives and its positive."""
 
     def weigh(self, rows: Rows, scores: Scores) -> Weights:
+        """Give each its share in the sum of all."""
         log_total = torch.logaddexp(scores.log_mass, scores.log_positive)
         return Weights(
             negatives=scores.relative_to(log_total),
