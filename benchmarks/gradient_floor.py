@@ -14,7 +14,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from torch_emc2.diagnostics import clustered_embeddings
+from torch_emc2.diagnostics import at_rest, clustered_embeddings
 from torch_emc2.exact import global_contrastive_loss
 from torch_emc2.losses import ContrastiveLoss
 from torch_emc2.losses.registry import ESTIMATORS, Given
@@ -51,7 +51,7 @@ def descend(loss_fn: ContrastiveLoss, batch_size: int, epochs: int, seed: int) -
 
             optimizer.zero_grad()
             ids = torch.stack([2 * index, 2 * index + 1], 1)
-            loss_fn(z[index, 0], z[index, 1], ids, encode=encode).backward()
+            at_rest(loss_fn)(z[index, 0], z[index, 1], ids, encode=encode).backward()
             optimizer.step()
             schedule.step()
     return exact(inputs, net)

@@ -22,6 +22,7 @@ from peers import peers
 from torch import Tensor
 
 from torch_emc2 import EMC2Loss
+from torch_emc2.diagnostics import at_rest
 from torch_emc2.losses.registry import Given, variants
 
 NUM_SAMPLES = 10_000
@@ -93,7 +94,7 @@ def main() -> None:
     makers = {**variants(Given(NUM_SAMPLES, 0.07, args.dim)), **peers(NUM_SAMPLES, 0.07, args.device)}
     # "encode" is a look-up in a table: what an encoder costs is not the loss's.
     losses: dict[str, Callable[..., Tensor]] = {
-        **{name: partial(make(0), encode=table.__getitem__) for name, make in makers.items()},
+        **{name: partial(at_rest(make(0)), encode=table.__getitem__) for name, make in makers.items()},
         "InfoNCE, F.cross_entropy": cross_entropy,
         "EMC², cache, a chain a view": by_view,
         **further,

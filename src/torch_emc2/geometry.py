@@ -102,10 +102,7 @@ class Contrast:
 
         What comes a second time is left out too, and what is in the batch: there it is fresher.
         """
-        items = [self.item_ids, self.shared_ids]
-        if self.own_ids is not None:  # the views of a sample have the same
-            items.append(self.ranks.gather(self.own_ids[: self.ranks.local]).flatten())
-        left_out = ~first_of(torch.cat([*items, ids]))[-len(ids) :] | (ids == NO_ID)
+        left_out = self._again(ids) | (ids == NO_ID)
         copies = [left_out] if self.shared_copies is None else [self.shared_copies, left_out]
         return replace(
             self,
@@ -121,10 +118,8 @@ class Contrast:
         What comes a second time is left out, and what is in the batch; `NO_ID` is never either.
         """
         assert self.slow is not None
-        items = ids[:0] if self.candidate_ids is None else self.item_ids
-        left_out = ~first_of(torch.cat([items, ids]))[len(items) :] & (ids != NO_ID)
         of_slow = torch.ones(len(self.slow), dtype=torch.bool, device=ids.device)  # the positives, and no negatives
-        copies = torch.cat([of_slow, left_out])
+        copies = torch.cat([of_slow, self._again(ids) & (ids != NO_ID)])
         return replace(
             self,
             candidate_vectors=torch.cat([self.candidate_vectors, self.slow, vectors]),
@@ -132,6 +127,16 @@ class Contrast:
             shared_copies=copies if self.shared_copies is None else torch.cat([self.shared_copies, copies]),
             layout=self.layout._replace(positives=self.layout.positives + len(self.columns)),
         )
+
+    def _again(self, ids: Tensor) -> Tensor:
+        """(k,) which of ``ids`` (k,) come a second time among them, or are in the batch, hard negatives included."""
+        items = [self.shared_ids]
+        if self.candidate_ids is not None:
+            items.append(self.item_ids)
+        if self.own_ids is not None:  # the views of a sample have the same
+            items.append(self.ranks.gather(self.own_ids[: self.ranks.local]).flatten())
+        met = torch.cat(items)
+        return ~first_of(torch.cat([met, ids]))[len(met) :]
 
     @cached_property
     def remembered(self) -> slice:

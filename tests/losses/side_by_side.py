@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from slow import EMC2, Batch, Key, NegativeCache, Slow, SogCLR, Uniformity
+from slow import EMC2, Batch, Key, Momentum, NegativeCache, Slow, SogCLR, Uniformity
 from torch import Tensor
 
-from torch_emc2 import EMC2Loss, NegativeCacheLoss, SogCLRLoss, UniformityLoss
+from torch_emc2 import EMC2Loss, MomentumLoss, NegativeCacheLoss, SogCLRLoss, UniformityLoss
 from torch_emc2.losses import ContrastiveLoss
 from torch_emc2.memory.chains import ChainTable
 
@@ -63,6 +63,11 @@ def check_memory(fast: ContrastiveLoss, slow: Slow) -> None:
             log_u, similarity, log_beta = map(float, fast.get_extra_state()["averages"][number])
             found = math.exp(log_u), similarity * math.exp(log_u), math.exp(log_beta)
             assert found == pytest.approx(slow.averages.get(number, (0.0, 0.0, 0.0)), rel=1e-5, abs=1e-6)
+        if isinstance(fast, MomentumLoss) and isinstance(slow, Momentum):
+            kept = fast.sides[candidates].state()
+            assert kept["ids"].tolist() == [-1 if i is None else i for i, _ in slow.queues[number]]
+            expected = torch.stack([vector for _, vector in slow.queues[number]] or [torch.empty(0)])
+            torch.testing.assert_close(kept["vectors"].double(), expected.double().view_as(kept["vectors"]))
         if isinstance(fast, SogCLRLoss) and isinstance(slow, SogCLR):
             averages = {(i, *view, 0)[:2]: u for (k, i, *view), u in slow.averages.items() if k == number}
             log_u = fast.sides[rows].log_u.data

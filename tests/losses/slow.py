@@ -38,10 +38,12 @@ class Batch:
     hard_index: Tensor | None = None
     same: Tensor | None = None
     labels: Tensor | None = None
+    slow: Tensor | tuple[Tensor, Tensor] | None = None
 
     def call(self, loss_fn: Callable[..., Tensor], **others: Any) -> Tensor:
         """Call the loss under test, with what there is."""
-        given = {name: value for name, value in vars(self).items() if name not in ("x", "y", "index")}
+        left_out = ("x", "y", "index") if getattr(loss_fn, "needs_slow", False) else ("x", "y", "index", "slow")
+        given = {name: value for name, value in vars(self).items() if name not in left_out}
         others |= {name: value for name, value in given.items() if value is not None}
         return loss_fn(self.x, self.y, self.index, **others)
 
@@ -196,6 +198,9 @@ class Slow:
     def __call__(self, batch: Batch, beta: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Value and gradient; ``tables`` have the embeddings of x and y by id, as ``encode`` gives them."""
         losses = []
+        if batch.slow is not None:
+            slow = batch.slow if isinstance(batch.slow, Tensor) else torch.stack(batch.slow, 1)
+            self.slow_views = list(slow.unbind(1))
         self.own_hard = batch.hard is not None and batch.hard.ndim == 3
         self.own_ids = self.towers == 1 and batch.index is not None and batch.index.ndim == 2
         for number, rows in geometry(batch, self.towers, self.directions):
@@ -286,6 +291,45 @@ class InBatch(Slow):
         masses = self.masses(number, row, beta)
         total = sum(masses.values())
         return self.textbook(number, row, beta), {j: mass / total for j, mass in masses.items()}, []
+
+
+class Momentum(Slow):
+    """The softmax over the batch and a list of the last slow embeddings; a row's positives are slow ones."""
+
+    def __init__(self, num_queued: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.num_queued = num_queued
+        self.queues: dict[int, list[tuple[int | None, Tensor]]] = {0: [], 1: []}  # by direction, newest first
+
+    def start(self, number: int, rows: list[Row]) -> None:
+        batch, views = self.size * len(rows[0].own), len(rows[0].own)
+        slow = self.slow_views if self.towers == 1 else [self.slow_views[1 - number]]
+        self.slow = [F.normalize(z, dim=0) for view in slow for z in view]
+        in_batch, queued = {*rows[0].ids[:batch], *(i for row in rows for i in row.ids[batch:])}, []
+        for i, vector in self.queues[number]:
+            if i is None or i not in in_batch:
+                queued.append((i, vector))
+                in_batch |= {i}
+        assert len(self.slow) == batch == views * self.size
+        further = torch.stack([*self.slow, *(vector for _, vector in queued)])
+        for place, row in enumerate(rows):
+            end, count = len(row.columns), len(self.slow)
+            rows[place] = row._replace(
+                columns=torch.cat([row.columns, further]),
+                similarities=row.similarities + (further @ row.vector.detach()).tolist(),
+                ids=row.ids + [None] * count + [i for i, _ in queued],
+                positives=[end + p for p in row.positives],
+                negatives=[*row.negatives, *range(end + count, end + len(further))],
+            )
+
+    def weigh(self, number: int, row: Row, beta: float) -> Weighed:
+        masses = self.masses(number, row, beta)
+        total = sum(masses.values())
+        return self.textbook(number, row, beta), {j: mass / total for j, mass in masses.items()}, []
+
+    def end(self, number: int, rows: list[Row]) -> None:
+        new = [*zip(rows[0].ids, (z.float().double() for z in self.slow), strict=False)]
+        self.queues[number] = (new + self.queues[number])[: self.num_queued]
 
 
 class Uniformity(Slow):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from side_by_side import check_memory, follow
-from slow import EMC2, Batch, InBatch, NegativeCache, Slow, SogCLR, Uniformity
+from slow import EMC2, Batch, InBatch, Momentum, NegativeCache, Slow, SogCLR, Uniformity
 
-from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, UniformityLoss
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, MomentumLoss, NegativeCacheLoss, SogCLRLoss, UniformityLoss
 from torch_emc2.kernels import Isir, Metropolis
 from torch_emc2.losses import ContrastiveLoss
 
@@ -47,7 +47,9 @@ def batch_of(kind: str, step: int) -> Batch:
         index[3], index[4] = index[1], index[0]
     z = torch.randn(B, views, D, dtype=torch.float64, generator=generator)
     ids = views * index[:, None] + torch.arange(views) if has_own_ids(kind) else index
+    slow = z + z.roll(1, 2) - z.roll(1, 0)
     batch = Batch(z[:, 0], z[:, 1], ids) if views == 2 else Batch(z, index=ids)
+    batch.slow = slow if views > 2 else (slow[:, 0], slow[:, 1])
     match kind:
         case "same":
             batch.same = (index[:, None] < index) & (index[:, None] % 4 == index % 4)  # one of two directions will do
@@ -89,6 +91,13 @@ def test_in_batch(kind: str, kappa: Any) -> None:
     given, settings = settings_of(kind, kappa)
     loss = DCLLoss if kappa == 0 else InfoNCELoss
     compare(loss(**given), InBatch(**settings), kind, tolerance=1e-10)
+
+
+@each_kappa
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "labels"])
+def test_momentum(kind: str, kappa: Any) -> None:
+    given, settings = settings_of(kind, kappa)
+    compare(MomentumLoss(num_queued=13, **given), Momentum(13, **settings), kind)
 
 
 @each_kind

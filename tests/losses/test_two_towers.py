@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from side_by_side import check_memory, follow
-from slow import DIRECTIONS, EMC2, Batch, InBatch, NegativeCache, Slow, SogCLR, Uniformity
+from slow import DIRECTIONS, EMC2, Batch, InBatch, Momentum, NegativeCache, Slow, SogCLR, Uniformity
 from torch import Tensor
 
-from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, UniformityLoss
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, MomentumLoss, NegativeCacheLoss, SogCLRLoss, UniformityLoss
 from torch_emc2.kernels import Isir, Metropolis
 from torch_emc2.losses import ContrastiveLoss
 
@@ -30,7 +30,7 @@ def batch_of(kind: str, step: int) -> Batch:
     chosen = torch.tensor(pairs)[torch.randperm(len(pairs), generator=generator)[:B]]
     index, y_index = chosen.unbind(1)
     x, y = torch.randn(2, B, D, dtype=torch.float64, generator=generator).unbind()
-    batch = Batch(x, y, index, y_index)
+    batch = Batch(x, y, index, y_index, slow=(x + y.roll(1, 1), y - x.roll(1, 0)))
     match kind:
         case "same":  # beside its own an x has a y of another couple's
             batch.same = (index[:, None] >= 4) & (index[:, None] % 5 == y_index % 5)
@@ -82,6 +82,13 @@ def test_in_batch(kind: str, directions: Any, kappa: Any) -> None:
     settings = settings_of(kappa, directions)
     loss = DCLLoss if kappa == 0 else InfoNCELoss
     compare(loss(**settings), InBatch(**settings), kind, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.7, "global"])
+@pytest.mark.parametrize(("kind", "directions"), [case for case in CASES if case[0] != "labels"])
+def test_momentum(kind: str, directions: Any, kappa: Any) -> None:
+    settings = settings_of(kappa, directions)
+    compare(MomentumLoss(num_queued=9, **settings), Momentum(9, **settings), kind)
 
 
 @pytest.mark.parametrize("growth", [1.04, 1.5], ids=["β moves", "β leaps"])

@@ -20,6 +20,7 @@ __all__ = [
     "IdsOf",
     "MakeLoss",
     "TwoTowerError",
+    "at_rest",
     "gradient_error",
     "parameter_gradient",
     "two_tower_error",
@@ -69,6 +70,13 @@ class TwoTowerError(NamedTuple):
     y: GradientError
     beta: GradientError
     at_parameters: GradientError | None = None
+
+
+def at_rest(loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Call a loss as at an encoder that does not move, whose momentum encoder, if the loss needs one, is itself."""
+    if not getattr(loss_fn, "needs_slow", False):
+        return loss_fn
+    return lambda x, y, *args, **further: loss_fn(x, y, *args, slow=(x.detach(), y.detach()), **further)
 
 
 def gradient_error(
@@ -289,12 +297,13 @@ def _epochs(
     """
     batches = len(leaves[0]) // batch_size
     for run in range(runs):
-        loss_fn, generator = make_loss(run), torch.Generator().manual_seed(run)
+        loss_fn = make_loss(run)
+        call, generator = at_rest(loss_fn), torch.Generator().manual_seed(run)
         for epoch in range(1 - mixing_epochs, epochs + 1):
             order = torch.randperm(len(leaves[0]), generator=generator)[: batches * batch_size]
             sums, last = [torch.zeros_like(leaf) for leaf in leaves], defaultdict[str, float](float)
             for index in torch.split(order, batch_size):
-                gradients = torch.autograd.grad(visit(loss_fn, index, generator), leaves, materialize_grads=True)
+                gradients = torch.autograd.grad(visit(call, index, generator), leaves, materialize_grads=True)
                 for total, gradient in zip(sums, gradients, strict=True):
                     total += gradient
                 for name, number in getattr(loss_fn, "last", {}).items():

@@ -60,6 +60,9 @@ class ContrastiveLoss(nn.Module, ABC):
             all embeddings are equal.
     """
 
+    needs_slow = False
+    """Whether a call needs ``slow``, a momentum encoder's embeddings."""
+
     _needs_index = False
     temperature: float | Temperature
 
@@ -161,6 +164,8 @@ class ContrastiveLoss(nn.Module, ABC):
 
         def validate() -> Inputs:
             nonlocal encoders, beta
+            if (slow is not None) != self.needs_slow:
+                raise ValueError(_SLOW[self.needs_slow].format(type(self).__name__))
             encoders, beta = checked_encoders(encode, x, self.towers, callers), self._beta(logit_scale)
             return validate_inputs(*given, towers=self.towers, needs_index=self._needs_index)
 
@@ -294,6 +299,12 @@ class ContrastiveLoss(nn.Module, ABC):
         shown += [f"towers=2, directions={self.directions!r}"] if self.towers == 2 else []
         return ", ".join([*shown, f"positive_weight={self.positive_weight}"])
 
+
+_SLOW = {
+    True: "{} needs the batch's embeddings by a momentum encoder, loss(x, y, slow=(…, …)): "
+    "torch.optim.swa_utils.AveragedModel makes one",
+    False: "{} has no use for slow embeddings: MomentumLoss has",
+}
 
 _Number = tuple[Tensor, float | Tensor]
 """A tensor, and what its mean is to be multiplied by."""

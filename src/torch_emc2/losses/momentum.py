@@ -64,6 +64,7 @@ class MomentumLoss(StatefulLoss):
         >>> slow_encoder.update_parameters(encoder)  # after the optimiser's step
     """
 
+    needs_slow = True
     _needs_index = False
     sides: tuple[_Queue, ...]
 
@@ -89,13 +90,9 @@ class MomentumLoss(StatefulLoss):
         return {**super()._alike(device), "num_queued": self.num_queued}
 
     def _widen(self, contrast: Contrast) -> Contrast:
-        if contrast.slow is None:
-            raise ValueError(
-                f"{type(self).__name__} needs the batch's embeddings by a momentum encoder, loss(x, y, slow=(…, …)): "
-                "torch.optim.swa_utils.AveragedModel makes one"
-            )
         if contrast.known is not None and contrast.known.labels is not None:
             raise ValueError(f"labels are not known of what is queued: {type(self).__name__} takes none")
+        assert contrast.slow is not None
         return contrast.with_queue(*self.sides[contrast.candidates].read(contrast.slow))
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
@@ -161,8 +158,8 @@ class _Queue(Memory):
             raise ValueError("the saved queue is damaged: it needs ids (k,), int64, and vectors (k, d), float32")
         if len(ids) > self.length:
             raise ValueError(f"the saved queue has {len(ids)} embeddings, this loss num_queued={self.length}")
-        if len(ids) and not ((vectors.norm(dim=1) - 1).abs() < 1e-3).all():
-            raise ValueError("the saved queue is damaged: its vectors are no unit vectors")
+        if not vectors.isfinite().all():
+            raise ValueError("the saved queue is damaged: not all of its vectors are finite")
 
     def load(self, state: dict[str, Any]) -> None:
         with torch.inference_mode(False):

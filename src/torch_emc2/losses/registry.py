@@ -10,6 +10,7 @@ from torch_emc2.kernels import KERNELS, Kernel, Metropolis
 from torch_emc2.losses.base import ContrastiveLoss
 from torch_emc2.losses.emc2 import EMC2Loss
 from torch_emc2.losses.in_batch import DCLLoss, InfoNCELoss
+from torch_emc2.losses.momentum import MomentumLoss
 from torch_emc2.losses.negative_cache import NegativeCacheLoss
 from torch_emc2.losses.outside import load_outside, make_outside
 from torch_emc2.losses.sogclr import SogCLRLoss
@@ -17,6 +18,7 @@ from torch_emc2.losses.uniformity import UniformityLoss
 from torch_emc2.settings.losses import (
     LOSSES,
     EMC2Config,
+    MomentumConfig,
     NegativeCacheConfig,
     PositiveWeight,
     SogCLRConfig,
@@ -155,6 +157,10 @@ _METROPOLIS: dict[str, Any] = {"kernel": "metropolis", "carry": "encode", "num_c
 _ISIR: dict[str, Any] = {**_METROPOLIS, "kernel": "isir", "burn_in": None}
 
 
+def _momentum(own: MomentumConfig, given: Given) -> MomentumLoss:
+    return MomentumLoss(given.temperature, num_queued=own.num_queued, num_samples=given.num_samples, **given.weight)
+
+
 def _uniformity(own: UniformityConfig, given: Given) -> UniformityLoss:
     return UniformityLoss(given.temperature, gamma=own.gamma, **_in_batch(given))
 
@@ -189,6 +195,12 @@ ESTIMATORS = {
             DCLLoss,
             lambda _, given: DCLLoss(given.temperature, **_in_batch(given)),
             methods=(Method("DCL", "#b07aa1", "s"),),
+        ),
+        Estimator(
+            "momentum",
+            MomentumLoss,
+            _momentum,
+            methods=(Method("Momentum", "#8c6d31", "*"),),
         ),
         Estimator(
             "uniformity",

@@ -13,6 +13,7 @@ __all__ = [
     "LOSSES",
     "Carry",
     "EMC2Config",
+    "MomentumConfig",
     "NegativeCacheConfig",
     "PositiveWeight",
     "SogCLRConfig",
@@ -91,6 +92,25 @@ class UniformityConfig:
 
 
 @dataclass
+class MomentumConfig:
+    """`torch_emc2.MomentumLoss`'s own settings, and its encoder's.
+
+    Attributes:
+        decay: of the momentum encoder, which keeps this share of itself in every step of the optimiser.
+        num_queued: its last embeddings that are kept as negatives.
+    """
+
+    decay: float = 0.99
+    num_queued: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay must be above 0 and below 1, got {self.decay}")
+        if self.num_queued < 0:
+            raise ValueError(f"num_queued must be at least 0, got {self.num_queued}")
+
+
+@dataclass
 class NegativeCacheConfig:
     """Negative Cache's own settings.
 
@@ -108,6 +128,7 @@ class NegativeCacheConfig:
 LOSSES: Mapping[str, type[Any] | None] = {
     "infonce": None,
     "dcl": None,
+    "momentum": MomentumConfig,
     "uniformity": UniformityConfig,
     "sogclr": SogCLRConfig,
     "negative-cache": NegativeCacheConfig,
