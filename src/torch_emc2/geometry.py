@@ -102,7 +102,8 @@ class Contrast:
 
         What comes a second time is left out too, and what is in the batch: there it is fresher.
         """
-        left_out = self._again(ids) | (ids == NO_ID)
+        met = self._met_ids()
+        left_out = ~first_of(torch.cat([met, ids]))[len(met) :] | (ids == NO_ID)
         copies = [left_out] if self.shared_copies is None else [self.shared_copies, left_out]
         return replace(
             self,
@@ -115,11 +116,11 @@ class Contrast:
     def with_queue(self, ids: Tensor, vectors: Tensor) -> Contrast:
         """Draw the rows to their positives' slow vectors, and compare them with a queue: ids (k,), vectors (k, d).
 
-        What comes a second time is left out, and what is in the batch; `NO_ID` is never either.
+        What is in the batch is left out, but for `NO_ID`: there it is fresher, and may be the row's own.
         """
         assert self.slow is not None
         of_slow = torch.ones(len(self.slow), dtype=torch.bool, device=ids.device)  # the positives, and no negatives
-        copies = torch.cat([of_slow, self._again(ids) & (ids != NO_ID)])
+        copies = torch.cat([of_slow, torch.isin(ids, self._met_ids()) & (ids != NO_ID)])
         return replace(
             self,
             candidate_vectors=torch.cat([self.candidate_vectors, self.slow, vectors]),
@@ -128,15 +129,14 @@ class Contrast:
             layout=self.layout._replace(positives=self.layout.positives + len(self.columns)),
         )
 
-    def _again(self, ids: Tensor) -> Tensor:
-        """(k,) which of ``ids`` (k,) come a second time among them, or are in the batch, hard negatives included."""
+    def _met_ids(self) -> Tensor:
+        """(k,) ids of all that is in the batch, hard negatives included, of all ranks."""
         items = [self.shared_ids]
         if self.candidate_ids is not None:
             items.append(self.item_ids)
         if self.own_ids is not None:  # the views of a sample have the same
             items.append(self.ranks.gather(self.own_ids[: self.ranks.local]).flatten())
-        met = torch.cat(items)
-        return ~first_of(torch.cat([met, ids]))[len(met) :]
+        return torch.cat(items)
 
     @cached_property
     def remembered(self) -> slice:

@@ -305,11 +305,8 @@ class Momentum(Slow):
         batch, views = self.size * len(rows[0].own), len(rows[0].own)
         slow = self.slow_views if self.towers == 1 else [self.slow_views[1 - number]]
         self.slow = [F.normalize(z, dim=0) for view in slow for z in view]
-        in_batch, queued = {*rows[0].ids[:batch], *(i for row in rows for i in row.ids[batch:])}, []
-        for i, vector in self.queues[number]:
-            if i is None or i not in in_batch:
-                queued.append((i, vector))
-                in_batch |= {i}
+        in_batch = {*rows[0].ids[:batch], *(i for row in rows for i in row.ids[batch:])} - {None}
+        queued = [(i, vector) for i, vector in self.queues[number] if i not in in_batch]
         assert len(self.slow) == batch == views * self.size
         further = torch.stack([*self.slow, *(vector for _, vector in queued)])
         for place, row in enumerate(rows):

@@ -32,11 +32,12 @@ def made_of(config: Config, images: ImageDataset, module: ContrastiveModule, tra
     size, channels = config.data.augmentation.size, images.channels
     classes = f"{len(images.classes)} classes, not seen in training" if images.classes else "no classes"
     encoder, steps = module.encoder, module.steps_per_epoch(processes)
+    slow = "" if module.slow_encoder is None else ", and a momentum encoder alike"
     batch = config.batch_size * processes * config.accumulate
     return [
         f"Device: {many}{name}{threads}.",
         f"Images: {len(images)} to train on; {classes}; views of {size} x {size} x {channels}.",
-        f"Model: {config.model.backbone}, {_millions(encoder.backbone)} weights, head {_millions(encoder.head)}.",
+        f"Model: {config.model.backbone}, {_millions(encoder.backbone)} weights, head {_millions(encoder.head)}{slow}.",
         f"Steps: {steps} of {batch} images an epoch, {config.epochs * steps} in all; loss {config.loss}.",
     ]
 

@@ -9,12 +9,13 @@ import lightning as L
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from torch_emc2.config import Config
 from torch_emc2.data import Batch
 from torch_emc2.losses import ContrastiveLoss
 from torch_emc2.losses.registry import Given, find
-from torch_emc2.models import build_encoder
+from torch_emc2.models import Encoder, build_encoder
 from torch_emc2.seeds import mix_seed
 
 __all__ = ["ContrastiveModule", "build_loss"]
@@ -33,7 +34,7 @@ def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
 
 
 class ContrastiveModule(L.LightningModule):
-    """Encoder and loss; the loss's memory of every sample is part of the checkpoint.
+    """Encoder and loss, and a momentum encoder where the loss needs one; all memory is part of the checkpoint.
 
     A loss or gradient that is not finite stops the run before the weights change, and with them the last checkpoint.
     Where fp16 overflows and the scaler skips the optimiser's step, chains have moved and weights have not. That is
@@ -47,10 +48,15 @@ class ContrastiveModule(L.LightningModule):
         self.config = config
         self.encoder = build_encoder(config.model, channels, config.data.augmentation.size)
         self.loss = build_loss(config, num_samples)
+        self.slow_encoder: AveragedModel | None = None
+        if self.loss.needs_slow:
+            average = get_ema_multi_avg_fn(config.momentum.decay)  # type: ignore[no-untyped-call]
+            self.slow_encoder = AveragedModel(self.encoder, multi_avg_fn=average).requires_grad_(False)
         self.num_samples = num_samples
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # unreadable images met so far
         if config.channels_last:
-            self.encoder.to(memory_format=torch.channels_last)
+            for encoder in self._encoders():
+                encoder.to(memory_format=torch.channels_last)
         if config.precision == "64-true":
             self.double()  # Lightning does so after a checkpoint's weights have been loaded, and rounded
 
@@ -70,7 +76,8 @@ class ContrastiveModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make a resumed run the same: dropout and its like, and what is frozen, depend on the place in training."""
-        self.encoder.freeze(self.current_epoch < self.config.optimizer.freeze_epochs)
+        for encoder in self._encoders():
+            encoder.freeze(self.current_epoch < self.config.optimizer.freeze_epochs)
         torch.manual_seed(mix_seed(self.config.seed, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -88,8 +95,12 @@ class ContrastiveModule(L.LightningModule):
             company = batch.first if self.config.model.norm == "batch" and len(ids) < size else batch.first[:0]
             return cast(Tensor, self.encoder(torch.cat([views.to(batch.first), company]))[: len(ids)])
 
+        further = {}
+        if self.slow_encoder is not None:
+            with torch.no_grad():
+                further["slow"] = self.slow_encoder(torch.cat([batch.first, batch.second])).split(size)
         try:
-            loss: Tensor = self.loss(z1, z2, batch.index, encode=encode)
+            loss: Tensor = self.loss(z1, z2, batch.index, encode=encode, **further)
         except ValueError as error:
             broken = ~torch.stack([z1, z2]).isfinite().all(2).all(0)
             rows = f"; {self._samples(batch.index[broken.cpu()])}" if broken.any() else ""
@@ -112,6 +123,15 @@ class ContrastiveModule(L.LightningModule):
         batches, accumulate = cast(int, self.trainer.num_training_batches), self.config.accumulate
         left = batches % accumulate
         return loss * (accumulate / left) if batch_idx >= batches - left else loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Let the momentum encoder follow."""
+        super().optimizer_step(*args, **kwargs)
+        if self.slow_encoder is not None:
+            self.slow_encoder.update_parameters(self.encoder)
+
+    def _encoders(self) -> list[Encoder]:
+        return [self.encoder] if self.slow_encoder is None else [self.encoder, cast(Encoder, self.slow_encoder.module)]
 
     def _is_logged(self) -> bool:
         """Tell whether anything reads this step's numbers: Lightning takes milliseconds to log them."""

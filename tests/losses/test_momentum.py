@@ -1,0 +1,189 @@
+"""Momentum: slow positives and a queue. Its steps beside loops are in `test_one_tower` and `test_two_towers`."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from side_by_side import check_memory, follow
+from slow import Batch, Momentum
+from slowed import slow_of
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, MomentumLoss, UniformityLoss, cached_backward
+from torch_emc2.diagnostics import at_rest, gradient_error
+from torch_emc2.losses import ContrastiveLoss
+
+B, D = 6, 5
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    x, y = torch.randn(2, B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(step)).unbind()
+    return x, y
+
+
+def slow(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return slow_of(x), slow_of(y)
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+def test_without_ids_all_that_is_queued_is_a_negative(towers: Any) -> None:
+    batches = [Batch(x, y, slow=slow(x, y)) for x, y in map(batch, range(4))]
+    fast, loops = MomentumLoss(0.2, num_queued=17, towers=towers), Momentum(17, towers=towers)
+    follow(fast, loops, batches)
+    check_memory(fast, loops)
+
+
+def test_it_is_dcl_or_infonce_where_slow_is_the_batch_s_own_and_nothing_is_queued() -> None:
+    """In value; of the gradient the positives' own part is missing, which are constants."""
+    x, y = batch(0)
+    for kappa, plain in ((0.0, DCLLoss(0.3)), (1.0, InfoNCELoss(0.3))):
+        loss_fn = MomentumLoss(0.3, num_queued=0, positive_weight=kappa)
+        for _ in range(2):
+            torch.testing.assert_close(loss_fn(x, y, slow=(x, y)), plain(x, y))
+
+
+def test_a_queue_of_everything_is_the_softmax_over_everything() -> None:
+    """At an encoder that does not move a batch of 2 has the weights of all, by the exact sum."""
+    z = torch.nn.functional.normalize(torch.randn(20, 2, D, dtype=torch.float64), dim=2)
+    loss_fn = MomentumLoss(0.5, num_queued=40)
+    for index in torch.arange(20).split(2):
+        loss_fn(z[index, 0], z[index, 1], index, slow=(z[index, 0], z[index, 1]))
+    found = loss_fn.eval()(z[:2, 0], z[:2, 1], torch.arange(2), slow=(z[:2, 0], z[:2, 1]))
+    rows, expected = z.flatten(0, 1), []
+    for i in range(4):
+        others = [j for j in range(40) if j // 2 != i // 2]
+        logits = (rows[i] @ rows[others].T / 0.5).logsumexp(0)
+        expected.append(logits - rows[i] @ rows[i ^ 1] / 0.5)
+    torch.testing.assert_close(found, torch.stack(expected).mean(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_queue_keeps_the_last_ones_across_a_save() -> None:
+    whole, first = MomentumLoss(0.2, num_queued=20), MomentumLoss(0.2, num_queued=20)
+    for step in range(3):
+        x, y = batch(step)
+        whole(x, y, torch.arange(B) + 3 * step, slow=slow(x, y))
+        first(x, y, torch.arange(B) + 3 * step, slow=slow(x, y))
+    second = MomentumLoss(0.2, num_queued=20)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    x, y = batch(3)
+    for loss_fn in (whole, second):
+        assert loss_fn.sides[0].ids.tolist() == [*range(6, 12)] * 2 + [*range(3, 9)] + [3, 4]
+    torch.testing.assert_close(*(each(x, y, slow=slow(x, y)) for each in (whole, second)), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="the saved queue has 20 embeddings, this loss num_queued=8"):
+        MomentumLoss(0.2, num_queued=8).load_state_dict(first.state_dict())
+
+
+def test_what_is_forgotten_leaves_the_queue() -> None:
+    loss_fn = MomentumLoss(0.2)
+    x, y = batch(0)
+    loss_fn(x, y, torch.arange(B), slow=slow(x, y))
+    loss_fn.forget(torch.tensor([0, 2, 4, 77]))
+    assert loss_fn.sides[0].ids.tolist() == [1, 3, 5] * 2
+    torch.testing.assert_close(
+        loss_fn.sides[0].vectors.double(),
+        torch.nn.functional.normalize(torch.cat([each[1::2] for each in slow(x, y)])),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (None, ValueError, r"^MomentumLoss needs the batch's embeddings by a momentum encoder, loss\(x, y, slow="),
+        (torch.ones(B, D), TypeError, "slow must be a pair of tensors, of x and of y, got Tensor"),
+        ((torch.ones(B, D),), TypeError, "slow must be a pair"),
+        (
+            (torch.ones(B, D), torch.ones(B, D + 1)),
+            ValueError,
+            r"slow\[1\] must be \(6, 5\), one for each embedding, got",
+        ),
+        ((torch.ones(B, D), [1.0]), TypeError, r"slow\[1\] must be embeddings, .*, got list"),
+        ((torch.ones(B, D).long(), torch.ones(B, D)), TypeError, r"slow\[0\] must be .*, got torch.int64"),
+        ((torch.ones(B, D), torch.zeros(B, D)), ValueError, r"slow\[1\]\[0\] has length 0"),
+        ((torch.ones(B, D, device="meta"), torch.ones(B, D)), ValueError, r"slow\[0\] must be on the device of x, cpu"),
+    ],
+)
+def test_bad_slow_embeddings_are_named(given: Any, error: type[Exception], message: str) -> None:
+    loss_fn = MomentumLoss(0.2)
+    x, y = batch(0)
+    loss_fn(x, y, slow=(x, y))
+    before = copy.deepcopy(loss_fn.state_dict())
+    with pytest.raises(error, match=message):
+        loss_fn(x, y, slow=given)
+    torch.testing.assert_close(loss_fn.state_dict(), before, rtol=0, atol=0)
+
+
+def test_of_several_views_slow_is_as_they_are() -> None:
+    z = torch.randn(B, 3, D)
+    loss_fn = MomentumLoss(0.2)
+    loss_fn(z, slow=slow_of(z))
+    with pytest.raises(TypeError, match="slow must be embeddings, a tensor of a floating-point dtype, got tuple"):
+        loss_fn(z, slow=(z, z))
+    with pytest.raises(ValueError, match=r"slow\[2, 1\] is not finite"):
+        loss_fn(z, slow=z.masked_fill(torch.arange(3 * B).view(B, 3, 1) == 7, torch.nan))
+
+
+def test_other_losses_have_no_use_for_slow_embeddings() -> None:
+    x, y = batch(0)
+    for loss_fn in (DCLLoss(0.2), InfoNCELoss(0.2), UniformityLoss(0.2), EMC2Loss(9)):
+        assert isinstance(loss_fn, ContrastiveLoss)
+        with pytest.raises(
+            ValueError, match=f"{type(loss_fn).__name__} has no use for slow embeddings: MomentumLoss has"
+        ):
+            loss_fn(x, y, torch.arange(B), slow=(x, y))
+
+
+def test_what_cannot_be_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_queued must be at least 0, got -1"):
+        MomentumLoss(num_queued=-1)
+    with pytest.raises(TypeError, match=r"num_queued must be an int, got 2\.5"):
+        MomentumLoss(num_queued=2.5)  # type: ignore[arg-type]
+    x, y = batch(0)
+    with pytest.raises(ValueError, match="labels are not known of what is queued"):
+        MomentumLoss()(x, y, slow=(x, y), labels=torch.arange(B))
+    loss_fn = MomentumLoss()
+    loss_fn(x, y, slow=(x, y))
+    with pytest.raises(ValueError, match="the queue holds embeddings of 5 dimensions, the batch's have 4"):
+        loss_fn(x[:, 1:], y[:, 1:], slow=(x[:, 1:], y[:, 1:]))
+
+
+def test_slow_embeddings_are_constants() -> None:
+    x, y = batch(0)
+    given = [each.requires_grad_() for each in slow(x, y)]
+    leaf = x.clone().requires_grad_()
+    MomentumLoss(0.2)(leaf, y, slow=given).backward()
+    assert leaf.grad is not None
+    assert all(each.grad is None for each in given)
+
+
+def test_a_step_in_chunks_is_the_plain_step() -> None:
+    torch.manual_seed(0)
+    encoder = nn.Linear(7, D).double()
+    average = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # type: ignore[no-untyped-call]
+    losses, gradients = [MomentumLoss(0.2), MomentumLoss(0.2)], []
+    for in_chunks, loss_fn in enumerate(losses):
+        encoder.zero_grad()
+        for step in range(2):
+            views = torch.randn(2, B, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(step)).unbind()
+            with torch.no_grad():
+                given = average(views[0]), average(views[1])
+            if in_chunks:
+                cached_backward(loss_fn, encoder, views, None, 2, slow=given)
+            else:
+                loss_fn(encoder(views[0]), encoder(views[1]), slow=given).backward()
+        gradients.append(encoder.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_at_rest_the_momentum_encoder_is_the_encoder() -> None:
+    x, y = batch(0)
+    loss_fn, same = MomentumLoss(0.2), MomentumLoss(0.2)
+    torch.testing.assert_close(at_rest(loss_fn)(x, y, torch.arange(B)), same(x, y, torch.arange(B), slow=(x, y)))
+    plain = DCLLoss(0.2)
+    assert at_rest(plain) is plain
+    z = torch.randn(12, 2, D, dtype=torch.float64)
+    error = gradient_error(lambda seed: MomentumLoss(0.5), z, 0.5, 4, epochs=2, mixing_epochs=1, runs=2)
+    assert error.one_epoch > 0
