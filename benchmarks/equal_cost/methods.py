@@ -140,11 +140,12 @@ def with_momentum(given: Given, momentum: float = 0.99, **settings: Any) -> Step
     """Train with a momentum encoder a side; both towers' embeddings are views."""
     x, y, (queries, _) = given.x, given.y, given.sizes
     loss_fn = MomentumLoss(given.temperature, positive_weight=given.kappa or 0.0, **settings)
-    slow = Slow(x, momentum), Slow(y, momentum)
+    slow_x = Slow(x, momentum)
+    slow_y = Slow(y, momentum, slow_x)
 
     def step(rows: Tensor) -> Tensor:
         index = torch.stack([x.ids[rows], y.ids[rows] + queries], 1)
-        value = loss_fn(x(rows), y(rows), index, slow=(slow[0](rows), slow[1](rows)))
+        value = loss_fn(x(rows), y(rows), index, slow=(slow_x(rows), slow_y(rows)))
         value.backward()
         return value.detach()
 
