@@ -32,6 +32,7 @@ from problems import PROBLEMS
 from retrieval import global_loss, metrics, ranks
 from run import Runner
 from search import search
+from slow import Slow
 from table import by_kappa, costs, groups, mrr, within
 from towers import towers
 from train import run
@@ -227,6 +228,42 @@ def test_what_a_guide_finds_nearer_than_the_positive_is_no_negative() -> None:
         expected += (math.log(sum(math.exp(score / 0.1) for score in left)) - own[0] / 0.1) / 5
     assert left_out > 0
     assert step(rows).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_momentum_encoder_is_the_average_of_all_weights_though_words_follow_when_they_are_met() -> None:
+    texts = [f"word{i} other{i % 5}" for i in range(12)]
+    side = Side(Bags(texts), torch.arange(12))
+    problem = Problem(side, side, {"train": torch.arange(12)}, lambda: (BagEncoder(), BagEncoder()), 1, 1e-3, 0.1)
+    tower, _ = towers(problem, "cpu")
+    fast = dict(tower.encoder.named_parameters())
+    slow, expected = Slow(tower, 0.8), {name: each.detach().clone() for name, each in fast.items()}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(9):
+        rows = torch.randperm(12, generator=generator)[:3]
+        for name, each in expected.items():
+            each.lerp_(fast[name].detach(), 0.2)
+        found = slow(rows)
+        torch.testing.assert_close(found, torch.func.functional_call(tower.encoder, expected, (side.content[rows],)))
+        with torch.no_grad():
+            for each in tower.encoder.mlp.parameters():
+                each.add_(torch.randn(each.shape, generator=generator), alpha=0.1)
+            met = side.content[rows][0].unique()
+            fast["bag.weight"][met] += torch.randn(len(met), fast["bag.weight"].shape[1], generator=generator)
+
+
+def test_sides_of_one_encoder_share_its_momentum_encoder() -> None:
+    problem = tiny()
+    one = nn.Linear(6, 128)
+    x, y = towers(replace(problem, encoders=lambda: (one, one)), "cpu")
+    first = Slow(x, 0.5)
+    second = Slow(y, 0.5, first)
+    before = one.weight.detach().clone()
+    with torch.no_grad():
+        one.weight.add_(1.0)
+    first(torch.arange(2))
+    second(torch.arange(2))
+    assert second.encoder is first.encoder
+    torch.testing.assert_close(first.encoder.weight, before + 0.5)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"mnrl", "mnrl-together"}))

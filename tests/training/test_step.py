@@ -373,3 +373,47 @@ def test_rows_have_the_numbers_of_their_own_step(tiny: Config) -> None:
         outcome(train(replace(tiny, log_every_steps=steps, out=f"{tiny.out}-{steps}")))[3] for steps in (1, 3)
     )
     assert some == [every[2], every[5]]
+
+
+def test_a_momentum_encoder_follows_each_step_of_the_optimiser(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(tiny, loss="momentum", accumulate=2)
+    config.momentum.decay = 0.75
+    step, weights, given = ContrastiveModule.training_step, [], []
+
+    def spy(module: ContrastiveModule, batch: Any, batch_idx: int) -> Tensor:
+        slow = copy.deepcopy(module.slow_encoder)
+        assert slow is not None
+        with torch.no_grad():
+            expected = slow(torch.cat([batch.first, batch.second])).split(len(batch.index))
+        forward = module.loss.forward
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                module.loss,
+                "forward",
+                lambda *args, **further: given.append(further["slow"]) or forward(*args, **further),
+            )
+            loss = step(module, batch, batch_idx)
+        torch.testing.assert_close(given[-1], expected, rtol=0, atol=0)
+        return loss
+
+    class Keep(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+            torch.testing.assert_close(dict(module.slow_encoder.module.named_parameters()), self.own(module))
+
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+            if trainer.global_step > len(weights):
+                weights.append(self.own(module))
+            self.slow = dict(module.slow_encoder.module.named_parameters())
+
+        def own(self, module: Any) -> Weights:
+            return {name: each.detach().clone() for name, each in module.encoder.named_parameters()}
+
+    monkeypatch.setattr(ContrastiveModule, "training_step", spy)
+    keep = Keep()
+    train(config, callbacks=[keep])
+    assert len(given) > len(weights) > 2
+    expected = weights[0]
+    for own in weights[1:]:
+        expected = {name: 0.75 * each + 0.25 * own[name] for name, each in expected.items()}
+    torch.testing.assert_close({name: each.detach() for name, each in keep.slow.items()}, expected)
+    assert not any(each.requires_grad for each in keep.slow.values())
