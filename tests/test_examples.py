@@ -48,6 +48,15 @@ def test_plain_loop(here: Here) -> None:
     assert torch.load("digits.pt")["loss"]["_extra_state"]["calls"] == 2 * (1797 // 128)
 
 
+def test_small_batches(here: Here) -> None:
+    first = here.run("small_batches", "--epochs", "1").numbers("other view found")
+    again = here.run("small_batches", "--epochs", "1").numbers("other view found")
+    assert first[0] < first[1] == again[0] < again[1]
+    saved = torch.load("digits.pt")
+    assert saved["slow_encoder"]["n_averaged"] == 2 * (1797 // 8)
+    assert len(saved["loss"]["_extra_state"]["ids"]) == 512
+
+
 def test_lightning_module(here: Here) -> None:
     ran = here.run("lightning_module", "--epochs", "2")
     assert ran.numbers("chains of")[0] > 1792  # an epoch's, and some of those that it left out

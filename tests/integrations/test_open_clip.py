@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
-from torch_emc2 import EMC2Loss, InfoNCELoss
+from torch_emc2 import EMC2Loss, InfoNCELoss, MomentumLoss
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -163,6 +163,8 @@ def test_what_is_wrong_is_named() -> None:
     for loss in (InfoNCELoss(), EMC2Loss(100, towers=2)):
         with pytest.raises(ValueError, match="images and texts are two towers, with hashes for ids; got"):
             EMC2ClipLoss(model, loss)
+    with pytest.raises(ValueError, match="the training step has no momentum encoder, as MomentumLoss needs: write one"):
+        EMC2ClipLoss(model, MomentumLoss(towers=2))
     for settings in ({"use_horovod": True}, {"world_size": 2}):
         with pytest.raises(ValueError, match=r"gathers by torch\.distributed, whose process group"):
             EMC2ClipLoss(model, **settings)

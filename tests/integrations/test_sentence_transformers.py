@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import spawn
 from torch.utils._pytree import tree_map_only
 
-from torch_emc2 import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, Temperature, UniformityLoss
+from torch_emc2 import ContrastiveLoss, DCLLoss, EMC2Loss, InfoNCELoss, MomentumLoss, Temperature, UniformityLoss
 
 transformers = pytest.importorskip("transformers")
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -408,6 +408,8 @@ def test_what_is_wrong_is_named(model: Any, folder: Path, tmp_path: Path) -> Non
         EMC2SentenceLoss(DCLLoss(T))
     with pytest.raises(ValueError, match='as carry="encode" needs: build with "cache"'):
         EMC2SentenceLoss(model, EMC2Loss(None, T, carry="encode"))
+    with pytest.raises(ValueError, match="the trainer has no momentum encoder, as MomentumLoss needs: write a loop of"):
+        EMC2SentenceLoss(model, MomentumLoss(T))
     with pytest.warns(UserWarning, match=r"temperature is 1 / scale: 20 .* 0\.05 may be meant"):
         EMC2SentenceLoss(model, InfoNCELoss(20.0))
     with pytest.raises(TypeError, match=r"x must be embeddings, a tensor \(b, d\), got list"):

@@ -57,6 +57,10 @@ class EMC2ClipLoss(nn.Module):
                 f"images and texts are two towers, with hashes for ids; got {self.loss}: build it with towers=2 and "
                 "num_samples=None"
             )
+        if self.loss.needs_slow:
+            raise ValueError(
+                f"the training step has no momentum encoder, as {type(self.loss).__name__} needs: write one of your own"
+            )
         if use_horovod or (world_size > 1 and not several_ranks()):
             raise ValueError(
                 f"world_size={world_size}, use_horovod={use_horovod}: the loss gathers by torch.distributed, whose "

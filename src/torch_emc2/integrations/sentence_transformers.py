@@ -31,7 +31,7 @@ class EMC2SentenceLoss(nn.Module):
 
     Args:
         model: the `SentenceTransformer`, or what it is wrapped in.
-        loss: any of this library's, by default ``EMC2Loss(None, 0.05, positive_weight=1.0)``, whose
+        loss: any of this library's that needs no momentum encoder, by default ``EMC2Loss(None, 0.05, positive_weight=1.0)``, whose
             weight of the positive is InfoNCE's, as pretrained models need. With ``towers=1``, as there, all embeddings
             of a batch are negatives, anchors beside positives; with ``towers=2`` those of the other column:
             ``InfoNCELoss(0.05, towers=2, directions="x->y")`` is `MultipleNegativesRankingLoss` itself.
@@ -184,6 +184,10 @@ def _require_losses(model: object, loss: object) -> None:
     if not isinstance(loss, ContrastiveLoss):
         got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
         raise TypeError(f"loss must be a loss of torch_emc2, such as DCLLoss(0.05), got {got}")
+    if loss.needs_slow:
+        raise ValueError(
+            f"the trainer has no momentum encoder, as {type(loss).__name__} needs: write a loop of your own"
+        )
     if getattr(loss, "carry", "").startswith("encode"):
         raise ValueError(
             f'the trainer cannot encode what chains carry, as carry="{loss.carry}" needs: build with "cache"'
