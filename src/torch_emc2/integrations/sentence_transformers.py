@@ -31,9 +31,10 @@ class EMC2SentenceLoss(nn.Module):
 
     Args:
         model: the `SentenceTransformer`, or what it is wrapped in.
-        loss: any of this library's that needs no momentum encoder, by default ``EMC2Loss(None, 0.05, positive_weight=1.0)``, whose
-            weight of the positive is InfoNCE's, as pretrained models need. With ``towers=1``, as there, all embeddings
-            of a batch are negatives, anchors beside positives; with ``towers=2`` those of the other column:
+        loss: any of this library's but those that need a momentum encoder, by default
+            ``EMC2Loss(None, 0.05, positive_weight=1.0)``, whose weight of the positive is InfoNCE's, as pretrained
+            models need. With ``towers=1``, as there, all embeddings of a batch are negatives, anchors beside positives;
+            with ``towers=2`` those of the other column:
             ``InfoNCELoss(0.05, towers=2, directions="x->y")`` is `MultipleNegativesRankingLoss` itself.
             It is not called but copied: in a `MatryoshkaLoss` each width has a memory of its own.
         ids_from_labels: take ids from the data's label column, which has a whole number a row, or a list with one a
