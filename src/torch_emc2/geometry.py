@@ -116,17 +116,29 @@ class Contrast:
     def with_queue(self, ids: Tensor, vectors: Tensor) -> Contrast:
         """Draw the rows to their positives' slow vectors, and compare them with a queue: ids (k,), vectors (k, d).
 
-        What is in the batch is left out, but for `NO_ID`: there it is fresher, and may be the row's own.
+        What is in the batch is left out, but for `NO_ID`: there it is fresher, and may be the row's own. The positives
+        are among what is the row's own.
         """
         assert self.slow is not None
-        of_slow = torch.ones(len(self.slow), dtype=torch.bool, device=ids.device)  # the positives, and no negatives
-        copies = torch.cat([of_slow, torch.isin(ids, self._met_ids()) & (ids != NO_ID)])
+        met = torch.isin(ids, self._met_ids()) & (ids != NO_ID)
+        positives, shape = self.slow[self.layout.positives], self.layout.positives.shape
+        none, left_out = ids.new_full(shape, NO_ID), torch.ones(shape, dtype=torch.bool, device=ids.device)
+        columns, own, own_ids, own_copies = self.candidate_vectors, positives, none, left_out
+        if self.own is not None and self.own_ids is not None and self.own_copies is not None:
+            own = torch.cat([self.own, positives], 1)
+            own_ids, own_copies = torch.cat([self.own_ids, none], 1), torch.cat([self.own_copies, left_out], 1)
+        first = len(columns) + len(ids) + own.shape[1] - shape[1]
         return replace(
             self,
-            candidate_vectors=torch.cat([self.candidate_vectors, self.slow, vectors]),
-            shared_ids=torch.cat([self.shared_ids, ids.new_full((len(self.slow),), NO_ID), ids]),
-            shared_copies=copies if self.shared_copies is None else torch.cat([self.shared_copies, copies]),
-            layout=self.layout._replace(positives=self.layout.positives + len(self.columns)),
+            candidate_vectors=torch.cat([columns, vectors]) if len(ids) else columns,
+            own=own,
+            own_ids=own_ids,
+            own_copies=own_copies,
+            shared_ids=torch.cat([self.shared_ids, ids]),
+            shared_copies=met if self.shared_copies is None else torch.cat([self.shared_copies, met]),
+            layout=self.layout._replace(
+                positives=torch.arange(first, first + shape[1], device=ids.device).expand(shape)
+            ),
         )
 
     def _met_ids(self) -> Tensor:
