@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from guided import guided
+from momentum import Slow
 from queued import queued
-from slow import Slow
 from torch import Tensor
 from towers import Tower
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from slow import Slow
+from momentum import Slow
 from torch import Tensor, nn
 from towers import Tower
 

@@ -27,12 +27,12 @@ from bags import Bags, _tokens
 from cells import Cell, Kept
 from encoders import BagEncoder
 from methods import METHODS, Given, of_either
+from momentum import Slow
 from problem import Problem, Side, split
 from problems import PROBLEMS
 from retrieval import global_loss, metrics, ranks
 from run import Runner
 from search import search
-from slow import Slow
 from table import by_kappa, costs, groups, mrr, within
 from towers import towers
 from train import run
