@@ -61,6 +61,7 @@ def main() -> None:
     weights = [torch.cat([each.flatten() for each in encoder.parameters()]) for encoder, *_ in (whole, resumed)]
     chains = [loss_fn.chains.ids.data for *_, loss_fn in (whole, resumed)]
     accelerator.print(f"gone on with: weights equal {torch.equal(*weights)}, chains equal {torch.equal(*chains)}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

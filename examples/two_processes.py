@@ -42,6 +42,7 @@ def main() -> None:
     chains = fabric.all_gather(loss_fn.chains.ids.data)  # every rank has all: save those of one
     visited, alike = int((chains[0] >= 0).sum()), bool((chains == chains[0]).all())
     fabric.print(f"chains of {visited} samples on each of {len(chains)} ranks, alike: {alike}")
+    torch.distributed.destroy_process_group()  # whose threads would abort a process that ends with them, now and then
 
 
 if __name__ == "__main__":

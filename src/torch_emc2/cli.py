@@ -114,6 +114,7 @@ def _train(argv: list[str]) -> None:
     if not resume and config.devices == 1:  # of several processes others would find what the first has begun
         with only_writer(Path(config.out)):
             refuse_used(Path(config.out))
+    import torch
     from lightning.pytorch.utilities import rank_zero_only
 
     from torch_emc2.training import train
@@ -122,6 +123,8 @@ def _train(argv: list[str]) -> None:
         logging.getLogger("torch_emc2").setLevel(logging.WARNING)
     run = train(config, resume=resume)
     rank_zero_only(print)(_what_next(run, config.data.name))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # whose threads would abort a process that ends with them
 
 
 def _what_next(run: Path, data: str) -> str:
