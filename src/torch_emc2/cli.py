@@ -114,17 +114,16 @@ def _train(argv: list[str]) -> None:
     if not resume and config.devices == 1:  # of several processes others would find what the first has begun
         with only_writer(Path(config.out)):
             refuse_used(Path(config.out))
-    import torch
     from lightning.pytorch.utilities import rank_zero_only
 
+    from torch_emc2.ranks import leaving_the_group
     from torch_emc2.training import train
 
     if rank_zero_only.rank:  # type: ignore[attr-defined]  # one process tells
         logging.getLogger("torch_emc2").setLevel(logging.WARNING)
-    run = train(config, resume=resume)
-    rank_zero_only(print)(_what_next(run, config.data.name))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # whose threads would abort a process that ends with them
+    with leaving_the_group():
+        run = train(config, resume=resume)
+        rank_zero_only(print)(_what_next(run, config.data.name))
 
 
 def _what_next(run: Path, data: str) -> str:

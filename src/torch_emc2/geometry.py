@@ -113,14 +113,21 @@ class Contrast:
             num_remembered=len(ids),
         )
 
-    def with_queue(self, ids: Tensor, vectors: Tensor) -> Contrast:
-        """Draw the rows to their positives' slow vectors, and compare them with a queue: ids (k,), vectors (k, d).
+    def with_queue(self, ids: Tensor, partners: Tensor, vectors: Tensor) -> Contrast:
+        """Draw the rows to their positives' slow vectors, and compare them with a queue.
 
-        What is in the batch is left out, but for `NO_ID`: there it is fresher, and may be the row's own. The positives
-        are among what is the row's own.
+        What is in the batch is left out: there it is fresher, and may be the row's own; and what is paired with what is
+        in the batch. The positives are among what is the row's own.
+
+        Args:
+            ids: (k,) of candidates, some `NO_ID`.
+            partners: (k, p) of anchors that they came with, some `NO_ID`.
+            vectors: (k, d) of the candidates.
         """
         assert self.slow is not None
         met = torch.isin(ids, self._met_ids()) & (ids != NO_ID)
+        if self.anchor_ids is not None:
+            met |= (torch.isin(partners, self.anchor_ids) & (partners != NO_ID)).any(1)
         positives, shape = self.slow[self.layout.positives], self.layout.positives.shape
         none, left_out = ids.new_full(shape, NO_ID), torch.ones(shape, dtype=torch.bool, device=ids.device)
         columns, own, own_ids, own_copies = self.candidate_vectors, positives, none, left_out
@@ -140,6 +147,17 @@ class Contrast:
                 positives=torch.arange(first, first + shape[1], device=ids.device).expand(shape)
             ),
         )
+
+    def partners(self) -> Tensor:
+        """(views · size, p) ids that the samples' columns come with: of the other views, or of the other tower."""
+        size, views = self.ranks.size, self.column_views
+        if self.anchor_ids is None:
+            return self.shared_ids.new_empty(views * size, 0)
+        if self.anchors != self.candidates:
+            return self.anchor_ids.view(size, -1).repeat(views, 1)
+        if self.anchor_ids.ndim == 1:  # all views have one
+            return self.anchor_ids.new_empty(views * size, 0)
+        return torch.cat([self.anchor_ids.roll(-view, 1)[:, 1:] for view in range(views)])
 
     def _met_ids(self) -> Tensor:
         """(k,) ids of all that is in the batch, hard negatives included, of all ranks."""

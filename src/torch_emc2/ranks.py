@@ -19,6 +19,7 @@ __all__ = [
     "fingerprint",
     "gather",
     "gather_with_gradient",
+    "leaving_the_group",
     "raise_together",
     "refuse_difference",
     "several_ranks",
@@ -108,6 +109,25 @@ class Ranks:
 def several_ranks() -> bool:
     """Whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def leaving_the_group() -> Iterator[None]:
+    """Leave the process group, if one was joined, where the work ends well: its threads may abort a process's end.
+
+    Where it fails the other ranks may not know yet, and leaving might wait for them.
+    """
+    try:
+        yield
+    except SystemExit:  # by SIGTERM, of all ranks together
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def exchange(numbers: list[int], device: torch.device) -> list[list[int]]:

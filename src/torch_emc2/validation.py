@@ -67,7 +67,7 @@ def validate_inputs(
     _validate_views(x, y, towers)
     size, dim, views = len(x), x.shape[-1], x.shape[1] if y is None else 3 - towers
     vectors = _normalised(x, y, towers, "x", "y")
-    by_slow = None if slow is None else _validate_slow(slow, x, y, towers)
+    by_slow = None if slow is None else _validate_slow(slow, x, y, towers, vectors[0].dtype)
     if index is not None:
         index = _validate_index("index", index, size, views)
     if y_index is not None and towers == 1:
@@ -138,7 +138,7 @@ def _normalised(x: Tensor, y: Tensor | None, towers: Towers, *names: str) -> tup
     return (z,) if towers == 1 else torch.split(z, size)
 
 
-def _validate_slow(slow: object, x: Tensor, y: Tensor | None, towers: Towers) -> tuple[Tensor, ...]:
+def _validate_slow(slow: object, x: Tensor, y: Tensor | None, towers: Towers, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return unit vectors of each side as those of x and y are, without gradient."""
     given, like = (slow, (x, y)) if y is not None else ((slow,), (x,))
     names = ("slow",) if y is None else ("slow[0]", "slow[1]")
@@ -152,7 +152,7 @@ def _validate_slow(slow: object, x: Tensor, y: Tensor | None, towers: Towers) ->
             raise ValueError(f"{name} must be {tuple(x.shape)}, one for each embedding, got {tuple(each.shape)}")
         if each.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {each.device}")
-    first, *second = (each.detach().to(x.dtype) for each in given)
+    first, *second = (each.detach().to(dtype) for each in given)
     return _normalised(first, second[0] if second else None, towers, *names)
 
 

@@ -65,8 +65,8 @@ def check_memory(fast: ContrastiveLoss, slow: Slow) -> None:
             assert found == pytest.approx(slow.averages.get(number, (0.0, 0.0, 0.0)), rel=1e-5, abs=1e-6)
         if isinstance(fast, MomentumLoss) and isinstance(slow, Momentum):
             kept = fast.sides[candidates].state()
-            assert kept["ids"].tolist() == [-1 if i is None else i for i, _ in slow.queues[number]]
-            expected = torch.stack([vector for _, vector in slow.queues[number]] or [torch.empty(0)])
+            assert kept["ids"][:, 0].tolist() == [-1 if i is None else i for i, *_ in slow.queues[number]]
+            expected = torch.stack([vector for *_, vector in slow.queues[number]] or [torch.empty(0)])
             torch.testing.assert_close(kept["vectors"].double(), expected.double().view_as(kept["vectors"]))
         if isinstance(fast, SogCLRLoss) and isinstance(slow, SogCLR):
             averages = {(i, *view, 0)[:2]: u for (k, i, *view), u in slow.averages.items() if k == number}

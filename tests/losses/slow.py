@@ -299,22 +299,24 @@ class Momentum(Slow):
     def __init__(self, num_queued: int, **settings: Any) -> None:
         super().__init__(**settings)
         self.num_queued = num_queued
-        self.queues: dict[int, list[tuple[int | None, Tensor]]] = {0: [], 1: []}  # by direction, newest first
+        # By direction, newest first: a candidate's id, those of what it came with, and its vector.
+        self.queues: dict[int, list[tuple[int | None, set[int | None], Tensor]]] = {0: [], 1: []}
 
     def start(self, number: int, rows: list[Row]) -> None:
         batch, views = self.size * len(rows[0].own), len(rows[0].own)
         slow = self.slow_views if self.towers == 1 else [self.slow_views[1 - number]]
         self.slow = [F.normalize(z, dim=0) for view in slow for z in view]
         in_batch = {*rows[0].ids[:batch], *(i for row in rows for i in row.ids[batch:])} - {None}
-        queued = [(i, vector) for i, vector in self.queues[number] if i not in in_batch]
+        anchors = {row.id for row in rows} - {None}
+        queued = [entry for entry in self.queues[number] if entry[0] not in in_batch and not entry[1] & anchors]
         assert len(self.slow) == batch == views * self.size
-        further = torch.stack([*self.slow, *(vector for _, vector in queued)])
+        further = torch.stack([*self.slow, *(vector for *_, vector in queued)])
         for place, row in enumerate(rows):
             end, count = len(row.columns), len(self.slow)
             rows[place] = row._replace(
                 columns=torch.cat([row.columns, further]),
                 similarities=row.similarities + (further @ row.vector.detach()).tolist(),
-                ids=row.ids + [None] * count + [i for i, _ in queued],
+                ids=row.ids + [None] * count + [i for i, *_ in queued],
                 positives=[end + p for p in row.positives],
                 negatives=[*row.negatives, *range(end + count, end + len(further))],
             )
@@ -325,7 +327,11 @@ class Momentum(Slow):
         return self.textbook(number, row, beta), {j: mass / total for j, mass in masses.items()}, []
 
     def end(self, number: int, rows: list[Row]) -> None:
-        new = [*zip(rows[0].ids, (z.float().double() for z in self.slow), strict=False)]
+        new = []
+        for j, z in enumerate(self.slow):
+            view, sample = divmod(j, self.size)
+            others = [row for row in rows if row.sample == sample and not (self.towers == 1 and row.view == view)]
+            new.append((rows[0].ids[j], {row.id for row in others}, z.float().double()))
         self.queues[number] = (new + self.queues[number])[: self.num_queued]
 
 

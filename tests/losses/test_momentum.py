@@ -69,7 +69,7 @@ def test_a_queue_keeps_the_last_ones_across_a_save() -> None:
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     x, y = batch(3)
     for loss_fn in (whole, second):
-        assert loss_fn.sides[0].ids.tolist() == [*range(6, 12)] * 2 + [*range(3, 9)] + [3, 4]
+        assert loss_fn.sides[0].ids[:, 0].tolist() == [*range(6, 12)] * 2 + [*range(3, 9)] + [3, 4]
     torch.testing.assert_close(*(each(x, y, slow=slow(x, y)) for each in (whole, second)), rtol=0, atol=0)
     with pytest.raises(ValueError, match="the saved queue has 20 embeddings, this loss num_queued=8"):
         MomentumLoss(0.2, num_queued=8).load_state_dict(first.state_dict())
@@ -80,7 +80,7 @@ def test_what_is_forgotten_leaves_the_queue() -> None:
     x, y = batch(0)
     loss_fn(x, y, torch.arange(B), slow=slow(x, y))
     loss_fn.forget(torch.tensor([0, 2, 4, 77]))
-    assert loss_fn.sides[0].ids.tolist() == [1, 3, 5] * 2
+    assert loss_fn.sides[0].ids[:, 0].tolist() == [1, 3, 5] * 2
     torch.testing.assert_close(
         loss_fn.sides[0].vectors.double(),
         torch.nn.functional.normalize(torch.cat([each[1::2] for each in slow(x, y)])),
@@ -187,3 +187,42 @@ def test_at_rest_the_momentum_encoder_is_the_encoder() -> None:
     z = torch.randn(12, 2, D, dtype=torch.float64)
     error = gradient_error(lambda seed: MomentumLoss(0.5), z, 0.5, 4, epochs=2, mixing_epochs=1, runs=2)
     assert error.one_epoch > 0
+
+
+def test_what_an_item_was_paired_with_is_no_negative_of_it_later() -> None:
+    """An image with several captions: those of an earlier batch are its own."""
+    generator = torch.Generator().manual_seed(0)
+    x, first, second = torch.randn(3, B, D, dtype=torch.float64, generator=generator).unbind()
+    for towers in (1, 2):
+        fresh, used = (MomentumLoss(0.1, towers=towers) for _ in range(2))  # type: ignore[arg-type]
+
+        def given(loss_fn: MomentumLoss, y: Tensor, y_ids: Tensor) -> Tensor:
+            ids = torch.arange(B)
+            if loss_fn.towers == 1:
+                return loss_fn(x, y, torch.stack([ids, y_ids], 1), slow=(x, y))
+            return loss_fn(x, y, ids, y_index=y_ids, slow=(x, y))
+
+        given(used, first, torch.arange(100, 100 + B))
+        expected, found = (given(each, second, torch.arange(200, 200 + B)) for each in (fresh, used))
+        torch.testing.assert_close(found, expected)
+
+
+def test_slow_embeddings_keep_their_precision_beside_an_encoder_of_half_of_it() -> None:
+    x, y = batch(0)
+    exact = tuple(1e5 * each.float() for each in slow(x, y))  # beyond float16
+    for dtype in (torch.bfloat16, torch.float16):
+        loss_fn = MomentumLoss(0.2)
+        loss_fn(x.to(dtype), y.to(dtype), slow=exact)
+        expected = torch.nn.functional.normalize(torch.cat(exact))
+        torch.testing.assert_close(loss_fn.sides[0].vectors, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_queue_is_no_longer_than_it_is_said_to_be() -> None:
+    for length in (0, 4, 12, 15):
+        loss_fn = MomentumLoss(0.2, num_queued=length)
+        for step in range(3):
+            x, y = batch(step)
+            loss_fn(x, y, slow=slow(x, y))
+        (queue,) = loss_fn.sides
+        assert len(queue.ids) == len(queue.vectors) == length
+        assert queue.vectors.untyped_storage().nbytes() == 4 * D * length

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
@@ -38,15 +38,18 @@ class MomentumLoss(StatefulLoss):
 
     Args:
         temperature: 1 / β, or a `Temperature`, which is learnt.
-        num_queued: slow embeddings that are kept, of both views or of each side; 4·d bytes each.
+        num_queued: slow embeddings that are kept, of both views or of each side; 4·d bytes each. Between a batch's and
+            the data's.
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. Here beside all negatives that a row meets.
         num_samples: size of the data set, for ``"global"``.
         towers: 1 or 2; see `ContrastiveLoss`. Each side has a queue of its own.
         directions: of two towers.
 
     Notes:
-        ``index`` may be left out. With it, what is queued of a sample that is in the batch is no negative: give it
-        where an epoch is not much longer than the queue. ``labels`` are refused, which are not known of the queue.
+        ``index`` may be left out. With it, what is queued of a sample that is in the batch, or was paired with one, is
+        no negative: give it where an epoch is not much longer than the queue, or an item has several partners. Of ids a
+        view, views that are not in the batch remain negatives, as in all losses. ``labels`` are refused, which are not
+        known of the queue; nor is ``same``. A batch needs negatives of its own, as for `DCLLoss`.
 
     Raises:
         ValueError: a call without ``slow``.
@@ -116,11 +119,12 @@ class _Queued(Softmax):
         ids = slow.new_full((len(slow),), NO_ID, dtype=torch.int64)
         if self.contrast.candidate_ids is not None:
             ids = self.contrast.column_ids[: len(slow)]
-        return Conclusion(write=lambda: self.queue.push(ids, slow))
+        partners = self.contrast.partners()
+        return Conclusion(write=lambda: self.queue.push(ids, partners, slow))
 
 
 class _Queue(Memory):
-    """The last slow embeddings of a side, and the ids of their samples, or views; newest first.
+    """The last slow embeddings of a side, the ids of their samples, or views, and of their partners; newest first.
 
     Args:
         length: how many are kept.
@@ -128,34 +132,38 @@ class _Queue(Memory):
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self.ids, self.vectors = torch.empty(0, dtype=torch.int64), torch.empty(0, 0, dtype=_KEPT)
+        self.ids = torch.empty(0, 1, dtype=torch.int64)  # each one's own, then its partners'
+        self.vectors = torch.empty(0, 0, dtype=_KEPT)
 
-    def read(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ids (k,) and vectors (k, d), as ``like`` (n, d) is."""
-        if not len(self.ids):
-            return self.ids.to(like.device), like[:0]
+    def read(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids (k,), partners (k, p) and vectors (k, d), as ``like`` (n, d) is."""
+        ids = self.ids.to(like.device)
+        if not len(ids):
+            return ids[:, 0], ids[:, 1:], like[:0]
         if self.vectors.shape[1] != like.shape[1]:
             raise ValueError(
                 f"the queue holds embeddings of {self.vectors.shape[1]} dimensions, the batch's have {like.shape[1]}: "
                 "build a new loss for another encoder"
             )
-        return self.ids.to(like.device), self.vectors.to(like)
+        return ids[:, 0], ids[:, 1:], self.vectors.to(like)
 
-    def push(self, ids: Tensor, vectors: Tensor) -> None:
-        """Put new ones (n,), (n, d) before the others, of which the last go."""
+    def push(self, ids: Tensor, partners: Tensor, vectors: Tensor) -> None:
+        """Put new ones (n,), (n, p), (n, d) before the others, of which the last go."""
         with torch.inference_mode(False):
-            own, kept = self.read(vectors)
-            self.ids = torch.cat([ids, own])[: self.length]
-            self.vectors = torch.cat([vectors, kept])[: self.length].to(_KEPT)
+            *_, kept = self.read(vectors)
+            own, left = torch.cat([ids[:, None], partners], 1)[: self.length], max(0, self.length - len(ids))
+            new, old = _alike_wide(own, self.ids[:left].to(own))
+            self.ids = torch.cat([new, old])
+            self.vectors = torch.cat([vectors[: self.length], kept[:left]]).to(_KEPT)
 
     def state(self) -> dict[str, Any]:
         return {"ids": self.ids.cpu().clone(), "vectors": self.vectors.cpu().clone()}
 
     def check(self, state: dict[str, Any]) -> None:
         ids, vectors = state["ids"], state["vectors"]
-        fits = isinstance(ids, Tensor) and isinstance(vectors, Tensor) and ids.shape == vectors.shape[:1]
-        if not fits or vectors.ndim != 2 or (ids.dtype, vectors.dtype) != (torch.int64, _KEPT):
-            raise ValueError("the saved queue is damaged: it needs ids (k,), int64, and vectors (k, d), float32")
+        fits = isinstance(ids, Tensor) and isinstance(vectors, Tensor) and ids.ndim == vectors.ndim == 2
+        if not fits or len(ids) != len(vectors) or (ids.dtype, vectors.dtype) != (torch.int64, _KEPT):
+            raise ValueError("the saved queue is damaged: it needs ids (k, 1 + p), int64, and vectors (k, d), float32")
         if len(ids) > self.length:
             raise ValueError(f"the saved queue has {len(ids)} embeddings, this loss num_queued={self.length}")
         if not vectors.isfinite().all():
@@ -167,8 +175,14 @@ class _Queue(Memory):
             self.ids, self.vectors = state["ids"].to(device, copy=True), state["vectors"].to(device, copy=True)
 
     def forget(self, ids: Tensor) -> None:
-        kept = ~torch.isin(self.ids, ids.to(self.ids.device))
+        kept = ~torch.isin(self.ids[:, 0], ids.to(self.ids.device))
         self.ids, self.vectors = self.ids[kept], self.vectors[kept]
+
+
+def _alike_wide(*ids: Tensor) -> list[Tensor]:
+    """Fill up ids (n, p) with `NO_ID` to the width of the widest."""
+    width = max(each.shape[1] for each in ids)
+    return [nn.functional.pad(each, (0, width - each.shape[1]), value=NO_ID) for each in ids]
 
 
 _KEPT = torch.float32

@@ -145,14 +145,14 @@ def own_data(data: DataConfig, run: Path) -> DataConfig:
     here = folder_of(data)
     if here is None or os.path.isabs(_base(data)):
         return data
-    there = read_facts(run).get("folder", here)
+    there = read_facts(run).get("folder") or here
     if os.path.isdir(there):
         return data if there == here else replace(data, name=f"folder:{there}")
     if not os.path.isdir(here):
         raise DataError(
             f"{there!r}, the run's folder of images, is not there: put it back, or go to where {data.name} is"
         )
-    _LOG.info("%r, the run's folder of images, is not there: %r is taken for it", there, here)
+    _LOG.warning("%r, the run's folder of images, is not there: %r is taken for it", there, here)
     return data
 
 
