@@ -128,6 +128,7 @@ class Contrast:
         met = torch.isin(ids, self._met_ids()) & (ids != NO_ID)
         if self.anchor_ids is not None:
             met |= (torch.isin(partners, self.anchor_ids) & (partners != NO_ID)).any(1)
+            met |= torch.isin(ids, ids[met & (ids != NO_ID)])  # which is one item, whatever else it came with
         positives, shape = self.slow[self.layout.positives], self.layout.positives.shape
         none, left_out = ids.new_full(shape, NO_ID), torch.ones(shape, dtype=torch.bool, device=ids.device)
         columns, own, own_ids, own_copies = self.candidate_vectors, positives, none, left_out

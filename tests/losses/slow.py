@@ -308,7 +308,12 @@ class Momentum(Slow):
         self.slow = [F.normalize(z, dim=0) for view in slow for z in view]
         in_batch = {*rows[0].ids[:batch], *(i for row in rows for i in row.ids[batch:])} - {None}
         anchors = {row.id for row in rows} - {None}
-        queued = [entry for entry in self.queues[number] if entry[0] not in in_batch and not entry[1] & anchors]
+        own = {i for i, partners, _ in self.queues[number] if partners & anchors} - {None}
+        queued = [
+            (i, partners, z)
+            for i, partners, z in self.queues[number]
+            if i not in in_batch and i not in own and not partners & anchors
+        ]
         assert len(self.slow) == batch == views * self.size
         further = torch.stack([*self.slow, *(vector for *_, vector in queued)])
         for place, row in enumerate(rows):
@@ -328,10 +333,11 @@ class Momentum(Slow):
 
     def end(self, number: int, rows: list[Row]) -> None:
         new = []
-        for j, z in enumerate(self.slow):
-            view, sample = divmod(j, self.size)
+        views = len(self.slow) // self.size
+        for sample, view in ((sample, view) for sample in range(self.size) for view in range(views)):
+            j = view * self.size + sample
             others = [row for row in rows if row.sample == sample and not (self.towers == 1 and row.view == view)]
-            new.append((rows[0].ids[j], {row.id for row in others}, z.float().double()))
+            new.append((rows[0].ids[j], {row.id for row in others}, self.slow[j].float().double()))
         self.queues[number] = (new + self.queues[number])[: self.num_queued]
 
 

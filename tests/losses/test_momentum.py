@@ -69,7 +69,9 @@ def test_a_queue_keeps_the_last_ones_across_a_save() -> None:
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     x, y = batch(3)
     for loss_fn in (whole, second):
-        assert loss_fn.sides[0].ids[:, 0].tolist() == [*range(6, 12)] * 2 + [*range(3, 9)] + [3, 4]
+        assert loss_fn.sides[0].ids[:, 0].tolist() == [
+            i for first, last in ((6, 12), (3, 7)) for i in range(first, last) for _ in range(2)
+        ]
     torch.testing.assert_close(*(each(x, y, slow=slow(x, y)) for each in (whole, second)), rtol=0, atol=0)
     with pytest.raises(ValueError, match="the saved queue has 20 embeddings, this loss num_queued=8"):
         MomentumLoss(0.2, num_queued=8).load_state_dict(first.state_dict())
@@ -80,10 +82,10 @@ def test_what_is_forgotten_leaves_the_queue() -> None:
     x, y = batch(0)
     loss_fn(x, y, torch.arange(B), slow=slow(x, y))
     loss_fn.forget(torch.tensor([0, 2, 4, 77]))
-    assert loss_fn.sides[0].ids[:, 0].tolist() == [1, 3, 5] * 2
+    assert loss_fn.sides[0].ids[:, 0].tolist() == [1, 1, 3, 3, 5, 5]
     torch.testing.assert_close(
         loss_fn.sides[0].vectors.double(),
-        torch.nn.functional.normalize(torch.cat([each[1::2] for each in slow(x, y)])),
+        torch.nn.functional.normalize(torch.stack([each[1::2] for each in slow(x, y)], 1).flatten(0, 1)),
         rtol=1e-6,
         atol=1e-6,
     )
@@ -213,7 +215,7 @@ def test_slow_embeddings_keep_their_precision_beside_an_encoder_of_half_of_it() 
     for dtype in (torch.bfloat16, torch.float16):
         loss_fn = MomentumLoss(0.2)
         loss_fn(x.to(dtype), y.to(dtype), slow=exact)
-        expected = torch.nn.functional.normalize(torch.cat(exact))
+        expected = torch.nn.functional.normalize(torch.stack(exact, 1).flatten(0, 1))
         torch.testing.assert_close(loss_fn.sides[0].vectors, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -226,3 +228,37 @@ def test_a_queue_is_no_longer_than_it_is_said_to_be() -> None:
         (queue,) = loss_fn.sides
         assert len(queue.ids) == len(queue.vectors) == length
         assert queue.vectors.untyped_storage().nbytes() == 4 * D * length
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+def test_an_item_of_several_anchors_is_no_negative_of_any_of_them(towers: Any) -> None:
+    """Whichever of its entries in the queue has the anchor for a partner."""
+    x, y, last = torch.randn(3, B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    y[1] = y[0]
+
+    def call(loss_fn: MomentumLoss, queries: list[int], keys: list[int], z: Tensor) -> Tensor:
+        index, y_index = torch.tensor(queries), torch.tensor(keys)
+        if towers == 1:
+            return loss_fn(x, z, torch.stack([index, y_index], 1), slow=(x, z))
+        return loss_fn(x, z, index, y_index=y_index, slow=(x, z))
+
+    used = MomentumLoss(0.1, towers=towers)
+    call(used, [1, 2, 3, 4, 5, 6], [101, 101, 103, 104, 105, 106], y)
+    keys = [200, 203, 204, 205, 206, 207]
+    found = call(used, [1, 3, 4, 5, 6, 7], keys, last)
+    used_without = MomentumLoss(0.1, towers=towers)
+    call(used_without, [1, 2, 3, 4, 5, 6], [101, 101, 103, 104, 105, 106], y)
+    used_without.sides[0].forget(torch.tensor([101]))
+    used_without.sides[-1].forget(torch.tensor([101]))
+    torch.testing.assert_close(found, call(used_without, [1, 3, 4, 5, 6, 7], keys, last))
+
+
+@pytest.mark.parametrize("num_queued", [7, 12, 20])
+def test_the_views_are_queued_alike(num_queued: int) -> None:
+    loss_fn, ids = MomentumLoss(0.2, num_queued=num_queued), torch.arange(2 * B).view(B, 2)
+    for step in range(3):
+        x, y = batch(step)
+        loss_fn(x, y, ids + 2 * B * step, slow=(x, y))
+    kept = loss_fn.sides[0].ids[:, 0]
+    assert len(kept) == num_queued
+    assert abs(2 * int((kept % 2 == 0).sum()) - num_queued) <= 1

@@ -120,7 +120,9 @@ class _Queued(Softmax):
         if self.contrast.candidate_ids is not None:
             ids = self.contrast.column_ids[: len(slow)]
         partners = self.contrast.partners()
-        return Conclusion(write=lambda: self.queue.push(ids, partners, slow))
+        by_sample = torch.arange(len(slow), device=slow.device).view(self.contrast.column_views, -1).T.flatten()
+        new = ids[by_sample], partners[by_sample], slow[by_sample]  # the queue's end is as much one view's as another's
+        return Conclusion(write=lambda: self.queue.push(*new))
 
 
 class _Queue(Memory):
