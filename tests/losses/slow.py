@@ -293,7 +293,7 @@ class InBatch(Slow):
         return self.textbook(number, row, beta), {j: mass / total for j, mass in masses.items()}, []
 
 
-class Momentum(Slow):
+class Momentum(InBatch):
     """The softmax over the batch and a list of the last slow embeddings; a row's positives are slow ones."""
 
     def __init__(self, num_queued: int, **settings: Any) -> None:
@@ -325,11 +325,6 @@ class Momentum(Slow):
                 positives=[end + p for p in row.positives],
                 negatives=[*row.negatives, *range(end + count, end + len(further))],
             )
-
-    def weigh(self, number: int, row: Row, beta: float) -> Weighed:
-        masses = self.masses(number, row, beta)
-        total = sum(masses.values())
-        return self.textbook(number, row, beta), {j: mass / total for j, mass in masses.items()}, []
 
     def end(self, number: int, rows: list[Row]) -> None:
         new = []

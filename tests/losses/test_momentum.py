@@ -69,10 +69,11 @@ def test_a_queue_keeps_the_last_ones_across_a_save() -> None:
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     x, y = batch(3)
     for loss_fn in (whole, second):
-        assert loss_fn.sides[0].ids[:, 0].tolist() == [
-            i for first, last in ((6, 12), (3, 7)) for i in range(first, last) for _ in range(2)
-        ]
+        assert loss_fn.sides[0].ids[:, 0].tolist() == sorted([*range(6, 12)] * 2) + sorted([*range(3, 7)] * 2)
     torch.testing.assert_close(*(each(x, y, slow=slow(x, y)) for each in (whole, second)), rtol=0, atol=0)
+    empty = first.get_extra_state() | {"ids": torch.empty(20, 0, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=r"the saved queue is damaged: it needs ids \(k, 1 \+ p\)"):
+        second.load_state_dict({"_extra_state": empty})
     with pytest.raises(ValueError, match="the saved queue has 20 embeddings, this loss num_queued=8"):
         MomentumLoss(0.2, num_queued=8).load_state_dict(first.state_dict())
 

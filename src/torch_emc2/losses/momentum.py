@@ -164,7 +164,12 @@ class _Queue(Memory):
     def check(self, state: dict[str, Any]) -> None:
         ids, vectors = state["ids"], state["vectors"]
         fits = isinstance(ids, Tensor) and isinstance(vectors, Tensor) and ids.ndim == vectors.ndim == 2
-        if not fits or len(ids) != len(vectors) or (ids.dtype, vectors.dtype) != (torch.int64, _KEPT):
+        if (
+            not fits
+            or len(ids) != len(vectors)
+            or not ids.shape[1]
+            or (ids.dtype, vectors.dtype) != (torch.int64, _KEPT)
+        ):
             raise ValueError("the saved queue is damaged: it needs ids (k, 1 + p), int64, and vectors (k, d), float32")
         if len(ids) > self.length:
             raise ValueError(f"the saved queue has {len(ids)} embeddings, this loss num_queued={self.length}")
