@@ -38,7 +38,9 @@ def found(encoder: nn.Module, data: Dataset[tuple[Tensor, Tensor, int]]) -> floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--checkpoint", type=Path, default=Path("digits.pt"), help="saved here, and gone on with")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("digits.pt"), help="saved here, and gone on with for more epochs"
+    )
     args = parser.parse_args()
 
     images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
@@ -49,20 +51,24 @@ def main() -> None:
     loss_fn = EMC2Loss(num_samples=len(data), temperature=0.2)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3)
     parts = {"encoder": encoder, "loss": loss_fn, "optimizer": optimizer}  # the loss has the chains
+    start = 0
     if args.checkpoint.exists():
-        for name, state in torch.load(args.checkpoint).items():
+        saved = torch.load(args.checkpoint)
+        start = saved.pop("epochs")
+        for name, state in saved.items():
             parts[name].load_state_dict(state)
 
     print(f"other view found: {found(encoder, data):.1f}%")
-    for epoch in range(args.epochs):
-        torch.manual_seed(1 + epoch)
+    for epoch in range(start, start + args.epochs):
+        torch.manual_seed(1 + epoch)  # an epoch is the same wherever training goes on from
         for view1, view2, index in loader:
             loss = loss_fn(encoder(view1), encoder(view2), index)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         print(f"epoch {epoch}: global loss {loss_fn.last['global_loss']:.3f}, 0 if all embeddings were equal")
-        torch.save({name: part.state_dict() for name, part in parts.items()}, args.checkpoint)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(state | {"epochs": epoch + 1}, args.checkpoint)
     print(f"other view found: {found(encoder, data):.1f}%")
 
 

@@ -22,7 +22,9 @@ def found(encoder: nn.Module, views: tuple[Tensor, Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--checkpoint", type=Path, default=Path("digits.pt"), help="saved here, and gone on with")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("digits.pt"), help="saved here, and gone on with for more epochs"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -34,12 +36,16 @@ def main() -> None:
     loss_fn = MomentumLoss(temperature=0.1)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
     parts = {"encoder": encoder, "slow_encoder": slow_encoder, "loss": loss_fn, "optimizer": optimizer}
+    start = 0
     if args.checkpoint.exists():
-        for name, state in torch.load(args.checkpoint).items():
+        saved = torch.load(args.checkpoint)
+        start = saved.pop("epochs")
+        for name, state in saved.items():
             parts[name].load_state_dict(state)
 
     print(f"other view found: {found(encoder, test):.1f}%")
-    for epoch in range(args.epochs):
+    for epoch in range(start, start + args.epochs):
+        torch.manual_seed(1 + epoch)  # an epoch is the same wherever training goes on from
         for index in torch.randperm(len(images)).split(8)[:-1]:
             view1, view2 = (torch.stack([augment(image) for image in images[index]]) for _ in range(2))
             with torch.no_grad():
@@ -50,7 +56,8 @@ def main() -> None:
             optimizer.step()
             slow_encoder.update_parameters(encoder)
         print(f"epoch {epoch}: global loss {loss_fn.last['global_loss']:.3f}, 0 if all embeddings were equal")
-        torch.save({name: part.state_dict() for name, part in parts.items()}, args.checkpoint)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(state | {"epochs": epoch + 1}, args.checkpoint)
     print(f"other view found: {found(encoder, test):.1f}%")
 
 

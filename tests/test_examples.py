@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,11 +42,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     return Here(monkeypatch, capfd)
 
 
+def assert_same(*states: dict[str, Any]) -> None:
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 def test_plain_loop(here: Here) -> None:
     first = here.run("plain_loop", "--epochs", "1").numbers("other view found")
     again = here.run("plain_loop", "--epochs", "1").numbers("other view found")
     assert first[0] < first[1] == again[0] < again[1]
     assert torch.load("digits.pt")["loss"]["_extra_state"]["calls"] == 2 * (1797 // 128)
+    here.run("plain_loop", "--epochs", "2", "--checkpoint", "whole.pt")
+    assert_same(torch.load("digits.pt"), torch.load("whole.pt"))
 
 
 def test_small_batches(here: Here) -> None:
@@ -55,6 +62,8 @@ def test_small_batches(here: Here) -> None:
     saved = torch.load("digits.pt")
     assert saved["slow_encoder"]["n_averaged"] == 2 * (1797 // 8)
     assert len(saved["loss"]["_extra_state"]["ids"]) == 512
+    here.run("small_batches", "--epochs", "2", "--checkpoint", "whole.pt")
+    assert_same(saved, torch.load("whole.pt"))
 
 
 def test_lightning_module(here: Here) -> None:

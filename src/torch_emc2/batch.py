@@ -25,7 +25,7 @@ from torch_emc2.ranks import (
 from torch_emc2.rows import parts
 from torch_emc2.validation import Inputs, validate_range
 
-__all__ = ["Directions", "NoNegatives", "gather_batch"]
+__all__ = ["Directions", "NoNegatives", "gather_batch", "require_negatives"]
 
 Directions = Literal["both", "x->y", "y->x"]
 
@@ -82,7 +82,6 @@ def gather_batch(
     *,
     directions: Directions = "both",
     num_samples: Sequence[int | None] = (None, None),
-    needs_negatives: bool = True,
     alike: Callable[[], Mapping[str, object]] = dict,
 ) -> tuple[Contrast, ...]:
     """Gather a batch across ranks, and return the contrasts of its directions.
@@ -94,7 +93,6 @@ def gather_batch(
         device: where they are.
         directions: of two towers.
         num_samples: what ids must be below, a side; or None.
-        needs_negatives: refuse a batch in which ids or labels leave a row without negatives.
         alike: returns what else, by name, must be the same on all ranks: numbers, strings, None.
     """
     if several_ranks():
@@ -103,8 +101,6 @@ def gather_batch(
         inputs = validate()
         ranks, num_hard = Ranks((inputs.size,), 0, device), ()
     of_both = len(inputs.vectors) == 2 and directions != "x->y"
-    if ranks.size < 2 and (inputs.hard is None or not inputs.hard.numel() or of_both):
-        raise NoNegatives(f"a batch of {ranks.size} has no negatives: give 2 samples or more (drop_last=True helps)")
     slow = inputs.slow or (None, None)
     sides = [
         _gather_side(vectors, each_slow, ids, ranks, name, most)
@@ -127,8 +123,6 @@ def gather_batch(
     if of_both:
         none = _Hard(None, _no_ids(device), None, None)
         contrasts.append(_contrast(ranks, (1, 0), y, x, None if same is None else same.T, labels, none))
-    if needs_negatives:
-        _require_negatives(contrasts, ranks)
     return tuple(contrasts)
 
 
@@ -260,12 +254,29 @@ def _contrast(
     )
 
 
-def _require_negatives(contrasts: Sequence[Contrast], ranks: Ranks) -> None:
-    for contrast in contrasts:
-        if contrast.known is not None or contrast.num_hard:
-            lacking = any(bool((torch.as_tensor(part.num_negatives) == 0).any()) for part in parts(contrast))
-            if ranks.anywhere(lacking):
-                raise NoNegatives(
-                    "a row has no negatives: all other samples of the batch are known to be its own, by ids, labels or "
-                    "same; give larger batches (InfoNCE bears it)"
-                )
+def require_negatives(contrasts: Sequence[Contrast], widened: Sequence[Contrast], *, of_every_row: bool) -> None:
+    """Raise NoNegatives, on all ranks, where a row has none in its batch and none beside it.
+
+    Args:
+        contrasts: the directions of a batch.
+        widened: the same with what else their rows are compared with.
+        of_every_row: rows that ids or labels leave without negatives are refused, too, and not a batch of one alone.
+    """
+    size = contrasts[0].ranks.size
+    if (of_every_row or size < 2) and _lack_negatives(contrasts) and _lack_negatives(widened):
+        if size < 2:
+            raise NoNegatives(f"a batch of {size} has no negatives: give 2 samples or more (drop_last=True helps)")
+        raise NoNegatives(
+            "a row has no negatives: all other samples of the batch are known to be its own, by ids, labels or same; "
+            "give larger batches (InfoNCE bears it)"
+        )
+
+
+def _lack_negatives(contrasts: Sequence[Contrast]) -> bool:
+    def lacking(contrast: Contrast) -> bool:
+        if contrast.known is None and not contrast.num_hard and contrast.ranks.size > 1:
+            return False
+        mine = any(bool((torch.as_tensor(part.num_negatives) == 0).any()) for part in parts(contrast))
+        return contrast.ranks.anywhere(mine)
+
+    return any([lacking(each) for each in contrasts])  # a list: the ranks ask of all, and wait for one another

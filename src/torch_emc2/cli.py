@@ -118,12 +118,13 @@ def _train(argv: list[str]) -> None:
 
     from torch_emc2.ranks import leaving_the_group
     from torch_emc2.training import train
+    from torch_emc2.training.run_images import own_data
 
     if rank_zero_only.rank:  # type: ignore[attr-defined]  # one process tells
         logging.getLogger("torch_emc2").setLevel(logging.WARNING)
     with leaving_the_group():
         run = train(config, resume=resume)
-        rank_zero_only(print)(_what_next(run, config.data.name))
+        rank_zero_only(print)(_what_next(run, own_data(config.data, run).name))
 
 
 def _what_next(run: Path, data: str) -> str:

@@ -116,11 +116,11 @@ class Contrast:
     def with_queue(self, ids: Tensor, partners: Tensor, vectors: Tensor) -> Contrast:
         """Draw the rows to their positives' slow vectors, and compare them with a queue.
 
-        What is in the batch is left out: there it is fresher, and may be the row's own; and what is paired with what is
-        in the batch. The positives are among what is the row's own.
+        What is in the batch is left out: there it is fresher, and may be the row's own; what is paired with what is in
+        the batch; and what was queued again since. The positives are among what is the row's own.
 
         Args:
-            ids: (k,) of candidates, some `NO_ID`.
+            ids: (k,) of candidates, newest first, some `NO_ID`.
             partners: (k, p) of anchors that they came with, some `NO_ID`.
             vectors: (k, d) of the candidates.
         """
@@ -129,6 +129,8 @@ class Contrast:
         if self.anchor_ids is not None:
             met |= (torch.isin(partners, self.anchor_ids) & (partners != NO_ID)).any(1)
             met |= torch.isin(ids, ids[met & (ids != NO_ID)])  # which is one item, whatever else it came with
+        once = self.column_views if self.candidate_ids is not None and self.candidate_ids.ndim == 1 else 1
+        met |= ~first_of(ids, once) & (ids != NO_ID)  # each view, where these have one id
         positives, shape = self.slow[self.layout.positives], self.layout.positives.shape
         none, left_out = ids.new_full(shape, NO_ID), torch.ones(shape, dtype=torch.bool, device=ids.device)
         columns, own, own_ids, own_copies = self.candidate_vectors, positives, none, left_out

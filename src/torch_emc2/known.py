@@ -109,10 +109,11 @@ def later(ids: Tensor) -> Tensor:
     return (first[item_of] < sample).any(1)
 
 
-def first_of(ids: Tensor) -> Tensor:
-    """(n,) bool, which of ``ids`` (n,) come for the first time."""
+def first_of(ids: Tensor, times: int = 1) -> Tensor:
+    """(n,) bool, which of ``ids`` (n,) come for the first time, or the first few times."""
     ordered, place = ids.sort(stable=True)
-    new = torch.cat([ordered[:1] == ordered[:1], ordered[1:] != ordered[:-1]])
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[times:] = ordered[times:] != ordered[:-times]
     return torch.empty_like(new).scatter_(0, place, new)
 
 

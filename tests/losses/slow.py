@@ -309,10 +309,14 @@ class Momentum(InBatch):
         in_batch = {*rows[0].ids[:batch], *(i for row in rows for i in row.ids[batch:])} - {None}
         anchors = {row.id for row in rows} - {None}
         own = {i for i, partners, _ in self.queues[number] if partners & anchors} - {None}
+        ids = rows[0].ids[:batch]
+        once = views if ids[: self.size] * views == ids else 1  # views of one id each count
+        before = [[i for i, *_ in self.queues[number][:place]] for place in range(len(self.queues[number]))]
         queued = [
             (i, partners, z)
-            for i, partners, z in self.queues[number]
+            for (i, partners, z), newer in zip(self.queues[number], before, strict=True)
             if i not in in_batch and i not in own and not partners & anchors
+            if i is None or newer.count(i) < once
         ]
         assert len(self.slow) == batch == views * self.size
         further = torch.stack([*self.slow, *(vector for *_, vector in queued)])

@@ -263,3 +263,63 @@ def test_the_views_are_queued_alike(num_queued: int) -> None:
     kept = loss_fn.sides[0].ids[:, 0]
     assert len(kept) == num_queued
     assert abs(2 * int((kept % 2 == 0).sum()) - num_queued) <= 1
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("by_view", [False, True])
+def test_of_what_is_queued_twice_the_newer_counts(towers: Any, by_view: bool) -> None:
+    """A queue longer than the data holds no item more than once: κ = n / N stays at most 1."""
+    generator, loss_fn = torch.Generator().manual_seed(0), MomentumLoss(0.3, num_queued=100, towers=towers)
+    last: dict[int, tuple[Tensor, Tensor]] = {}
+    for step in range(7):
+        samples = torch.randperm(10, generator=generator)[:4]
+        x, y = torch.randn(2, 4, D, dtype=torch.float64, generator=generator).unbind()
+        index = torch.stack([2 * samples, 2 * samples + 1], 1) if by_view and towers == 1 else samples
+        found = loss_fn(x, y, index, slow=(x, y))
+        terms = []
+        unit = {
+            int(s): nn.functional.normalize(torch.stack(pair), dim=1) for s, *pair in zip(samples, x, y, strict=True)
+        }
+        seen = {s: z for s, z in last.items() if s not in unit} | unit
+        for sample, pair in unit.items():
+            for view in (0, 1):
+                others = torch.stack([z for s, both in seen.items() if s != sample for z in both])
+                if towers == 2:
+                    others = others[1 - view :: 2]
+                logits = others @ pair[view] / 0.3
+                terms.append(logits.logsumexp(0) - pair[view] @ pair[1 - view] / 0.3)
+        torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-6, atol=1e-6, msg=f"step {step}")
+        last |= {s: z.float().double() for s, z in unit.items()}
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+def test_a_queue_gives_negatives_to_a_batch_without_any(towers: Any) -> None:
+    """The last batch of an epoch, or one of a single item."""
+    x, y = batch(0)
+    last_x, last_y = (nn.functional.normalize(each, dim=1) for each in batch(1))
+    for size, index in ((1, [9]), (2, [9, 9])):
+        loss_fn = MomentumLoss(0.3, num_queued=20, towers=towers)
+        z1, z2 = x[:size], y[:size]
+        with pytest.raises(ValueError, match="a batch of 1 has no negatives|a row has no negatives"):
+            loss_fn(z1, z2, torch.tensor(index), slow=(z1, z2))
+        loss_fn(last_x, last_y, torch.arange(B), slow=(last_x, last_y))
+        found = loss_fn(z1, z2, torch.tensor(index), slow=(z1, z2))
+        terms = []
+        for i in range(size):
+            pair = nn.functional.normalize(torch.stack([x[i], y[i]]), dim=1)
+            for view, others in enumerate((last_y, last_x)):
+                others = torch.cat([last_x, last_y]) if towers == 1 else others
+                logits = others @ pair[view] / 0.3
+                terms.append(logits.logsumexp(0) - pair[view] @ pair[1 - view] / 0.3)
+        torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+def test_last_says_how_far_the_slow_encoder_is(towers: Any) -> None:
+    x, y = batch(0)
+    loss_fn, given = MomentumLoss(0.3, towers=towers), slow(x, y)
+    loss_fn(x, y, slow=given)
+    cosines = [
+        nn.functional.cosine_similarity(*pair, dim=0) for pair in zip([*x, *y], [*given[0], *given[1]], strict=True)
+    ]
+    torch.testing.assert_close(loss_fn.last["slow_similarity"], torch.stack(cosines).mean())

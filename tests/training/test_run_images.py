@@ -228,7 +228,12 @@ def test_an_image_that_was_lost_is_to_be_put_back(config: Config, photos: Path) 
 
 
 def test_a_relative_folder_counts_from_where_the_run_was_started(
-    config: Config, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    config: Config,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(photos.parent)
     config = replace(config, data=replace(config.data, name=f"folder:{photos.name}"), epochs=1)
@@ -243,9 +248,16 @@ def test_a_relative_folder_counts_from_where_the_run_was_started(
     def contents(images: ImageDataset) -> list[bytes]:
         return [Path(file).read_bytes() for file in images.files()]
 
+    capsys.readouterr()
     assert main(["train", str(run / "config.yaml"), "--resume", "--epochs", "2"]) == 0
+    assert f"emc2 embed {run} {photos} -o" in capsys.readouterr().out
     assert contents(same_images(config, run)) == first
     assert contents(evaluation_parts(config, run)[0]) == first
+    shutil.rmtree(run / "checkpoints")  # it starts again, and with the same
+    for file in (*run.glob("*.safetensors"), *run.glob("metrics*")):
+        file.unlink()
+    assert main(["train", str(run / "config.yaml"), "--resume"]) == 0
+    assert contents(same_images(config, run)) == first
     with pytest.raises(ValueError, match="is not a folder here"):  # a new run counts from here
         first_images(replace(config, data=replace(config.data, name="folder:none")), tmp_path / "new")
 

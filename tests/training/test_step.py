@@ -217,7 +217,7 @@ def test_similarities_are_float32_under_bf16(tiny: Config, monkeypatch: pytest.M
     assert all(math.isfinite(float(row["loss"])) for row in outcome(run)[3])
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient", "embedding"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "embedding", "slow embedding"])
 def test_a_step_that_is_not_finite_stops_the_run(
     where: str,
     tiny: Config,
@@ -227,7 +227,6 @@ def test_a_step_that_is_not_finite_stops_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tiny = replace(tiny, checkpoint_every_steps=5)
-    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny))
     last = Path(tiny.out) / "checkpoints" / "last.ckpt"
     ids: list[int] = []
 
@@ -237,6 +236,9 @@ def test_a_step_that_is_not_finite_stops_the_run(
             ids.extend(batch.index.tolist())
             if where == "embedding":
                 batch.first[3] = math.nan
+            elif where == "slow embedding":
+                slow: Any = module.slow_encoder
+                slow.register_forward_hook(lambda *call: call[-1].index_fill(0, torch.tensor([3]), math.nan))
             elif where == "loss":
                 monkeypatch.setitem(vars(module.loss), "temperature", math.nan)  # as no assignment could
 
@@ -250,12 +252,15 @@ def test_a_step_that_is_not_finite_stops_the_run(
         patch.setattr(ContrastiveModule, "on_after_backward", spoil)
         if where == "embedding":
             tiny = replace(tiny, model=replace(tiny.model, norm="group"))  # one image, one embedding
-            (tmp_path / "tiny.yaml").write_text(to_yaml(tiny))
+        elif where == "slow embedding":
+            tiny = replace(tiny, loss="momentum")
+        (tmp_path / "tiny.yaml").write_text(to_yaml(tiny))
         assert main(["train", str(tmp_path / "tiny.yaml")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     named = ", ".join(map(str, ids))
-    if where == "embedding":
-        assert line.startswith("emc2: error: step 6: x[3] is not finite")
+    if where.endswith("embedding"):
+        name = {"embedding": "x[3]", "slow embedding": "slow[0][3]"}[where]
+        assert line.startswith(f"emc2: error: step 6: {name} is not finite")
         assert line.endswith(f"samples {ids[3]}")
     else:
         assert line.startswith(f"emc2: error: step 6: the {where} is not finite (loss ")

@@ -87,7 +87,7 @@ def check_files(
     """
     digest = hashlib.sha256(repr((decoding, whole)).encode())
     for path in files:
-        digest.update(f"{os.path.abspath(path)}\0{_stamp(path)}\0".encode(errors="surrogateescape"))
+        digest.update(f"{path}\0{os.path.abspath(path)}\0{_stamp(path)}\0".encode(errors="surrogateescape"))
     known = _read(kept)
     if (found := _kept_check(known.get(digest.hexdigest()))) is not None:
         return found

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from torch_emc2.batch import Directions, gather_batch
+from torch_emc2.batch import Directions, gather_batch, require_negatives
 from torch_emc2.geometry import Contrast
 from torch_emc2.losses.arguments import NumSamples, log_positive_weight, require_sizes
 from torch_emc2.losses.calling import (
@@ -175,7 +175,6 @@ class ContrastiveLoss(nn.Module, ABC):
                 x.device,
                 directions=self.directions,
                 num_samples=self.sizes,
-                needs_negatives=self._needs_index or self.positive_weight in (0, "global"),
                 alike=lambda: {
                     **self._alike(device),
                     "temperature": self.temperature if beta is None else float(beta.detach()),
@@ -184,7 +183,9 @@ class ContrastiveLoss(nn.Module, ABC):
                     "training": self.training,
                 },
             )
-            contrasts = tuple(map(self._widen, contrasts))
+            batch, contrasts = contrasts, tuple(map(self._widen, contrasts))
+            every_row = self._needs_index or self.positive_weight in (0, "global")
+            require_negatives(batch, contrasts, of_every_row=every_row)
             temperature = cast(float, self.temperature) if beta is None else 1 / beta.detach()
             with torch.no_grad():
                 mine = [self._compare(each, temperature, encoders[each.candidates], beta) for each in contrasts]

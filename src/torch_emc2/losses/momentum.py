@@ -34,7 +34,9 @@ class MomentumLoss(StatefulLoss):
     negatives beside the queue, and κ = 0 leaves the positive out of the denominator (Yeh et al. 2022).
 
     The value is the loss as written, with slow embeddings as constants, and its gradient is that. In ``last``
-    similarities and the global loss are those of slow positives, and over all these negatives.
+    similarities and the global loss are those of slow positives, and over all these negatives; ``slow_similarity`` is
+    the mean cosine of embeddings and their own slow ones: it falls where the slow encoder is not updated, and is that of
+    strangers where ``slow`` is in another order than ``x`` and ``y``.
 
     Args:
         temperature: 1 / β, or a `Temperature`, which is learnt.
@@ -49,7 +51,8 @@ class MomentumLoss(StatefulLoss):
         ``index`` may be left out. With it, what is queued of a sample that is in the batch, or was paired with one, is
         no negative: give it where an epoch is not much longer than the queue, or an item has several partners. Of ids a
         view, views that are not in the batch remain negatives, as in all losses. ``labels`` are refused, which are not
-        known of the queue; nor is ``same``. A batch needs negatives of its own, as for `DCLLoss`.
+        known of the queue; nor is ``same``. Of an item that was queued twice the newer counts. The first batch needs
+        negatives of its own, as for `DCLLoss`.
 
     Raises:
         ValueError: a call without ``slow``.
@@ -122,7 +125,8 @@ class _Queued(Softmax):
         partners = self.contrast.partners()
         by_sample = torch.arange(len(slow), device=slow.device).view(self.contrast.column_views, -1).T.flatten()
         new = ids[by_sample], partners[by_sample], slow[by_sample]  # the queue's end is as much one view's as another's
-        return Conclusion(write=lambda: self.queue.push(*new))
+        similarity = (self.contrast.columns[: len(slow)] * slow).sum(1)
+        return Conclusion(write=lambda: self.queue.push(*new), numbers={"slow_similarity": similarity})
 
 
 class _Queue(Memory):

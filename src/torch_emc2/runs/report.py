@@ -37,6 +37,7 @@ _CURVES = {
         "0 where all embeddings are equal; less is better, at one temperature and batch size",
     ),
     "positive_similarity": ("Similarity of a sample's views", "cosine, up to 1"),
+    "slow_similarity": ("Similarity to the momentum encoder's", "cosine; 1 where nothing moves any more"),
     "acceptance": ("Chains' acceptance rate", "near 0, chains no longer move"),
     "carried_share": ("Weight of carried negatives", "what the batch alone would miss"),
     "lr": ("Learning rate", "as scheduled"),

@@ -77,7 +77,9 @@ def validate_checkpoint(file: Path, module: nn.Module) -> None:
     """Raise ValueError where a checkpoint cannot be read, or is one of another encoder or loss."""
     saved, own = load_checkpoint(file)["state_dict"], module.state_dict()
     advice = "put this run's in its place, or remove it to go on from the newest that is left"
-    shapes = [{name: value.shape for name, value in state.items() if "encoder." in name} for state in (saved, own)]
+    shapes = [
+        {name: value.shape for name, value in state.items() if name.startswith("encoder.")} for state in (saved, own)
+    ]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{file} is of another encoder: {advice}")
     memory = {name.removeprefix("loss."): value for name, value in saved.items() if name.startswith("loss.")}

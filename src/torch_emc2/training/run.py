@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     find(config.loss)  # likewise: a class of the user's own may not be there, nor a backbone or its weights
     build_encoder(config.model, config.data.channels or 3, config.data.augmentation.size)
     checkpoint = find_checkpoint(run) if resume else None
-    images = first_images(config, run) if checkpoint is None else same_images(config, run)
+    data = own_data(config.data, run) if resume else config.data
+    images = first_images(replace(config, data=data), run) if checkpoint is None else same_images(config, run)
     known = identity(images)
     L.seed_everything(config.seed, verbose=False)
     module = ContrastiveModule(config, images.channels, len(images))
@@ -89,8 +91,7 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     every = min(config.log_every_steps, module.steps_per_epoch(trainer.world_size))
     trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
     value_range = images.decoding and images.decoding.value_range
-    folder = folder_of(config.data if checkpoint is None else own_data(config.data, run))
-    facts = {"processes": trainer.world_size, "images": known, "value_range": value_range, "folder": folder}
+    facts = {"processes": trainer.world_size, "images": known, "value_range": value_range, "folder": folder_of(data)}
     if resume and trainer.is_global_zero:
         refuse_another(config, run, facts, checkpoint)
     if checkpoint is not None:

@@ -95,14 +95,14 @@ class ContrastiveModule(L.LightningModule):
             company = batch.first if self.config.model.norm == "batch" and len(ids) < size else batch.first[:0]
             return cast(Tensor, self.encoder(torch.cat([views.to(batch.first), company]))[: len(ids)])
 
-        further = {}
+        further: dict[str, Any] = {}
         if self.slow_encoder is not None:
             with torch.no_grad():
                 further["slow"] = self.slow_encoder(torch.cat([batch.first, batch.second])).split(size)
         try:
             loss: Tensor = self.loss(z1, z2, batch.index, encode=encode, **further)
         except ValueError as error:
-            broken = ~torch.stack([z1, z2]).isfinite().all(2).all(0)
+            broken = ~torch.stack([z1, z2, *further.get("slow", ())]).isfinite().all(2).all(0)
             rows = f"; {self._samples(batch.index[broken.cpu()])}" if broken.any() else ""
             error.args = (f"step {self.trainer.global_step}: {error}{rows}",)
             raise
