@@ -279,4 +279,4 @@ def _lack_negatives(contrasts: Sequence[Contrast]) -> bool:
         mine = any(bool((torch.as_tensor(part.num_negatives) == 0).any()) for part in parts(contrast))
         return contrast.ranks.anywhere(mine)
 
-    return any([lacking(each) for each in contrasts])  # a list: the ranks ask of all, and wait for one another
+    return any(lacking(each) for each in contrasts)  # all ranks hear the same, and stop at the same

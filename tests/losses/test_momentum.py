@@ -300,7 +300,7 @@ def test_a_queue_gives_negatives_to_a_batch_without_any(towers: Any) -> None:
     for size, index in ((1, [9]), (2, [9, 9])):
         loss_fn = MomentumLoss(0.3, num_queued=20, towers=towers)
         z1, z2 = x[:size], y[:size]
-        with pytest.raises(ValueError, match="a batch of 1 has no negatives|a row has no negatives"):
+        with pytest.raises(ValueError, match=r"a batch of 1 has no negatives|a row has no negatives"):
             loss_fn(z1, z2, torch.tensor(index), slow=(z1, z2))
         loss_fn(last_x, last_y, torch.arange(B), slow=(last_x, last_y))
         found = loss_fn(z1, z2, torch.tensor(index), slow=(z1, z2))

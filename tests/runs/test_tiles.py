@@ -1,6 +1,5 @@
 """Pictures of images in rows: their colours, frames and captions."""
 
-import itertools
 import warnings
 from pathlib import Path
 
@@ -9,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from torch_emc2.runs.tiles import PLAIN, Tile, _width, draw_rows, fitted, thumbnail, wrapped
+from torch_emc2.runs.lettering import wrapped
+from torch_emc2.runs.tiles import PLAIN, Tile, draw_rows, thumbnail
 
 GREEN = "#2e9e5b"
 
@@ -55,18 +55,6 @@ def test_captions_are_drawn_as_they_are(tmp_path: Path) -> None:
         assert picture != plain
 
 
-def test_a_long_name_keeps_its_beginning_and_its_end() -> None:
-    name = "a photograph of the sea, taken in summer.jpeg"
-    short = fitted(name, 1.2, 8)
-    begin, end = short.split("…")
-    assert name.startswith(begin)
-    assert name.endswith(end)
-    assert abs(len(begin) - len(end)) <= 1
-    assert _width(short, 8) <= 1.2 < _width(f"{name[: len(begin) + 1]}…{end}", 8) + 0.1
-    assert fitted("short.png", 1.2, 8) == "short.png"
-    assert fitted("", 1.2, 8) == ""
-
-
 def test_thumbnails_are_means_of_squares() -> None:
     image = torch.randint(256, (3, 300, 511), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(thumbnail(image), image)
@@ -83,15 +71,8 @@ def test_rows_need_not_be_equally_long(tmp_path: Path) -> None:
     assert pixels_of(tmp_path / "n.png", "#c8c8c8") > 4 * 20_000
 
 
-def test_a_title_breaks_between_words_and_makes_room(tmp_path: Path) -> None:
+def test_a_title_of_several_lines_makes_room(tmp_path: Path) -> None:
     title = "Near duplicates, the first 12 of 43 groups; below: cosine similarity to the group's first, name"
-    lines = wrapped(title, 3, 11).split("\n")
-    assert len(lines) > 1
-    assert " ".join(lines) == title
-    assert all(_width(line, 11) <= 3 for line in lines)
-    longer = [f"{line} {after.split()[0]}" for line, after in itertools.pairwise(lines)]
-    assert all(_width(line, 11) > 3 for line in longer), "each as long as it can be"
-    assert "…" in wrapped("x" * 200, 3, 11)
     tile, out = Tile(torch.zeros(1, 4, 4, dtype=torch.uint8), ["x"]), tmp_path / "n.png"
     draw_rows([[tile]], title, out)
     more = 0.2 * wrapped(title, 5 - 2 * 0.12, 11).count("\n")

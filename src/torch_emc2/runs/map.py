@@ -22,7 +22,8 @@ from torch.nn.functional import normalize
 
 from torch_emc2.files import whole_file
 from torch_emc2.runs.gallery import Gallery, open_gallery, refuse_images_name
-from torch_emc2.runs.tiles import fitted, thumbnail, without_missing_glyphs
+from torch_emc2.runs.lettering import fitted, lettered
+from torch_emc2.runs.tiles import thumbnail
 
 __all__ = ["Map", "draw_map", "map_of"]
 
@@ -82,6 +83,7 @@ def map_of(source: Path, *, seed: int = 0) -> Map:
     return Map(gallery, places, groups, total, "cluster")
 
 
+@lettered()
 def draw_map(found: Map, out: Path) -> None:
     """Draw a map as a PNG: a point an image, of its group's colour, and small images where they have room."""
     refuse_images_name(out, found.gallery)
@@ -131,7 +133,7 @@ def draw_map(found: Map, out: Path) -> None:
     axes.set_title(
         f"{some}: near one another by cosine similarity (t-SNE; distances across the map mean little)", fontsize=11
     )
-    with whole_file(out) as file, without_missing_glyphs():
+    with whole_file(out) as file:
         figure.savefig(file, format="png", dpi=110)
 
 

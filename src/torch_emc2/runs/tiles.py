@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Patch
-from matplotlib.textpath import text_to_path
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-__all__ = ["PLAIN", "Tile", "draw_rows", "fitted", "thumbnail", "without_missing_glyphs", "wrapped"]
+from torch_emc2.runs.lettering import fitted, lettered, wrapped
+
+__all__ = ["PLAIN", "Tile", "draw_rows", "thumbnail"]
 
 PLAIN = "#8a8a8a"
 
@@ -34,6 +32,7 @@ class Tile(NamedTuple):
     frame: str = PLAIN
 
 
+@lettered()
 def draw_rows(
     rows: Sequence[Sequence[Tile]],
     title: str,
@@ -91,45 +90,7 @@ def draw_rows(
                     va="top",
                     parse_math=False,
                 )
-    with without_missing_glyphs():
-        figure.savefig(out, format="png", dpi=150)
-
-
-@contextmanager
-def without_missing_glyphs() -> Iterator[None]:
-    """Do not warn of a script that the font lacks: its boxes say enough."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        yield
-
-
-def fitted(text: str, inches: float, size: float) -> str:
-    """Return a text as one line of at most this width: of a longer one the middle is left out."""
-    text = repr(text)[1:-1]
-    if _width(text, size) <= inches:
-        return text
-    kept = min(len(text), 200) - 1
-    while kept > 1 and _width(shorter := f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}", size) > inches:
-        kept -= 1
-    return shorter
-
-
-def wrapped(text: str, inches: float, size: float) -> str:
-    """Break a text into lines of at most this width, between words."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _width(longer, size) > inches:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(fitted(line, inches, size) for line in lines)
-
-
-def _width(text: str, size: float) -> float:
-    with without_missing_glyphs():
-        points: float = text_to_path.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0]
-    return points / 72
+    figure.savefig(out, format="png", dpi=150)
 
 
 def thumbnail(image: Tensor) -> Tensor:
