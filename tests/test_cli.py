@@ -79,29 +79,31 @@ WRONG = {
     "presets quickstart --lss dcl": "--lss",
     "presets nothing": "'nothing' is neither a preset",
     "evaluate": "required: run (see emc2 evaluate --help)",
-    "evaluate nowhere": "'nowhere' is not a run's folder",
+    "evaluate nowhere": "there is no run 'nowhere'",
+    "evaluate dome": "there is no run 'dome': did you mean done?",
+    "evaluate used": "'used' is not a run's folder",
     "evaluate begun": "the run in 'begun' is not finished: emc2 train begun/config.yaml --resume goes on",
     "evaluate done --data mnist": "unknown data set 'mnist'",
     "evaluate done --value-range 9,1": "value_range must be as 0,4095 or 1%,99%, the lower value first, got '9,1'",
     "evaluate done --baseline-s": "unrecognized arguments: --baseline-s: did you mean --baselines?",
     "evaluate done --value_range 9,1": "value_range must be as 0,4095 or 1%,99%",
     "diagnose done --batch_size 1": "--batch-size: must be a whole number, at least 2, got '1'",
-    "diagnose nowhere": "'nowhere' is not a run's folder",
+    "diagnose nowhere": "there is no run 'nowhere'",
     "diagnose done --samples 1": "--samples: must be a whole number, at least 2, got '1'",
     "diagnose done --epochs many": "--epochs: must be a whole number, at least 1, got 'many'",
-    "embed nowhere used -o out.parquet": "'nowhere' is not a run's folder",
+    "embed nowhere used -o out.parquet": "there is no run 'nowhere'",
     "embed done photos -o out.parquet": "there is no 'photos'",
     "embed done used": "required: -o/--out",
     "embed done used -o out.csv": "out.csv will be a Parquet file: give it a name that ends in .parquet",
     "embed done used -o out.parquet --on-bad-image keep": "invalid choice: 'keep'",
-    "export nowhere out": "'nowhere' is not a run's folder",
+    "export nowhere out": "there is no run 'nowhere'",
     "export done": "required: folder",
     "export done out --push me": "--push: must be OWNER/NAME, got 'me'",
     "neighbours done": "required: FOLDER_OR_IMAGE",
     "neighbours done photos": "there is no 'photos'",
     "neighbours done used -k 0": "-k: must be a whole number, at least 1, got '0'",
     "neighbours done used -o n.jpg": "n.jpg will be a PNG: give it a name that ends in .png",
-    "duplicates nowhere": "'nowhere' is not a run's folder",
+    "duplicates nowhere": "there is no run 'nowhere'",
     "duplicates e.parquet": "there is no 'e.parquet': emc2 embed RUN FOLDER -o e.parquet writes it",
     "duplicates done --threshold 2": "--threshold: must be a cosine, from -1 to 1, got '2'",
     "duplicates done --treshold 0.9": "unrecognized arguments: --treshold 0.9: did you mean --threshold?",
@@ -263,7 +265,7 @@ def test_embeddings_are_searched_grouped_and_mapped(
     run = str(finished)
     assert main(["embed", run, "photos", "-o", "e.parquet", "--normalize"]) == 0
     assert main(["embed", run, "photos", "-o", "e.parquet", "--normalize", "--append"]) == 0
-    assert "0 images embedded, 0 skipped as unreadable, 0 files left out, 6 were in" in capsys.readouterr().out
+    assert "0 images embedded; left out: 0 unreadable, 0 of other kinds; 6 were in" in capsys.readouterr().out
     assert main(["neighbours", run, "photos/cat/a.png", "--in", "e.parquet", "-k", "2", "-o", "n.png"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[:3] == [
@@ -272,8 +274,14 @@ def test_embeddings_are_searched_grouped_and_mapped(
         "   1.000  dog  photos/dog/copy.png",
     ]
     assert (len(told), told[-1]) == (5, "Written: n.png")
-    assert main(["duplicates", "e.parquet", "--threshold", "0.9999"]) == 0
-    assert " 1.000  photos/cat/a.png\n 1.000  photos/dog/copy.png\n" in capsys.readouterr().out
+    assert main(["duplicates", "e.parquet", "--threshold", "0.9999", "--csv", "d.csv"]) == 0
+    told = capsys.readouterr().out
+    assert " 1.000  photos/cat/a.png\n 1.000  photos/dog/copy.png  identical\n" in told
+    assert "1 images are identical: byte for byte" in told
+    assert told.endswith("Written: duplicates.png, d.csv\n")
+    rows = Path("d.csv").read_text().splitlines()
+    assert rows[0] == "group,similarity,identical,path"
+    assert "1,1.000000,yes,photos/dog/copy.png" in rows
     Path("photos/dog/copy.png").unlink()
     assert main(["duplicates", "e.parquet", "--threshold", "1"]) == 0  # of what is there none
     gone = f"e.parquet: 1 of its 6 files are not there any more, and left out ({tmp_path}/photos/dog/copy.png, …)\n"
@@ -287,7 +295,7 @@ def test_embeddings_are_searched_grouped_and_mapped(
     other.mkdir()
     monkeypatch.chdir(other)  # a file is itself from any folder
     assert main(["embed", run, "../photos", "-o", "../e.parquet", "--normalize", "--append"]) == 0
-    assert "0 images embedded, 0 skipped as unreadable, 0 files left out, 5 were in" in capsys.readouterr().out
+    assert "0 images embedded; left out: 0 unreadable, 0 of other kinds; 5 were in" in capsys.readouterr().out
     assert main(["neighbours", run, "../photos/cat/a.png", "--in", "../e.parquet", "-k", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[3].split()[-1] != f"{tmp_path}/photos/cat/a.png"
     monkeypatch.chdir(tmp_path)
@@ -354,7 +362,7 @@ def test_quickstart_train_evaluate_embed(
     assert main(["embed", "other", "runs/quickstart", "-o", "folder.parquet"]) == 2
     assert "folder.parquet is no file that could be written anew: give another name" in capsys.readouterr().err
     assert main(["embed", "other", "runs/quickstart", "-o", "out.parquet"]) == 0  # the run's own pictures
-    assert "2 images embedded, 0 skipped as unreadable, " in capsys.readouterr().out
+    assert "2 images embedded; left out: 0 unreadable, " in capsys.readouterr().out
 
 
 def test_an_advised_range_is_taken_though_it_begins_with_a_minus(
@@ -418,7 +426,7 @@ def test_an_interrupt_ends_with_a_line_how_to_go_on(
     monkeypatch.setattr(ContrastiveModule, "on_train_epoch_end", ctrl_c)
     assert main(["train", str(Path(tiny.out).parent / "tiny.yaml")]) == 130
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line == f"emc2: interrupted; emc2 train {tiny.out}/config.yaml --resume goes on from the last checkpoint"
+    assert line == f"emc2: interrupted; emc2 train {tiny.out}/config.yaml --resume starts again: no checkpoint yet"
     assert signal.getsignal(signal.SIGINT) is before  # Lightning leaves it ignored
     signal.signal(signal.SIGINT, inherited)
 

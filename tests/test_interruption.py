@@ -468,6 +468,9 @@ def test_a_finished_encoder_stays_until_a_longer_run_is_finished(finished: Path,
         assert (run / "encoder.safetensors").read_bytes() == trained
     with pytest.raises(ValueError, match=r"config differs \(epochs: 2, now 1\)"):
         refuse_another(replace(two, epochs=1), run, facts, last)
+    of_it = ["diagnosis.json", "diagnosis.png", "evaluation-other.json", "evaluation.json", "map.png", "neighbours.png"]
+    for name in [*of_it, "mine.png"]:
+        (run / name).write_text(name)
     keep_finished(run, 2)
     assert load_run(run)
     keep_finished(run, 3)
@@ -475,6 +478,10 @@ def test_a_finished_encoder_stays_until_a_longer_run_is_finished(finished: Path,
         "encoder-2-epochs.safetensors",
         "head-2-epochs.safetensors",
     ]
+    for name in of_it:  # what was measured of the one encoder is not the other's
+        assert not (run / name).exists()
+        assert (run / name.replace(".", "-2-epochs.")).read_text() == name
+    assert (run / "mine.png").exists()
     prepare_folder(replace(two, epochs=3), run, facts, last)  # killed before the encoder was written
     with pytest.raises(ValueError, match=r"config differs \(epochs: 3, now 2\)"):
         refuse_another(two, run, facts, last)

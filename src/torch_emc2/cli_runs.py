@@ -90,9 +90,9 @@ def embed(argv: list[str]) -> None:
     )
     if done.skipped:
         print(f"Unreadable, and left out: {shown(done.skipped)}")
-    told = f"{len(done.skipped)} skipped as unreadable, {done.found.left_out.total()} files left out"
-    there = f", {done.there} were in the table" if args.append else ""
-    print(f"{done.embedded} images embedded, {told}{there}: {args.out}")
+    told = f"left out: {len(done.skipped)} unreadable, {done.found.left_out.total()} of other kinds"
+    there = f"; {done.there} were in the table" if args.append else ""
+    print(f"{done.embedded} images embedded; {told}{there}: {args.out}")
     if done.gone:
         print(
             f"{done.gone} of the table's files are not there any more: their rows stay, and all that reads them says so"
@@ -132,8 +132,9 @@ def duplicates(argv: list[str]) -> None:
     parser.add_argument("source", type=embedded, metavar="RUN_OR_PARQUET", help="the run's training images, or a table")
     parser.add_argument("--threshold", type=similarity, default=0.98, help="least similarity (%(default)s)")
     parser.add_argument("-o", "--out", type=picture, default=Path("duplicates.png"), help="the picture")
+    parser.add_argument("--csv", type=path, metavar="FILE.csv", help="all groups as a table, too")
     args = parser.parse_args(argv)
-    from torch_emc2.runs import draw_duplicates, find_duplicates
+    from torch_emc2.runs import draw_duplicates, find_duplicates, write_duplicates
 
     found = find_duplicates(args.source, args.threshold)
     if not found.groups:
@@ -142,9 +143,15 @@ def duplicates(argv: list[str]) -> None:
     print(f"{found}\n")
     held = f"{sum(map(len, found.groups))} of {len(found.gallery)} images"
     print(f"{len(found.groups)} groups hold {held}. Shown: the cosine similarity to the group's first.")
+    if found.identical:
+        print(
+            f"{len(found.identical)} images are identical: byte for byte a file that comes before them in their group."
+        )
     print(f"--threshold is {args.threshold}: a higher one finds fewer.")
     draw_duplicates(found, args.out)
-    print(f"Written: {args.out}")
+    if args.csv:
+        write_duplicates(found, args.csv)
+    print(f"Written: {args.out}" + (f", {args.csv}" if args.csv else ""))
 
 
 def draw_map(argv: list[str]) -> None:
@@ -153,12 +160,13 @@ def draw_map(argv: list[str]) -> None:
         prog="emc2 map", description="A map of embeddings, by t-SNE, coloured by class, else by clusters (HDBSCAN)."
     )
     parser.add_argument("source", type=embedded, metavar="RUN_OR_PARQUET", help="the run's training images, or a table")
+    parser.add_argument("--by", choices=("class", "cluster"), default="class", help="what colours say (%(default)s)")
     parser.add_argument("-o", "--out", type=picture, help="the picture; by default map.png, of a run in its folder")
     args = parser.parse_args(argv)
     from torch_emc2.runs import draw_map, map_of
 
     out = args.out or (args.source / "map.png" if args.source.is_dir() else Path("map.png"))
-    draw_map(map_of(args.source), out)
+    draw_map(map_of(args.source, by=args.by), out)
     print(f"Written: {out}")
 
 

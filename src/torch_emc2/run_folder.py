@@ -15,6 +15,7 @@ from typing import Any
 
 from torch_emc2.config import Config, recorded_config, to_yaml
 from torch_emc2.files import load_checkpoint, one_line, whole_file
+from torch_emc2.names import did_you_mean
 from torch_emc2.settings.losses import is_outside
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 _PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-learn", "numpy", "numba", "triton")
+
+_OF_AN_ENCODER = ("encoder*", "head*", "evaluation*.json", "neighbours*.png", "map.png", "diagnosis.*")
 
 # What a run that was stopped before its first checkpoint may have left.
 _BEFORE_A_CHECKPOINT = {
@@ -85,12 +88,15 @@ def _versions() -> dict[str, str]:
 
 
 def keep_finished(run: Path, epochs: int) -> None:
-    """Make way for the encoder of so many epochs: one that was finished after fewer is kept under their number."""
+    """Make way for the encoder of so many epochs: one that was finished after fewer is kept under their number.
+
+    So is what was measured and drawn of it, which would pass for the new one's.
+    """
     saved = read_facts(run)
     if (finished := saved.get("finished", epochs)) != epochs:
-        for part in ("encoder", "head"):
-            if (trained := run / f"{part}.safetensors").exists():
-                trained.rename(run / f"{part}-{finished}-epochs.safetensors")
+        for file in sorted(file for pattern in _OF_AN_ENCODER for file in run.glob(pattern)):
+            if not file.stem.endswith("-epochs"):
+                file.rename(file.with_stem(f"{file.stem}-{finished}-epochs"))
     _write_facts(run, saved | {"finished": epochs})
 
 
@@ -101,6 +107,9 @@ def is_finished(run: Path) -> bool:
 
 def require_finished(run: Path) -> None:
     """Raise ValueError where a folder is not that of a run that has come to its end."""
+    if not run.exists():
+        runs = [str(file.parent) for file in sorted(run.parent.glob("*/config.yaml"))]
+        raise ValueError(f"there is no run {str(run)!r}{did_you_mean(str(run), runs)}")
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{str(run)!r} is not a run's folder: it has no config.yaml")
     if not is_finished(run):

@@ -187,7 +187,7 @@ def test_embed_skips_and_counts(folder: Path, finished: Path, capsys: pytest.Cap
     understood, skipped, last = captured.out.splitlines()
     assert understood == f"{str(folder)!r}: {len(GOOD) + len(BAD) + 2} images to embed."
     assert skipped.startswith("Unreadable, and left out: ")
-    assert last == f"{len(GOOD)} images embedded, {len(BAD) + 2} skipped as unreadable, 0 files left out: {out}"
+    assert last == f"{len(GOOD)} images embedded; left out: {len(BAD) + 2} unreadable, 0 of other kinds: {out}"
     table = pq.read_table(out)
     assert sorted(table["path"].to_pylist()) == sorted(str(folder / name) for name in GOOD)
     assert np.isfinite(np.stack(table["embedding"].to_pylist())).all()

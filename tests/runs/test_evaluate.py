@@ -26,6 +26,11 @@ from torch_emc2.models import load_encoder
 from torch_emc2.runs import embed_images, evaluate_run
 from torch_emc2.training import train
 
+NOTE = (
+    "the classes are the folders: where those are albums or dates, what is alike is in several, and retrieval of the "
+    "other view says more than probe and neighbours"
+)
+
 
 def test_evaluation_is_that_of_the_features(finished: Path) -> None:
     evaluation, written = evaluate_run(finished)
@@ -100,7 +105,7 @@ def test_another_data_set_has_files_of_its_own(finished: Path, tmp_path: Path) -
     assert (run / "evaluation.json").read_text() == "the run's own"
     assert evaluation.data == data
     assert (evaluation.train_images, evaluation.test_images) == (13, 3)
-    assert evaluation.notes == ["classes without test images, not tested: 1 ('z')"]
+    assert evaluation.notes == ["classes without test images, not tested: 1 ('z')", NOTE]
 
     parts: list[Any] = []
     for split in ("probe", "test"):

@@ -74,8 +74,10 @@ def test_too_few_images_are_no_map(tmp_path: Path) -> None:
 def test_names_of_groups_do_not_lie_on_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     monkeypatch.setattr(Axes, "annotate", lambda self, text, *args, **kwargs: written.append(text))
-    places = np.array([[0, 0], [1, 1], [0.5, 0.5], [0.51, 0.51], [0.5, 0.9]], dtype=float)
-    gallery = Gallery(torch.zeros(5, 2), list("abcde"), [None] * 5, lambda i: torch.zeros(3, 2, 2, dtype=torch.uint8))
-    groups = ["low", "high", "middle", "hidden", "above"]
-    draw_map(Map(gallery, places, groups, 5, "class"), tmp_path / "m.png")
+    places = np.repeat([[0, 0], [1, 1], [0.5, 0.5], [0.51, 0.51], [0.5, 0.9]], 5, axis=0).astype(float)
+    places = np.concatenate([places, [[0.2, 0.8]] * 4])
+    names = [str(i) for i in range(29)]
+    gallery = Gallery(torch.zeros(29, 2), names, [None] * 29, lambda i: torch.zeros(3, 2, 2, dtype=torch.uint8))
+    groups = [name for name in ("low", "high", "middle", "hidden", "above") for _ in range(5)] + ["few"] * 4
+    draw_map(Map(gallery, places, groups, 29, "class"), tmp_path / "m.png")
     assert written == ["low", "high", "middle", "above"]

@@ -108,6 +108,11 @@ def test_what_is_no_image_is_named(model: Model, images: Path, tmp_path: Path) -
     (tmp_path / "bad.png").write_bytes(b"")
     with pytest.raises(BadImageError, match=r"1 image cannot be read: .*bad\.png' \(empty\): mend or remove"):
         model.embed([fine, tmp_path])
+    left = model.images([tmp_path, fine], on_bad_image="skip")
+    assert left.files() == [str(fine)]
+    torch.testing.assert_close(model.features(left), model.embed(fine))
+    with pytest.raises(DataError, match=r"none of the images can be read: .*bad\.png' \(empty\)"):
+        model.images(tmp_path / "bad.png", on_bad_image="skip")
     (tmp_path / "half.png").write_bytes(fine.read_bytes()[:60])
     with pytest.raises(BadImageError, match=r"cannot read image 1 of those given, .*PngImageFile"):
         model.embed([fine, Image.open(tmp_path / "half.png")])

@@ -1,14 +1,17 @@
 """Groups of near duplicates, against a search by a plain loop."""
 
+import csv
 from pathlib import Path
 
 import matplotlib.image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_emc2.runs import Duplicates, draw_duplicates
+from torch_emc2.runs import Duplicates, draw_duplicates, find_duplicates, write_duplicates
 from torch_emc2.runs import duplicates as module
 from torch_emc2.runs.duplicates import near_duplicates
 from torch_emc2.runs.gallery import Gallery
@@ -51,6 +54,41 @@ def test_a_picture_and_a_paragraph_a_group(tmp_path: Path) -> None:
     gallery = Gallery(z, list("abcde"), [None] * 5, lambda i: image)
     found = Duplicates(gallery, near_duplicates(z, 0.99))
     assert str(found) == " 1.000  a\n 1.000  c\n\n 1.000  b\n 1.000  d"
+    assert not found.identical
     draw_duplicates(found, tmp_path / "d.png")
     picture = (matplotlib.image.imread(tmp_path / "d.png")[..., :3] * 255).round()
     assert (picture == 200).all(-1).sum() == pytest.approx(4 * 175**2, rel=0.05)
+
+
+def test_identical_files_are_told_from_like_ones(tmp_path: Path) -> None:
+    contents = {"a": b"one", "b": b"two", "c": b"one", "d": b"two", "e": b"three", "f": b"one"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    paths = [str(tmp_path / name) for name in contents]
+    pq.write_table(pa.table({"path": paths, "embedding": [[1.0, 0.0]] * 5 + [[0.0, 1.0]]}), tmp_path / "e.parquet")
+    found = find_duplicates(tmp_path / "e.parquet", 0.99)
+    assert found.identical == {2, 3}
+    write_duplicates(found, tmp_path / "d.csv")
+    with (tmp_path / "d.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [found.gallery.names[i] for i in range(5)]
+    assert [row["identical"] for row in rows] == ["no", "no", "yes", "yes", "no"]
+    assert {row["group"] for row in rows} == {"1"}
+    assert {row["similarity"] for row in rows} == {"1.000000"}
+
+
+def test_of_many_groups_the_most_and_the_least_alike_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(
+        module, "draw_rows", lambda rows, title, out: drawn.extend([title, *(row[0].lines[1] for row in rows)])
+    )
+    angles = torch.arange(26, dtype=torch.float64).div(2, rounding_mode="floor") * 0.4
+    angles[1::2] += torch.arange(13) * 0.005  # group i's two are i times as far apart
+    z = torch.stack([angles.cos(), angles.sin()], 1)
+    gallery = Gallery(z, [str(i) for i in range(26)], [None] * 26, lambda i: torch.zeros(3, 2, 2, dtype=torch.uint8))
+    found = Duplicates(gallery, near_duplicates(z, 0.99))
+    assert len(found.groups) == 13
+    (tmp_path / "d.png").touch()
+    draw_duplicates(found, tmp_path / "d.png")
+    assert drawn[0].startswith("Near duplicates, the 6 most and the 6 least alike of 13 groups; below: cosine")
+    assert drawn[1:] == [str(2 * i) for i in (*range(6), *range(7, 13))]

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from torch_emc2.config import read_config, recorded_config
+from torch_emc2.data import open_splits
 from torch_emc2.runs import (
     Model,
     Neighbours,
@@ -19,7 +20,7 @@ from torch_emc2.runs import (
     find_neighbours,
     read_table,
 )
-from torch_emc2.runs.gallery import Gallery
+from torch_emc2.runs.gallery import Gallery, of_images
 from torch_emc2.runs.neighbours import OTHER, SAME, Hit, nearest_in
 from torch_emc2.runs.tiles import PLAIN
 from torch_emc2.training import train
@@ -159,3 +160,14 @@ def test_a_title_says_what_is_below_and_how_many_are_shown(tmp_path: Path, monke
         "Found; below: cosine similarity, name",
         "Found (the first 50 of 51); below: cosine similarity, class, name",
     ]
+
+
+def test_images_beside_folders_of_classes_have_no_class(photos: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(photos, tmp_path / "both")
+    first = sorted(folder.rglob("*.png"))[0]
+    shutil.copy(first, folder / "alone.png")
+    (images,) = open_splits(f"folder:{folder}", ["train"], tmp_path)
+    gallery = of_images(images, torch.zeros(len(images), 2), "both")
+    label = dict(zip(gallery.names, gallery.labels, strict=True))
+    assert label[str(folder / "alone.png")] is None
+    assert label[str(first)] == first.parent.name

@@ -1,7 +1,7 @@
 """What one does with finished runs: evaluate, diagnose, embed images, search, group and map them, export, report."""
 
 from torch_emc2.runs.diagnose import diagnose_run
-from torch_emc2.runs.duplicates import Duplicates, draw_duplicates, find_duplicates
+from torch_emc2.runs.duplicates import Duplicates, draw_duplicates, find_duplicates, write_duplicates
 from torch_emc2.runs.embed import Embedded, embed_images
 from torch_emc2.runs.evaluate import evaluate_run
 from torch_emc2.runs.export import export_run
@@ -31,5 +31,6 @@ __all__ = [
     "find_neighbours",
     "map_of",
     "read_table",
+    "write_duplicates",
     "write_report",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import filecmp
 import os
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,23 +21,33 @@ from torch_emc2.runs.gallery import Gallery, open_gallery, refuse_images_name
 from torch_emc2.runs.neighbours import Hit
 from torch_emc2.runs.tiles import Tile, draw_rows
 
-__all__ = ["Duplicates", "draw_duplicates", "find_duplicates", "near_duplicates"]
+__all__ = ["Duplicates", "draw_duplicates", "find_duplicates", "near_duplicates", "write_duplicates"]
 
 _CHUNK = 256  # rows that are compared with all others at once
 _ROUNDING = 1e-9  # the cosine of a row and itself may lack it
-_DRAWN, _ABREAST = 12, 8
+_DRAWN, _ABREAST = 6, 8
 
 
 class Duplicates(NamedTuple):
-    """Groups of near duplicates, the most alike first: of each image its similarity to the group's first."""
+    """Groups of near duplicates.
+
+    Attributes:
+        gallery: the images.
+        groups: the most alike first; of each image its similarity to the group's first.
+        identical: images whose file is, byte for byte, one that comes before it in its group.
+    """
 
     gallery: Gallery
     groups: list[list[Hit]]
+    identical: Set[int] = frozenset()
 
     def __str__(self) -> str:
         """A paragraph a group."""
-        names = self.gallery.names
-        return "\n\n".join("\n".join(f"{cosine:6.3f}  {names[i]}" for i, cosine in group) for group in self.groups)
+        return "\n\n".join("\n".join(map(self._line, group)) for group in self.groups)
+
+    def _line(self, hit: Hit) -> str:
+        same = "  identical" if hit.row in self.identical else ""
+        return f"{hit.similarity:6.3f}  {self.gallery.names[hit.row]}{same}"
 
 
 def find_duplicates(source: Path, threshold: float) -> Duplicates:
@@ -47,7 +60,32 @@ def find_duplicates(source: Path, threshold: float) -> Duplicates:
         ValueError: the source is neither.
     """
     gallery = open_gallery(source)
-    return Duplicates(gallery, near_duplicates(gallery.embeddings, threshold))
+    groups = near_duplicates(gallery.embeddings, threshold)
+    identical = (row for group in groups for row in _identical([hit.row for hit in group], gallery.names))
+    return Duplicates(gallery, groups, frozenset(identical))
+
+
+def _identical(rows: Sequence[int], names: Sequence[str]) -> Iterator[int]:
+    """Yield the images whose file one before them is, too; those of no file are none."""
+    seen: dict[int, list[str]] = {}
+    for row in rows:
+        if os.path.isfile(name := names[row]):
+            before = seen.setdefault(os.path.getsize(name), [])
+            if any(filecmp.cmp(name, other, shallow=False) for other in before):
+                yield row
+            else:
+                before.append(name)
+
+
+def write_duplicates(found: Duplicates, out: Path) -> None:
+    """Write a CSV, a line an image: its group's number, its similarity to the first, whether identical, its file."""
+    with whole_file(out) as path, path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["group", "similarity", "identical", "path"])
+        for number, group in enumerate(found.groups, 1):
+            for row, cosine in group:
+                same = "yes" if row in found.identical else "no"
+                writer.writerow([number, f"{cosine:.6f}", same, found.gallery.names[row]])
 
 
 def near_duplicates(embeddings: Tensor, threshold: float) -> list[list[Hit]]:
@@ -73,16 +111,22 @@ def near_duplicates(embeddings: Tensor, threshold: float) -> list[list[Hit]]:
 
 
 def draw_duplicates(found: Duplicates, out: Path) -> None:
-    """Draw a group a row as a PNG, the first of many."""
+    """Draw a group a row as a PNG; of many the most and the least alike, of which a threshold has to be judged."""
     gallery, groups = found.gallery, found.groups
     refuse_images_name(out, gallery)
-    rows = [
-        [
-            Tile(gallery.image(i), [f"{cosine:.3f}", os.path.basename(gallery.names[i])])
-            for i, cosine in group[:_ABREAST]
-        ]
-        for group in groups[:_DRAWN]
-    ]
-    of = f"the first {_DRAWN} of {len(groups)} groups" if len(groups) > _DRAWN else f"{len(groups)} groups"
+    drawn, which = groups, f"{len(groups)} groups"
+    if len(groups) > 2 * _DRAWN:
+        drawn = [*groups[:_DRAWN], *groups[-_DRAWN:]]
+        which = f"the {_DRAWN} most and the {_DRAWN} least alike of {len(groups)} groups"
+    folders = len({os.path.dirname(gallery.names[hit.row]) for group in drawn for hit in group[:_ABREAST]}) > 1
+    rows = []
+    for group in drawn:
+        tiles = []
+        for row, cosine in group[:_ABREAST]:
+            folder, name = os.path.split(gallery.names[row])
+            said = f"{cosine:.3f} identical" if row in found.identical else f"{cosine:.3f}"
+            tiles.append(Tile(gallery.image(row), [said, folder, name] if folders else [said, name]))
+        rows.append(tiles)
+    below = "cosine similarity to the group's first, " + ("folder and name" if folders else "name")
     with whole_file(out) as file:
-        draw_rows(rows, f"Near duplicates, {of}; below: cosine similarity to the group's first, name", file)
+        draw_rows(rows, f"Near duplicates, {which}; below: {below}", file)

@@ -71,6 +71,12 @@ def evaluate_run(
         source.name, features, train.labels, test.labels, train.classes, probe=config.probe, seed=config.seed
     )
 
+    if source.name.startswith("folder:") and "probe" in evaluation.numbers["trained"]:
+        evaluation.notes.append(
+            "the classes are the folders: where those are albums or dates, what is alike is in several, and retrieval "
+            "of the other view says more than probe and neighbours"
+        )
+
     suffix = "" if own else f"-{file_name_of(source.name)}"
     numbers, grid, curves = run / f"evaluation{suffix}.json", run / f"neighbours{suffix}.png", run / "curves.png"
     with whole_file(numbers) as file:

@@ -63,7 +63,8 @@ def of_images(images: ImageDataset, embeddings: Tensor, name: str) -> Gallery:
     """Give a data set's images, embedded; those in no files are known by a name and their numbers."""
     rows = images.rows.tolist()
     names = [images.path(i) or f"{name} {row}" for i, row in enumerate(rows)]
-    labels = [None] * len(rows) if images.labels is None else [images.classes[c] for c in images.labels.tolist()]
+    classes = [None if name == "." else name for name in images.classes]  # which lie in no folder of their own
+    labels = [None] * len(rows) if images.labels is None else [classes[c] for c in images.labels.tolist()]
     return Gallery(embeddings, names, labels, images.image)
 
 

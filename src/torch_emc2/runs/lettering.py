@@ -13,6 +13,9 @@ from matplotlib.font_manager import FontProperties, fontManager
 
 __all__ = ["fitted", "lettered", "wrapped"]
 
+_LOG = logging.getLogger(__name__)
+_BOX = "missing from font"
+
 # What Linux, macOS and Windows have for Chinese, Japanese and Korean, and for symbols.
 _OTHERS = (
     "Noto Sans CJK JP",
@@ -35,7 +38,7 @@ _OTHERS = (
 
 @contextmanager
 def lettered() -> Iterator[None]:
-    """Take what matplotlib's own font lacks from fonts that are installed; what none has is a box, and no warning.
+    """Take what matplotlib's own font lacks from fonts that are installed; what none has is a box, and is said.
 
     Around all of a picture: a text takes its fonts when it is placed.
     """
@@ -45,11 +48,18 @@ def lettered() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with rc_context({"font.family": families}), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")
+        with rc_context({"font.family": families}), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             yield
     finally:
         log.setLevel(level)
+    if any(_BOX in str(each.message) for each in said):
+        _LOG.info(
+            "Boxes in the picture stand for letters that no font here has; Noto Sans CJK has Chinese, Japanese, Korean."
+        )
+    for each in said:
+        if _BOX not in str(each.message):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def fitted(text: str, inches: float, size: float) -> str:
@@ -76,8 +86,8 @@ def wrapped(text: str, inches: float, size: float) -> str:
 
 
 def _width(text: str, size: float) -> float:
-    points: float = _RULER.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0]
+    points: float = _RULER.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0]  # type: ignore[no-untyped-call]
     return points / 72
 
 
-_RULER = RendererAgg(1, 1, 72)
+_RULER = RendererAgg(1, 1, 72)  # type: ignore[no-untyped-call]

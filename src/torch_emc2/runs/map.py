@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -55,10 +55,10 @@ class Map(NamedTuple):
     kind: str
 
 
-def map_of(source: Path, *, seed: int = 0) -> Map:
+def map_of(source: Path, *, by: Literal["class", "cluster"] = "class", seed: int = 0) -> Map:
     """Lay out a table of embeddings, or the images that a run was trained on, by t-SNE of the directions.
 
-    Where there are no classes, HDBSCAN finds clusters of the embeddings.
+    Where there are no classes, or where they are not asked for, HDBSCAN finds clusters of the embeddings.
 
     Raises:
         ValueError: the source is neither, or has too few images.
@@ -75,7 +75,7 @@ def map_of(source: Path, *, seed: int = 0) -> Map:
         raise ValueError(f"all {total} embeddings of {source} have one direction: has training collapsed?")
     main = PCA(min(50, *unit.shape), random_state=seed).fit_transform(unit)
     places = TSNE(perplexity=min(30, len(main) / 4), init="pca", random_state=seed).fit_transform(main)
-    if any(label is not None for label in gallery.labels):
+    if by == "class" and any(label is not None for label in gallery.labels):
         return Map(gallery, places, gallery.labels, total, "class")
     found = HDBSCAN(min_cluster_size=max(_LEAST, len(main) // 100), copy=True).fit_predict(main[:, :10])
     by_size = [cluster for cluster, _ in Counter(found[found >= 0].tolist()).most_common()]
@@ -108,7 +108,8 @@ def draw_map(found: Map, out: Path) -> None:
     for group, colour in colour_of.items():
         own = places[[name == group for name in found.groups]]
         middle = own[np.abs(own - np.median(own, 0)).sum(1).argmin()]
-        if any((np.abs(middle - other) < _LABEL).all() for other in written):
+        near = any((np.abs(middle - other) < _LABEL).all() for other in written)
+        if near or len(own) < _LEAST:
             continue  # the legend has it
         written.append(middle)
         axes.annotate(

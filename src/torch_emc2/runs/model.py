@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch_emc2.data import (
     evaluation_transform,
     find_images,
     image_pixels,
+    shown,
 )
 from torch_emc2.evaluation import extract_features
 from torch_emc2.files import one_line
@@ -83,20 +84,29 @@ class Model:
 
         Raises:
             DataError: there is no image, or what is given is none.
-            BadImageError: one cannot be read.
+            BadImageError: one cannot be read; `images` leaves such out.
         """
         return self.features(self.images(images), batch_size=batch_size, normalize=normalize)
 
-    def images(self, images: Givable) -> ImageDataset:
-        """Return images as the encoder takes them, those in files checked; see `embed`."""
+    def images(self, images: Givable, *, on_bad_image: Literal["raise", "skip"] = "raise") -> ImageDataset:
+        """Return images as the encoder takes them, those in files checked, for `features`; see `embed`.
+
+        Args:
+            images: as for `embed`.
+            on_bad_image: "skip" leaves out files that cannot be read; ``.files()`` names those that are left, in order.
+        """
         given = list(_given(images, "images"))
         if not given:
             raise DataError("no images: give files, or folders that hold some, images of Pillow, or uint8 (c, h, w)")
         files = [image for image in given if isinstance(image, str)]
         check = self.check(files)
         decoding, unreadable = check.resolve(self.decoding)
-        if unreadable:
-            raise BadImageError(check.refusal("mend or remove them", "value_range"))
+        if unreadable and on_bad_image == "raise":
+            advice = "mend or remove them (in Python, model.images(…, on_bad_image='skip') leaves them out)"
+            raise BadImageError(check.refusal(advice, "value_range"))
+        given = [image for image in given if not (isinstance(image, str) and image in unreadable)]
+        if not given:
+            raise DataError(f"none of the images can be read: {shown(unreadable)}")
         return ImageDataset(_GivenImages(given, decoding))
 
     def features(self, images: ImageDataset, *, batch_size: int = _BATCH, normalize: bool = False) -> Tensor:

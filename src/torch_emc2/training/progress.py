@@ -55,6 +55,7 @@ class Progress(L.Callback):
         self.interactive = interactive
         self.bar: Any = None  # of tqdm, on a terminal
         self.means: list[float] = []
+        self.steps = -1  # until training starts
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Count from the steps that a resumed run has already taken."""
@@ -108,6 +109,11 @@ class Progress(L.Callback):
             of_first = "in the first since it went on" if self.first else "in the first"
             first, last = self.means[0], self.means[-1]
             _LOG.info("Global loss: %.3f in the last epoch, %.3f %s; lower is better.", last, first, of_first)
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Say where there was nothing left to train."""
+        if self.steps < 0 and trainer.is_global_zero:
+            _LOG.info("All %d epochs had been trained.", trainer.max_epochs)
 
     def on_exception(self, *args: object) -> None:
         """Leave the line to what is printed next."""

@@ -131,11 +131,10 @@ def _saying_how_to_go_on(run: Path, rank: int, all_there: Callable[[], bool]) ->
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             message = f"rank {rank} waited for one that has ended; that one's own error says why"
             raise ConnectionError(message) from error
-        error.args = (f"{cause(error)}; {resume_command(run)} goes on from the last checkpoint",)
+        error.args = (f"{cause(error)}; {_going_on(run)}",)
         raise
     except (ConnectionError, EOFError) as error:  # what may be seen first of a worker that was killed
-        message = f"DataLoader worker ended: {cause(error)}; {resume_command(run)} goes on from the last checkpoint"
-        raise RuntimeError(message) from error
+        raise RuntimeError(f"DataLoader worker ended: {cause(error)}; {_going_on(run)}") from error
     except BadImageError as error:  # that was readable at the start, or seemed so
         on = resume_command(run)
         if all_there():
@@ -145,7 +144,14 @@ def _saying_how_to_go_on(run: Path, rank: int, all_there: Callable[[], bool]) ->
         raise
     except SystemExit:  # what Lightning makes of Ctrl-C, after which it ignores any other
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt(f"{resume_command(run)} goes on from the last checkpoint") from None
+        raise KeyboardInterrupt(_going_on(run)) from None
+
+
+def _going_on(run: Path) -> str:
+    there = any((run / "checkpoints").glob("[!.]*"))
+    return f"{resume_command(run)} " + (
+        "goes on from the last checkpoint" if there else "starts again: no checkpoint yet"
+    )
 
 
 def _trainer(config: Config, run: Path, callbacks: Sequence[L.Callback]) -> L.Trainer:
