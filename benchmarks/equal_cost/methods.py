@@ -27,6 +27,7 @@ from torch_emc2 import (
     UniformityLoss,
     cached_backward,
 )
+from torch_emc2.losses.momentum import decay_of
 from torch_emc2.losses.sogclr import cosine_gamma
 
 __all__ = ["KAPPAS", "METHODS", "Given", "Method"]
@@ -136,9 +137,10 @@ def together(loss: Callable[..., Any], **settings: Any) -> Callable[[Given], Ste
     return make
 
 
-def with_momentum(given: Given, momentum: float = 0.99, **settings: Any) -> Step:
-    """Train with a momentum encoder a side; both towers' embeddings are views."""
+def with_momentum(given: Given, momentum: float | None = None, **settings: Any) -> Step:
+    """Train with a momentum encoder a side, by default of the library's decay; both towers' embeddings are views."""
     x, y, (queries, _) = given.x, given.y, given.sizes
+    momentum = momentum or decay_of(given.batch_size)
     loss_fn = MomentumLoss(given.temperature, positive_weight=given.kappa or 0.0, **settings)
     slow_x = Slow(x, momentum)
     slow_y = Slow(y, momentum, slow_x)
@@ -220,7 +222,7 @@ METHODS = {
         f"momentum-together-{momentum}": Method(
             f"Momentum, {momentum}, all embeddings", partial(with_momentum, momentum=momentum)
         )
-        for momentum in (0.85, 0.9, 0.96, 0.999)
+        for momentum in (0.9, 0.99, 0.999)
     },
     "in-batch-together": Method("in-batch, κ searched, all embeddings", together(DCLLoss), KAPPAS),
     "isir-together": Method("EMC² isir, cache, all embeddings", _emc2_together, KAPPAS),

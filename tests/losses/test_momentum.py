@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, MomentumLoss, UniformityLoss, cached_backward
 from torch_emc2.diagnostics import at_rest, gradient_error
 from torch_emc2.losses import ContrastiveLoss
+from torch_emc2.losses.momentum import decay_of
 
 B, D = 6, 5
 
@@ -323,3 +324,10 @@ def test_last_says_how_far_the_slow_encoder_is(towers: Any) -> None:
         nn.functional.cosine_similarity(*pair, dim=0) for pair in zip([*x, *y], [*given[0], *given[1]], strict=True)
     ]
     torch.testing.assert_close(loss_fn.last["slow_similarity"], torch.stack(cosines).mean())
+
+
+def test_the_decay_averages_so_many_samples() -> None:
+    """A hundred steps, or 3,200 samples where those are fewer."""
+    for batch_size in (4, 32, 64, 128, 256, 512):
+        assert 1 / (1 - decay_of(batch_size)) == pytest.approx(min(100, 3200 / batch_size))
+    assert decay_of(10_000) == 0.5

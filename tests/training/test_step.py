@@ -380,9 +380,12 @@ def test_rows_have_the_numbers_of_their_own_step(tiny: Config) -> None:
     assert some == [every[2], every[5]]
 
 
-def test_a_momentum_encoder_follows_each_step_of_the_optimiser(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("given_decay", "decay"), [(0.75, 0.75), (None, 0.99)])
+def test_a_momentum_encoder_follows_each_step_of_the_optimiser(
+    given_decay: float | None, decay: float, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = replace(tiny, loss="momentum", accumulate=2)
-    config.momentum.decay = 0.75
+    config.momentum.decay = given_decay
     step, weights, given = ContrastiveModule.training_step, [], []
 
     def spy(module: ContrastiveModule, batch: Any, batch_idx: int) -> Tensor:
@@ -419,6 +422,6 @@ def test_a_momentum_encoder_follows_each_step_of_the_optimiser(tiny: Config, mon
     assert len(given) > len(weights) > 2
     expected = weights[0]
     for own in weights[1:]:
-        expected = {name: 0.75 * each + 0.25 * own[name] for name, each in expected.items()}
+        expected = {name: decay * each + (1 - decay) * own[name] for name, each in expected.items()}
     torch.testing.assert_close({name: each.detach() for name, each in keep.slow.items()}, expected)
     assert not any(each.requires_grad for each in keep.slow.values())

@@ -19,7 +19,16 @@ from torch_emc2.settings.losses import PositiveWeight
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 
-__all__ = ["MomentumLoss"]
+__all__ = ["MomentumLoss", "decay_of"]
+
+
+def decay_of(batch_size: int) -> float:
+    """Return the decay for steps of so many samples: 0.99, and so much less above 32 that 3,200 samples are averaged.
+
+    Measured on WordNet and emoji (docs/method.md): where a batch is large steps are few, and a hundred too many.
+    At least 1/2.
+    """
+    return max(0.5, min(0.99, 1 - batch_size / 3200))
 
 
 class MomentumLoss(StatefulLoss):
@@ -29,6 +38,8 @@ class MomentumLoss(StatefulLoss):
     row is drawn to its positive's slow embedding and pushed from the batch's own embeddings, which have a gradient,
     and from a queue of the last slow ones, which are comparable with today's where the encoder's own would be stale.
     So a small batch has as many negatives as the queue is long, for one forward pass more and no backward pass.
+
+    `decay_of` says how slow the copy should be.
 
     What differs from MoCo is each needed (docs/method.md): all views are rows, the batch's own embeddings are
     negatives beside the queue, and κ = 0 leaves the positive out of the denominator (Yeh et al. 2022).

@@ -96,15 +96,16 @@ class MomentumConfig:
     """`torch_emc2.MomentumLoss`'s own settings, and its encoder's.
 
     Attributes:
-        decay: of the momentum encoder, which keeps this share of itself in every step of the optimiser.
+        decay: of the momentum encoder, which keeps this share of itself in every step of the optimiser; null for
+            `torch_emc2.losses.momentum.decay_of` the samples of a step.
         num_queued: its last embeddings that are kept as negatives.
     """
 
-    decay: float = 0.99
+    decay: float | None = None
     num_queued: int = 512
 
     def __post_init__(self) -> None:
-        if not 0 < self.decay < 1:
+        if self.decay is not None and not 0 < self.decay < 1:
             raise ValueError(f"decay must be above 0 and below 1, got {self.decay}")
         if self.num_queued < 0:
             raise ValueError(f"num_queued must be at least 0, got {self.num_queued}")

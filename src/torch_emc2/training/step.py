@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_emc2.config import Config
 from torch_emc2.data import Batch
 from torch_emc2.losses import ContrastiveLoss
+from torch_emc2.losses.momentum import decay_of
 from torch_emc2.losses.registry import Given, find
 from torch_emc2.models import Encoder, build_encoder
 from torch_emc2.seeds import mix_seed
@@ -50,8 +51,7 @@ class ContrastiveModule(L.LightningModule):
         self.loss = build_loss(config, num_samples)
         self.slow_encoder: AveragedModel | None = None
         if self.loss.needs_slow:
-            average = get_ema_multi_avg_fn(config.momentum.decay)  # type: ignore[no-untyped-call]
-            self.slow_encoder = AveragedModel(self.encoder, multi_avg_fn=average).requires_grad_(False)
+            self.slow_encoder = AveragedModel(self.encoder).requires_grad_(False)  # of a decay, below
         self.num_samples = num_samples
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))  # unreadable images met so far
         if config.channels_last:
@@ -66,13 +66,17 @@ class ContrastiveModule(L.LightningModule):
         return math.ceil(batches / self.config.accumulate)
 
     def on_train_start(self) -> None:
-        """Take the rate of this run's schedule, where the checkpoint's was that of fewer epochs."""
+        """Take the rate of this run's schedule, where the checkpoint's was that of fewer epochs; and a step's decay."""
         schedule = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_schedulers())
         for group, base, factor in zip(
             schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
         ):
             group["lr"] = base * factor(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+        if self.slow_encoder is not None:
+            samples = self.config.batch_size * self.config.accumulate * self.trainer.world_size
+            decay = self.config.momentum.decay or decay_of(samples)
+            self.slow_encoder.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make a resumed run the same: dropout and its like, and what is frozen, depend on the place in training."""
