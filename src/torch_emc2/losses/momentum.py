@@ -46,8 +46,8 @@ class MomentumLoss(StatefulLoss):
 
     The value is the loss as written, with slow embeddings as constants, and its gradient is that. In ``last``
     similarities and the global loss are those of slow positives, and over all these negatives; ``slow_similarity`` is
-    the mean cosine of embeddings and their own slow ones: it falls where the slow encoder is not updated, and is that
-    of strangers where ``slow`` is in another order than ``x`` and ``y``.
+    the mean cosine of embeddings and their own slow ones, near 1; it falls where the slow encoder is not updated, and
+    is low where ``slow`` is in another order than ``x`` and ``y``.
 
     Args:
         temperature: 1 / β, or a `Temperature`, which is learnt.
