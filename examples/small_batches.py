@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument(
-        "--checkpoint", type=Path, default=Path("digits.pt"), help="saved here, and gone on with for more epochs"
+        "--checkpoint", type=Path, default=Path("small_batches.pt"), help="saved here, and gone on with for more epochs"
     )
     args = parser.parse_args()
 

@@ -282,8 +282,11 @@ def test_embeddings_are_searched_grouped_and_mapped(
     rows = Path("d.csv").read_text().splitlines()
     assert rows[0] == "group,similarity,identical,path"
     assert "1,1.000000,yes,photos/dog/copy.png" in rows
+    assert main(["duplicates", "e.parquet", "--csv", "e.parquet"]) == 2
+    assert "e.parquet will be a CSV: give it a name that ends in .csv" in capsys.readouterr().err
     Path("photos/dog/copy.png").unlink()
-    assert main(["duplicates", "e.parquet", "--threshold", "1"]) == 0  # of what is there none
+    assert main(["duplicates", "e.parquet", "--threshold", "1", "--csv", "d.csv"]) == 0  # of what is there none
+    assert Path("d.csv").read_text() == "group,similarity,identical,path\n"
     gone = f"e.parquet: 1 of its 6 files are not there any more, and left out ({tmp_path}/photos/dog/copy.png, …)\n"
     none = "None of 5 images are as similar as 1.0: lower --threshold for more\n"
     assert capsys.readouterr().out == gone + none

@@ -59,7 +59,7 @@ def test_small_batches(here: Here) -> None:
     first = here.run("small_batches", "--epochs", "1").numbers("other view found")
     again = here.run("small_batches", "--epochs", "1").numbers("other view found")
     assert first[0] < first[1] == again[0] < again[1]
-    saved = torch.load("digits.pt")
+    saved = torch.load("small_batches.pt")
     assert saved["slow_encoder"]["n_averaged"] == 2 * (1797 // 8)
     assert len(saved["loss"]["_extra_state"]["ids"]) == 512
     here.run("small_batches", "--epochs", "2", "--checkpoint", "whole.pt")

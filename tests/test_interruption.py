@@ -468,20 +468,22 @@ def test_a_finished_encoder_stays_until_a_longer_run_is_finished(finished: Path,
         assert (run / "encoder.safetensors").read_bytes() == trained
     with pytest.raises(ValueError, match=r"config differs \(epochs: 2, now 1\)"):
         refuse_another(replace(two, epochs=1), run, facts, last)
-    of_it = ["diagnosis.json", "diagnosis.png", "evaluation-other.json", "evaluation.json", "map.png", "neighbours.png"]
-    for name in [*of_it, "mine.png"]:
+    of_it = ["diagnosis.json", "evaluation-other.json", "evaluation.json", "map.png", "neighbours-other.png"]
+    mine = ["header.csv", "neighbours-holiday.png", "encoder.backup.safetensors"]
+    for name in [*of_it, *mine]:
         (run / name).write_text(name)
     keep_finished(run, 2)
     assert load_run(run)
     keep_finished(run, 3)
     assert sorted(file.name for file in run.glob("*.safetensors")) == [
         "encoder-2-epochs.safetensors",
+        "encoder.backup.safetensors",
         "head-2-epochs.safetensors",
     ]
     for name in of_it:  # what was measured of the one encoder is not the other's
         assert not (run / name).exists()
         assert (run / name.replace(".", "-2-epochs.")).read_text() == name
-    assert (run / "mine.png").exists()
+    assert all((run / name).exists() for name in mine)
     prepare_folder(replace(two, epochs=3), run, facts, last)  # killed before the encoder was written
     with pytest.raises(ValueError, match=r"config differs \(epochs: 3, now 2\)"):
         refuse_another(two, run, facts, last)
@@ -576,7 +578,7 @@ def test_what_stops_a_run_is_told_and_how_to_go_on(
     monkeypatch.setattr(ContrastiveModule, "training_step", fail)
     with pytest.raises(kind) as raised:
         train(tiny)
-    assert str(raised.value) == f"{words}; emc2 train {tiny.out}/config.yaml --resume goes on from the last checkpoint"
+    assert str(raised.value) == f"{words}; emc2 train {tiny.out}/config.yaml --resume starts again: no checkpoint yet"
 
 
 def test_a_run_does_not_go_among_other_files(tiny: Config, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch_emc2.settings.images import parse_range, require_data
 
 __all__ = [
     "Parser",
+    "csv",
     "data_set",
     "embedded",
     "finished_run",
@@ -109,6 +110,14 @@ def picture(text: str) -> Path:
     """Read the name of a picture that is to be written."""
     if not text.endswith(".png"):
         raise ValueError(f"{text} will be a PNG: give it a name that ends in .png")
+    return path(text)
+
+
+@_telling
+def csv(text: str) -> Path:
+    """Read the name of a CSV that is to be written."""
+    if not text.endswith(".csv"):
+        raise ValueError(f"{text} will be a CSV: give it a name that ends in .csv")
     return path(text)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch_emc2.cli_arguments import (
     Parser,
+    csv,
     data_set,
     embedded,
     finished_run,
@@ -132,11 +133,13 @@ def duplicates(argv: list[str]) -> None:
     parser.add_argument("source", type=embedded, metavar="RUN_OR_PARQUET", help="the run's training images, or a table")
     parser.add_argument("--threshold", type=similarity, default=0.98, help="least similarity (%(default)s)")
     parser.add_argument("-o", "--out", type=picture, default=Path("duplicates.png"), help="the picture")
-    parser.add_argument("--csv", type=path, metavar="FILE.csv", help="all groups as a table, too")
+    parser.add_argument("--csv", type=csv, metavar="FILE.csv", help="all groups as a table, too")
     args = parser.parse_args(argv)
     from torch_emc2.runs import draw_duplicates, find_duplicates, write_duplicates
 
     found = find_duplicates(args.source, args.threshold)
+    if args.csv:
+        write_duplicates(found, args.csv)
     if not found.groups:
         print(f"None of {len(found.gallery)} images are as similar as {args.threshold}: lower --threshold for more")
         return
@@ -149,8 +152,6 @@ def duplicates(argv: list[str]) -> None:
         )
     print(f"--threshold is {args.threshold}: a higher one finds fewer.")
     draw_duplicates(found, args.out)
-    if args.csv:
-        write_duplicates(found, args.csv)
     print(f"Written: {args.out}" + (f", {args.csv}" if args.csv else ""))
 
 

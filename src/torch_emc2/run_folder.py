@@ -32,7 +32,10 @@ __all__ = [
 
 _PACKAGES = ("torch-emc2", "torch", "torchvision", "timm", "lightning", "scikit-learn", "numpy", "numba", "triton")
 
-_OF_AN_ENCODER = ("encoder*", "head*", "evaluation*.json", "neighbours*.png", "map.png", "diagnosis.*")
+_OF_AN_ENCODER = (
+    *("encoder.safetensors", "head.safetensors", "evaluation.json", "neighbours.png", "curves.png", "map.png"),
+    *("diagnosis.json", "diagnosis.md", "diagnosis.png"),
+)
 
 # What a run that was stopped before its first checkpoint may have left.
 _BEFORE_A_CHECKPOINT = {
@@ -94,8 +97,10 @@ def keep_finished(run: Path, epochs: int) -> None:
     """
     saved = read_facts(run)
     if (finished := saved.get("finished", epochs)) != epochs:
-        for file in sorted(file for pattern in _OF_AN_ENCODER for file in run.glob(pattern)):
-            if not file.stem.endswith("-epochs"):
+        others = [file.name for file in run.glob("evaluation-*.json") if not file.stem.endswith("-epochs")]
+        theirs = [f"neighbours{name.removeprefix('evaluation').removesuffix('.json')}.png" for name in others]
+        for file in (run / name for name in (*_OF_AN_ENCODER, *others, *theirs)):
+            if file.is_file():
                 file.rename(file.with_stem(f"{file.stem}-{finished}-epochs"))
     _write_facts(run, saved | {"finished": epochs})
 

@@ -125,6 +125,7 @@ def train(
     *,
     resume: bool | Path = False,
     remember: bool = True,
+    remembered: Callable[[Any], nn.Module] | None = None,
     dropout: float = 0.1,
     **settings: Any,
 ) -> tuple[dict[str, Tensor], Any, Any]:
@@ -149,7 +150,7 @@ def train(
         datasets.Dataset.from_dict(texts(19, 3)),  # the last batch of an epoch has one row
         datasets.Dataset.from_dict(texts(9, 3, seed=1)),
         loss=whole,
-        callbacks=[LossMemoryCallback(whole)] if remember else [],
+        callbacks=[LossMemoryCallback(remembered(model) if remembered else whole)] if remember else [],
     )
     trainer.train(resume_from_checkpoint=str((out if resume is True else resume) / "checkpoint-3") if resume else None)
     return model.state_dict(), ours.get_extra_state(), trainer
@@ -169,6 +170,16 @@ def test_stopped_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path, 
     assert same(train(folder, tmp_path, loss(), resume=True)[:2], (weights, memory))
     assert memory[8]["_extra_state"]["calls"] == 14  # two epochs of seven batches, accumulated by twos
     assert not same(train(folder, tmp_path, loss(), resume=True, remember=False)[0], weights)
+
+
+def test_a_memory_of_a_loss_that_is_not_trained_with_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Which would be saved empty, and loaded without a word."""
+    train(folder, tmp_path)
+    for resume in (False, True):
+        with pytest.raises(
+            ValueError, match="the trainer has another loss than LossMemoryCallback: give both the same"
+        ):
+            train(folder, tmp_path, remembered=lambda model: EMC2SentenceLoss(model), resume=resume)
 
 
 def test_the_memory_of_another_step_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, SogCLRLoss
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, MomentumLoss, NegativeCacheLoss, SogCLRLoss
 from torch_emc2.exact import two_tower_loss
 from torch_emc2.losses import ContrastiveLoss
 
@@ -315,3 +315,26 @@ def test_a_saved_direction_is_loaded(size: int | None, directions: Any) -> None:
     loaded.load_state_dict(saved.state_dict())
     torch.testing.assert_close(loaded(x, y, index), saved(x, y, index), rtol=0, atol=0)
     torch.testing.assert_close(loaded.state_dict(), saved.state_dict(), rtol=0, atol=0)
+
+
+def test_repeated_ids_need_no_default_dtype() -> None:
+    x, y, index = normal(5, D, seed=1), normal(5, D, seed=2), torch.tensor([0, 1, 1, 2, 3])
+    losses: list[Callable[[], ContrastiveLoss]] = [
+        lambda: InfoNCELoss(0.3),
+        lambda: SogCLRLoss(9, 0.3),
+        lambda: EMC2Loss(9, 0.3, kernel="isir"),
+        lambda: NegativeCacheLoss(9, D, 0.3),
+        lambda: MomentumLoss(0.3),
+    ]
+    for build in losses:
+        further = {"slow": (x, y)} if build().needs_slow else {}
+        values = []
+        for dtype in (torch.float32, torch.float64):
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            try:
+                loss_fn = build()
+                values.append([loss_fn(x, y, index, **further).detach() for _ in range(3)])
+            finally:
+                torch.set_default_dtype(before)
+        torch.testing.assert_close(*values, rtol=1e-6, atol=1e-6)

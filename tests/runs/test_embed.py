@@ -235,6 +235,10 @@ def test_a_file_is_itself_from_any_folder(
     assert (done.embedded, done.there) == (0, number)
     table = read_table(out)
     assert all(Path(path).is_relative_to(tmp_path / "deep" / "photos") for path in table.paths)
+    (tmp_path / "deep" / "twice").symlink_to(tmp_path / "deep" / "photos")
+    assert embed_images(finished, [Path("photos"), Path("twice")], tmp_path / "both.parquet").embedded == number
+    assert sorted(read_table(tmp_path / "both.parquet").paths) == sorted(table.paths)
+    (tmp_path / "deep" / "twice").unlink()
     old = replace(table, paths=[os.path.relpath(path) for path in table.paths])
     write_table(old, out)
     monkeypatch.chdir(tmp_path)

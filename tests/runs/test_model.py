@@ -110,6 +110,13 @@ def test_what_is_no_image_is_named(model: Model, images: Path, tmp_path: Path) -
         model.embed([fine, tmp_path])
     left = model.images([tmp_path, fine], on_bad_image="skip")
     assert left.files() == [str(fine)]
+    content = bytearray(fine.read_bytes())
+    content[45:-20] = bytes(len(content) - 65)  # a header and an end, and nothing between
+    (tmp_path / "hollow.png").write_bytes(content)
+    assert model.images([tmp_path, fine], on_bad_image="skip").files() == [str(fine)]
+    (tmp_path / "hollow.png").unlink()
+    with pytest.raises(ValueError, match="on_bad_image must be 'raise' or 'skip', got 'ignore'"):
+        model.images(fine, on_bad_image="ignore")  # type: ignore[arg-type]
     torch.testing.assert_close(model.features(left), model.embed(fine))
     with pytest.raises(DataError, match=r"none of the images can be read: .*bad\.png' \(empty\)"):
         model.images(tmp_path / "bad.png", on_bad_image="skip")

@@ -77,6 +77,17 @@ def test_identical_files_are_told_from_like_ones(tmp_path: Path) -> None:
     assert {row["similarity"] for row in rows} == {"1.000000"}
 
 
+def test_a_link_is_no_copy(tmp_path: Path) -> None:
+    """To delete what is identical must leave each image once."""
+    (tmp_path / "z").write_bytes(b"one")
+    (tmp_path / "a").symlink_to(tmp_path / "z")
+    (tmp_path / "b").hardlink_to(tmp_path / "z")
+    (tmp_path / "c").write_bytes(b"one")
+    paths = [str(tmp_path / name) for name in "azbzc"]
+    pq.write_table(pa.table({"path": paths, "embedding": [[1.0, 0.0]] * 5}), tmp_path / "e.parquet")
+    assert find_duplicates(tmp_path / "e.parquet", 0.99).identical == {4}
+
+
 def test_of_many_groups_the_most_and_the_least_alike_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     monkeypatch.setattr(

@@ -78,9 +78,11 @@ class EMC2SentenceLoss(nn.Module):
                 "num_samples=None, or, of as many texts as rows times columns, give ids_from_labels=True"
             )
         self._by_width: dict[int, ContrastiveLoss] = {}
+        self.called = False
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Return the loss of a batch: what the model is given of each column, and the label column."""
+        self.called = True
         columns = list(sentence_features)
         if len(columns) < 2:
             raise ValueError(f"the data must have columns (anchor, positive, [negative, …]), got {len(columns)}")
@@ -232,6 +234,11 @@ class LossMemoryCallback(TrainerCallback):
         self._losses = {name: each for name, each in loss.named_modules() if isinstance(each, EMC2SentenceLoss)}
         if not self._losses:
             raise ValueError(f"there is no EMC2SentenceLoss in {type(loss).__name__}: give the trainer's loss")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse losses that the trainer does not call, whose memory would be saved empty."""
+        if not any(each.called for each in self._losses.values()):
+            raise ValueError("the trainer has another loss than LossMemoryCallback: give both the same object")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the memory beside the model that has just been saved."""

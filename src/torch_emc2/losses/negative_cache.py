@@ -181,7 +181,8 @@ class _DrawnFromCache(Weighing):
         none = (self.written < 0) | (entries // views == contrast.partner_ids[rows.span, None] // views)
         if rows.relations is not None:
             of_item = rows.relations.related.repeat(1, len(contrast.item_ids) // contrast.ranks.size)
-            own = torch.zeros(none.shape, device=none.device).index_add_(1, contrast.item_ids, of_item.float())
+            own = torch.zeros(none.shape, dtype=torch.int32, device=none.device)
+            own.index_add_(1, contrast.item_ids, of_item.int())
             none = none | (own > 0)
         return none
 

@@ -34,7 +34,7 @@ class Duplicates(NamedTuple):
     Attributes:
         gallery: the images.
         groups: the most alike first; of each image its similarity to the group's first.
-        identical: images whose file is, byte for byte, one that comes before it in its group.
+        identical: images whose file is a copy, byte for byte, of one that comes before it in its group.
     """
 
     gallery: Gallery
@@ -66,15 +66,16 @@ def find_duplicates(source: Path, threshold: float) -> Duplicates:
 
 
 def _identical(rows: Sequence[int], names: Sequence[str]) -> Iterator[int]:
-    """Yield the images whose file one before them is, too; those of no file are none."""
+    """Yield the images whose file is a copy of one before them; a link to one, or the same file twice, is none."""
     seen: dict[int, list[str]] = {}
     for row in rows:
         if os.path.isfile(name := names[row]):
             before = seen.setdefault(os.path.getsize(name), [])
+            if any(os.path.samefile(name, other) for other in before):
+                continue
             if any(filecmp.cmp(name, other, shallow=False) for other in before):
                 yield row
-            else:
-                before.append(name)
+            before.append(name)
 
 
 def write_duplicates(found: Duplicates, out: Path) -> None:

@@ -78,9 +78,10 @@ def embed_images(
     found = find_images(*folders)
     if not found.files:
         raise DataError(f"no images in {named}: give images, or folders that hold some. {found}".rstrip())
+    files = list({_absolute(path): path for path in reversed(found.files)}.values())[::-1]  # by whichever link, once
     known = {} if before is None else dict(zip(map(os.path.realpath, before.paths), before.modified, strict=True))
-    new = [path for path in found.files if not _same(path, known)]
-    there = len(found.files) - len(new)
+    new = [path for path in files if not _same(path, known)]
+    there = len(files) - len(new)
     _LOG.info("%s: %d images to embed. %s", named, len(new), found)
     skip = (on_bad_image or model.config.data.on_bad_image) == "skip"
     check = model.check(new, whole=skip)

@@ -98,8 +98,10 @@ class Model:
         given = list(_given(images, "images"))
         if not given:
             raise DataError("no images: give files, or folders that hold some, images of Pillow, or uint8 (c, h, w)")
+        if on_bad_image not in ("raise", "skip"):
+            raise ValueError(f"on_bad_image must be 'raise' or 'skip', got {on_bad_image!r}")
         files = [image for image in given if isinstance(image, str)]
-        check = self.check(files)
+        check = self.check(files, whole=on_bad_image == "skip")
         decoding, unreadable = check.resolve(self.decoding)
         if unreadable and on_bad_image == "raise":
             advice = "mend or remove them (in Python, model.images(…, on_bad_image='skip') leaves them out)"
