@@ -32,7 +32,7 @@ def made_of(config: Config, images: ImageDataset, module: ContrastiveModule, tra
     size, channels = config.data.augmentation.size, images.channels
     classes = f"{len(images.classes)} classes, not seen in training" if images.classes else "no classes"
     encoder, steps = module.encoder, module.steps_per_epoch(processes)
-    slow = "" if module.slow_encoder is None else ", and a momentum encoder alike"
+    slow = "" if module.slow_encoder is None else f", and a momentum encoder alike, decay {module.decay(processes):.4g}"
     batch = config.batch_size * processes * config.accumulate
     return [
         f"Device: {many}{name}{threads}.",

@@ -65,6 +65,11 @@ class ContrastiveModule(L.LightningModule):
         batches = self.num_samples // (self.config.batch_size * world_size)
         return math.ceil(batches / self.config.accumulate)
 
+    def decay(self, world_size: int = 1) -> float:
+        """Return the momentum encoder's decay, by default that of the samples in a step."""
+        samples = self.config.batch_size * self.config.accumulate * world_size
+        return self.config.momentum.decay or decay_of(samples)
+
     def on_train_start(self) -> None:
         """Take the rate of this run's schedule, where the checkpoint's was that of fewer epochs; and a step's decay."""
         schedule = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_schedulers())
@@ -74,9 +79,8 @@ class ContrastiveModule(L.LightningModule):
             group["lr"] = base * factor(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
         if self.slow_encoder is not None:
-            samples = self.config.batch_size * self.config.accumulate * self.trainer.world_size
-            decay = self.config.momentum.decay or decay_of(samples)
-            self.slow_encoder.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+            average = get_ema_multi_avg_fn(self.decay(self.trainer.world_size))  # type: ignore[no-untyped-call]
+            self.slow_encoder.multi_avg_fn = average
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make a resumed run the same: dropout and its like, and what is frozen, depend on the place in training."""
