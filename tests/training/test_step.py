@@ -26,6 +26,7 @@ from torch_emc2.losses import EMC2Loss
 from torch_emc2.losses.visiting import Visiting
 from torch_emc2.settings.model import Norm
 from torch_emc2.training import ContrastiveData, ContrastiveModule, train
+from torch_emc2.training.progress import made_of
 
 
 @pytest.mark.parametrize("finite_views", [None, 2])
@@ -425,3 +426,14 @@ def test_a_momentum_encoder_follows_each_step_of_the_optimiser(
         expected = {name: decay * each + (1 - decay) * own[name] for name, each in expected.items()}
     torch.testing.assert_close({name: each.detach() for name, each in keep.slow.items()}, expected)
     assert not any(each.requires_grad for each in keep.slow.values())
+
+
+def test_the_decay_is_that_of_a_step_s_samples(tiny: Config) -> None:
+    config = replace(tiny, loss="momentum", batch_size=32, accumulate=2)
+    assert ContrastiveModule(config, 1, 99).decay(world_size=2) == 1 - 128 / 3200
+    config.momentum.decay = 0.75
+    module = ContrastiveModule(config, 1, 99)
+    assert module.decay(world_size=2) == 0.75
+    images = open_dataset("digits", "train", Path("data"))
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert made_of(config, images, module, trainer)[2].endswith("and a momentum encoder alike, decay 0.75.")
