@@ -152,7 +152,7 @@ def test_of_two_held_out_parts_the_test_part_tests(tmp_path):
         ["test/3.png"],
     ]
     assert str(folder) == (
-        f"{str(tmp_path)!r}: 2 images to train on in 'train/', without classes. "
+        f"{str(tmp_path)!r}: 2 training images in 'train/', without classes. "
         "Held out, to test on: 1 in 'test/', without classes. "
         "Left out: 1 .txt, 1 images beside the splits, 1 images in 'dev', 1 images in 'extra'."
     )
@@ -164,7 +164,7 @@ def test_a_training_part_alone_has_its_fifth_held_out(tmp_path):
     assert folder.classes == ["a", "train"]
     assert folder.held_out is None
     assert str(folder) == (
-        f"{str(tmp_path)!r}: 4 images to train on in 'train/', 2 classes of 1 ('train') to 3 images. "
+        f"{str(tmp_path)!r}: 4 training images in 'train/', 2 classes of 1 ('train') to 3 images. "
         "No part is held out: a fixed fifth of each class is kept to test the probe, which the rest teach."
     )
 

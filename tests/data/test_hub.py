@@ -60,7 +60,7 @@ def test_splits_classes_and_pixels(tmp_path: Path) -> None:
     assert train.labels is not None
     assert train.labels.tolist() == [0, 1, 1, 0, 1, 0]
     assert str(read_hub(name)) == (
-        f"{name}: 6 images to train on, 2 classes. Held out, to test on: 4. Left out: 'unsupervised'."
+        f"{name}: 6 training images, 2 classes. Held out, to test on: 4. Left out: 'unsupervised'."
     )
     again = pickle.loads(pickle.dumps(train))  # as a loader's workers are given it
     assert torch.equal(again.image(3), train.image(3))

@@ -75,7 +75,7 @@ class ImageFolder:
     def __str__(self) -> str:
         """What was understood, in a few sentences."""
         where = f" in {self.train_name + '/'!r}" if self.train_name else ""
-        said = [f"{str(self.path)!r}: {len(self.train)} images to train on{where}, {_classes(self.train)}."]
+        said = [f"{str(self.path)!r}: {len(self.train)} training images{where}, {_classes(self.train)}."]
         if self.held_out is not None:
             where = f" in {self.held_out_name + '/'!r}" if self.held_out_name else ""
             said.append(f"Held out, to test on: {len(self.held_out)}{where}, {_classes(self.held_out)}.")

@@ -93,7 +93,7 @@ class HubData:
     def __str__(self) -> str:
         """What was understood, in a few sentences."""
         classes = f"{len(self.train.classes)} classes" if self.train.labels is not None else "no labels"
-        said = [f"{self.name}: {len(self.train)} images to train on, {classes}."]
+        said = [f"{self.name}: {len(self.train)} training images, {classes}."]
         if self.held_out is not None:
             said.append(f"Held out, to test on: {len(self.held_out)}.")
         elif self.train.labels is not None:
