@@ -239,6 +239,14 @@ def test_a_file_is_itself_from_any_folder(
     assert embed_images(finished, [Path("photos"), Path("twice")], tmp_path / "both.parquet").embedded == number
     assert sorted(read_table(tmp_path / "both.parquet").paths) == sorted(table.paths)
     (tmp_path / "deep" / "twice").unlink()
+    (tmp_path / "cats").mkdir()
+    shutil.copy(next(Path("photos").iterdir()), tmp_path / "cats" / "a.png")
+    monkeypatch.chdir(tmp_path.parent)
+    embed_images(finished, [tmp_path / "cats", Path(tmp_path.name)], tmp_path / "class.parquet")
+    found = read_table(tmp_path / "class.parquet")  # in the first folder alone it would have no class
+    assert dict(zip(found.paths, found.labels, strict=True))[str(tmp_path / "cats" / "a.png")] == "cats"
+    monkeypatch.chdir(tmp_path / "deep")
+    shutil.rmtree(tmp_path / "cats")
     old = replace(table, paths=[os.path.relpath(path) for path in table.paths])
     write_table(old, out)
     monkeypatch.chdir(tmp_path)

@@ -234,10 +234,12 @@ class LossMemoryCallback(TrainerCallback):
         self._losses = {name: each for name, each in loss.named_modules() if isinstance(each, EMC2SentenceLoss)}
         if not self._losses:
             raise ValueError(f"there is no EMC2SentenceLoss in {type(loss).__name__}: give the trainer's loss")
+        several = loss.values() if isinstance(loss, nn.ModuleDict) else [loss]
+        self._all = all(any(isinstance(each, EMC2SentenceLoss) for each in one.modules()) for one in several)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse losses that the trainer does not call, whose memory would be saved empty."""
-        if not any(each.called for each in self._losses.values()):
+        if self._all and not any(each.called for each in self._losses.values()):
             raise ValueError("the trainer has another loss than LossMemoryCallback: give both the same object")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import filecmp
+import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
@@ -67,15 +68,19 @@ def find_duplicates(source: Path, threshold: float) -> Duplicates:
 
 def _identical(rows: Sequence[int], names: Sequence[str]) -> Iterator[int]:
     """Yield the images whose file is a copy of one before them; a link to one, or the same file twice, is none."""
-    seen: dict[int, list[str]] = {}
-    for row in rows:
-        if os.path.isfile(name := names[row]):
-            before = seen.setdefault(os.path.getsize(name), [])
-            if any(os.path.samefile(name, other) for other in before):
-                continue
-            if any(filecmp.cmp(name, other, shallow=False) for other in before):
-                yield row
-            before.append(name)
+    stats = {row: os.stat(names[row]) for row in rows if os.path.isfile(names[row])}
+    sizes = Counter(stat.st_size for stat in stats.values())
+    files: set[tuple[int, int]] = set()
+    contents: set[bytes] = set()
+    for row, stat in stats.items():
+        if sizes[stat.st_size] < 2 or (stat.st_dev, stat.st_ino) in files:
+            continue
+        files.add((stat.st_dev, stat.st_ino))
+        with open(names[row], "rb") as file:
+            content = hashlib.file_digest(file, "sha256").digest()
+        if content in contents:
+            yield row
+        contents.add(content)
 
 
 def write_duplicates(found: Duplicates, out: Path) -> None:

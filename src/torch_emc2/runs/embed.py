@@ -78,7 +78,7 @@ def embed_images(
     found = find_images(*folders)
     if not found.files:
         raise DataError(f"no images in {named}: give images, or folders that hold some. {found}".rstrip())
-    files = list({_absolute(path): path for path in reversed(found.files)}.values())[::-1]  # by whichever link, once
+    files = _once(found.files, folders)
     known = {} if before is None else dict(zip(map(os.path.realpath, before.paths), before.modified, strict=True))
     new = [path for path in files if not _same(path, known)]
     there = len(files) - len(new)
@@ -134,6 +134,16 @@ def _absolute(path: str) -> str:
     """A file's path from everywhere; of links those are followed that lead to its folder, not the file's own."""
     folder, name = os.path.split(path)
     return os.path.join(os.path.realpath(folder), name)
+
+
+def _once(files: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Leave out files that come a second time, by a link or another name of their folder; one with a class stays."""
+    chosen: dict[str, str] = {}
+    for path in files:
+        before = chosen.setdefault(_absolute(path), path)
+        if class_of(before, folders) is None and class_of(path, folders) is not None:
+            chosen[_absolute(path)] = path
+    return list(chosen.values())
 
 
 def _from_everywhere(table: EmbeddingTable, file: Path) -> EmbeddingTable:
