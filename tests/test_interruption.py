@@ -329,7 +329,11 @@ def test_two_runs_do_not_share_a_folder(tiny: Config) -> None:
     for norm in ("none", "group"):
         with pytest.raises(ValueError, match=rf"config differs \(model\.norm: batch, now {norm}"):
             train(replace(tiny, model=replace(tiny.model, norm=norm)), resume=True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"config differs \(emc2\.num_chains: 1, now 2\)"):
+        train(replace(tiny, emc2=replace(tiny.emc2, num_chains=2)), resume=True)
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
+    other = replace(tiny, momentum=replace(tiny.momentum, decay=0.5))  # of a loss that the run has not
+    assert train(other, resume=True) == run
 
 
 def test_the_order_of_a_list_counts_on_resume(tiny: Config) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch_emc2.config import Config, recorded_config, to_yaml
 from torch_emc2.files import load_checkpoint, one_line
 from torch_emc2.run_folder import finished_epochs, has_results, read_facts, resume_command
+from torch_emc2.settings.losses import LOSSES, group_of, is_outside
 
 __all__ = ["find_checkpoint", "refuse_another", "validate_checkpoint"]
 
@@ -106,6 +107,9 @@ def _what_counts(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
         "data.on_bad_image",
     ):
         fields.pop(name)
+    if not is_outside(config.loss):  # which may read any
+        others = {group_of(name) for name in LOSSES if name != config.loss}
+        fields = {name: value for name, value in fields.items() if name.partition(".")[0] not in others}
     fields["batch_size on all devices"] = fields.pop("batch_size") * facts["processes"]
     if config.model.norm == "batch":  # its statistics are those of a process's part
         fields["processes"] = facts["processes"]
