@@ -438,7 +438,9 @@ def test_a_start_in_the_folder_of_another_has_rows_of_its_own(tiny: Config, monk
     assert (run / "metrics.csv").read_text() == rows
 
 
-def test_a_finished_run_goes_on_to_more_epochs(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_goes_on_to_more_epochs(
+    tiny: Config, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     tiny = replace(tiny, optimizer=replace(tiny.optimizer, lr=0.01, warmup_epochs=1))
     run = train(tiny)
     trained, words = (run / "encoder.safetensors").read_bytes(), "rates of 2 epochs up to step 8, then those of 5"
@@ -453,7 +455,10 @@ def test_a_finished_run_goes_on_to_more_epochs(tiny: Config, capsys: pytest.Capt
     assert [float(row["lr"]) for row in rows] == pytest.approx([*warm, *first, *then], rel=1e-5)
     assert (run / "encoder-2-epochs.safetensors").read_bytes() == trained
     assert (run / "encoder.safetensors").read_bytes() != trained
+    caplog.set_level("INFO", "torch_emc2")
+    caplog.clear()
     assert train(replace(tiny, epochs=5), resume=True) == run
+    assert "All 5 epochs had been trained." in caplog.text
     assert json.loads((run / "versions.json").read_text())["schedule"] == [words]
     with pytest.raises(ValueError, match=r"config differs \(epochs: 5, now 2\)"):
         train(tiny, resume=True)
@@ -502,6 +507,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(fi
     before = copy.deepcopy(module.state_dict())
     validate_checkpoint(last, module)
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt is of another loss"
+    ):  # which has a momentum encoder beside the same
+        validate_checkpoint(last, ContrastiveModule(replace(config, loss="momentum"), 1, 66))
     for foreign in (None, {"a": 1}, memory | {"chains": {}}, memory | {"seed": "0"}):
         checkpoint["state_dict"]["loss._extra_state"] = foreign
         torch.save(checkpoint, last)

@@ -80,19 +80,28 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def _written(kind: str, suffix: str) -> Callable[[str], Path]:
+    """Return what reads the name of a file that is to be written."""
+
+    @_telling
+    def read(text: str) -> Path:
+        if not text.endswith(suffix):
+            raise ValueError(f"{text} will be {kind}: give it a name that ends in {suffix}")
+        return path(text)
+
+    return read
+
+
+parquet = _written("a Parquet file", ".parquet")
+picture = _written("a PNG", ".png")
+csv = _written("a CSV", ".csv")
+
+
 @_telling
 def images(text: str) -> Path:
     """Read the name of an image, or of a folder of some."""
     if not os.path.exists(path(text)):
         raise ValueError(f"there is no {text!r}: give images, or folders that hold some")
-    return path(text)
-
-
-@_telling
-def parquet(text: str) -> Path:
-    """Read the name of a table."""
-    if not text.endswith(".parquet"):
-        raise ValueError(f"{text} will be a Parquet file: give it a name that ends in .parquet")
     return path(text)
 
 
@@ -103,22 +112,6 @@ def table(text: str) -> Path:
     if not os.path.isfile(source):
         raise ValueError(f"there is no {text!r}: emc2 embed RUN FOLDER -o {text} writes it")
     return source
-
-
-@_telling
-def picture(text: str) -> Path:
-    """Read the name of a picture that is to be written."""
-    if not text.endswith(".png"):
-        raise ValueError(f"{text} will be a PNG: give it a name that ends in .png")
-    return path(text)
-
-
-@_telling
-def csv(text: str) -> Path:
-    """Read the name of a CSV that is to be written."""
-    if not text.endswith(".csv"):
-        raise ValueError(f"{text} will be a CSV: give it a name that ends in .csv")
-    return path(text)
 
 
 @_telling

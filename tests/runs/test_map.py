@@ -1,6 +1,7 @@
 """Maps of embeddings: near one another what is near, groups named, all of it in the picture."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,10 +30,12 @@ def table(folder: Path, labels: list[str | None], per: int = 20) -> Path:
     return folder / "e.parquet"
 
 
-@pytest.mark.parametrize("with_classes", [True, False])
-def test_what_is_near_is_near_and_has_a_group(with_classes: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("classes", "by"), [(True, "class"), (True, "cluster"), (False, "class")])
+def test_what_is_near_is_near_and_has_a_group(classes: bool, by: Any, tmp_path: Path) -> None:
     true = [name for name in ("$x_$", "b" * 100, "c") for _ in range(20)]
-    found = map_of(table(tmp_path, true if with_classes else [None] * 60))
+    found = map_of(table(tmp_path, true if classes else [None] * 60), by=by)
+    with_classes = classes and by == "class"
+    assert found.kind == ("class" if with_classes else "cluster")
     apart = np.linalg.norm(found.places[:, None] - found.places[None], axis=2)
     np.fill_diagonal(apart, np.inf)
     assert [i // 20 for i in apart.argmin(1)] == [i // 20 for i in range(60)]

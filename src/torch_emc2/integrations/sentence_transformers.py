@@ -45,6 +45,9 @@ class EMC2SentenceLoss(nn.Module):
             `CachedMultipleNegativesRankingLoss` (GradCache, Gao et al. 2021): the gradient is the whole batch's, and
             each row is embedded twice. Not in a `MatryoshkaLoss`.
 
+    Attributes:
+        called: whether it has had a batch.
+
     Inputs and labels are as of `MultipleNegativesRankingLoss`; all rows of a batch share the negative columns. In
     evaluation mode, and without gradient, no chain moves. A batch without negatives, as a last one of a single pair,
     has loss 0. Several processes gather their batches. `LossMemoryCallback` keeps the memory in the trainer's
