@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -592,6 +593,24 @@ def test_what_stops_a_run_is_told_and_how_to_go_on(
     with pytest.raises(kind) as raised:
         train(tiny)
     assert str(raised.value) == f"{words}; emc2 train {tiny.out}/config.yaml --resume starts again: no checkpoint yet"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed"), RuntimeError, "pid 7) is killed; emc2 train "),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError, "No space left on device"),
+    ],
+)  # fmt: skip
+def test_what_stops_a_run_while_it_writes_for_tensorboard_is_told_as_it_is(
+    error: Exception, kind: type[Exception], words: str, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
+    with pytest.raises(kind, match=re.escape(words)):
+        train(tiny)
 
 
 def test_a_run_does_not_go_among_other_files(tiny: Config, tmp_path: Path) -> None:

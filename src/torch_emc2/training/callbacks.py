@@ -1,4 +1,4 @@
-"""What goes along with a training run: its metrics file, whole checkpoints, and how it stops."""
+"""What goes along with a training run: its metrics files, whole checkpoints, and how it stops."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -21,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch_emc2.files import whole_file
 from torch_emc2.run_folder import resume_command
 
-__all__ = ["KeptCheckpoints", "MetricsFile", "StopOnSIGTERM", "WholeCheckpoints"]
+__all__ = ["KeptCheckpoints", "MetricsFile", "StopOnSIGTERM", "TensorBoardFile", "WholeCheckpoints"]
 
 
 class MetricsFile(L.Callback):
@@ -84,6 +85,22 @@ class MetricsFile(L.Callback):
 
 def _is_whole(row: Mapping[str | None, Any]) -> bool:
     return str(row.get("step")).isdigit() and None not in row and None not in row.values()
+
+
+class TensorBoardFile(TensorBoardLogger):
+    """Lightning's, which calls whatever stops a run while it writes an unsupported value: a full disk, a dead worker."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write them.
+
+        Raises:
+            OSError: they cannot be written.
+            RuntimeError: a loader's worker was killed meanwhile.
+        """
+        try:
+            super().log_metrics(metrics, step)
+        except ValueError as error:
+            raise error.__cause__ or error from None
 
 
 class KeptCheckpoints(ModelCheckpoint):

@@ -16,7 +16,6 @@ import lightning as L
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -29,7 +28,13 @@ from torch_emc2.losses.registry import find
 from torch_emc2.models import build_encoder, save_encoder
 from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_used, resume_command
 from torch_emc2.training.batches import ContrastiveData
-from torch_emc2.training.callbacks import KeptCheckpoints, MetricsFile, StopOnSIGTERM, WholeCheckpoints
+from torch_emc2.training.callbacks import (
+    KeptCheckpoints,
+    MetricsFile,
+    StopOnSIGTERM,
+    TensorBoardFile,
+    WholeCheckpoints,
+)
 from torch_emc2.training.progress import Progress, made_of
 from torch_emc2.training.resume import find_checkpoint, refuse_another, validate_checkpoint
 from torch_emc2.training.run_images import first_images, folder_of, own_data, same_images
@@ -170,7 +175,7 @@ def _trainer(config: Config, run: Path, callbacks: Sequence[L.Callback]) -> L.Tr
             precision=config.precision,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.optimizer.clip,
-            logger=TensorBoardLogger(run, name="", version="tensorboard"),
+            logger=TensorBoardFile(run, name="", version="tensorboard"),
             callbacks=[MetricsFile(run / "metrics.csv"), Progress(sys.stdout.isatty()), *callbacks],
             plugins=[WholeCheckpoints()],
             use_distributed_sampler=False,  # the sampler knows its rank
