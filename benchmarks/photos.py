@@ -2,7 +2,7 @@
 
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0   # into PACKAGES
     python benchmarks/photos.py make PACKAGES emoji      # emoji/train, emoji/validation, emoji/test
-    emc2 train photos --data.name folder:emoji/train --out runs/emoji
+    emc2 train folder:emoji/train --out runs/emoji
     python benchmarks/photos.py score emoji/test runs/emoji   # and the untrained encoder, and raw pixels
 
 A run sees both vendors' drawings of the training part, and not which belong together.

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from torch_emc2.integrations.sentence_transformers import EMC2SentenceLoss, LossMemoryCallback
+
+try:
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+except ImportError:  # before 5.4
+    from sentence_transformers.evaluation import InformationRetrievalEvaluator
 
 MODULES = "builtins os os.path shutil math random re string time datetime json statistics itertools functools inspect"
 

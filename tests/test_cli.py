@@ -48,6 +48,8 @@ WRONG = {
     "learn": "no command 'learn'; there are quickstart, train,",
     "evalute runs": "no command 'evalute': did you mean evaluate?",
     "train nothing": "'nothing' is neither a preset",
+    "train used": "nor a YAML file; folder:used trains on a folder's images",
+    "train folder:none": "none",
     "train quickstart --batch_size x": "batch_size",
     "train quickstart --batch_size 1": "batch_size must be at least 2, got 1",
     "train quickstart --lss dcl": "there is no field --lss: did you mean --loss?",
@@ -277,7 +279,7 @@ def test_embeddings_are_searched_grouped_and_mapped(
     assert main(["duplicates", "e.parquet", "--threshold", "0.9999", "--csv", "d.csv"]) == 0
     told = capsys.readouterr().out
     assert " 1.000  photos/cat/a.png\n 1.000  photos/dog/copy.png  identical\n" in told
-    assert "1 images are identical: byte for byte" in told
+    assert "Identical, byte for byte a file that comes before in its group: 1 of these." in told
     assert told.endswith("Written: duplicates.png, d.csv\n")
     rows = Path("d.csv").read_text().splitlines()
     assert rows[0] == "group,similarity,identical,path"

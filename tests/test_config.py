@@ -154,6 +154,8 @@ def test_words_cannot_import_a_module(words: list[str], tmp_path: Path, monkeypa
 
 
 def test_an_unknown_preset_is_named_with_the_known() -> None:
+    own = read_config("folder:my/pictures", ["--epochs", "3"])
+    assert own == read_config("photos", ["--data.name", "folder:my/pictures", "--epochs", "3"])
     with pytest.raises(ValueError, match=r"'fashion' is neither a preset .*fashion-mnist.* nor a YAML file"):
         read_config("fashion")
 
@@ -280,3 +282,4 @@ def test_home_is_written_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert read_config("~/my.yaml", ["--out=~/d"]).out == f"{tmp_path}/d"
     assert replace(config, out="~").out == str(tmp_path)
+    assert replace(config, out="runs/a/").out == "runs/a"  # as a shell completes it

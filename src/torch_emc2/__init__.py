@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from torch_emc2 import exact
     from torch_emc2.chunked import cached_backward
+    from torch_emc2.indexed import IndexedDataset
     from torch_emc2.kernels import metropolis
     from torch_emc2.losses import (
         ContrastiveLoss,
@@ -31,6 +32,7 @@ __all__ = [
     "ContrastiveLoss",
     "DCLLoss",
     "EMC2Loss",
+    "IndexedDataset",
     "InfoNCELoss",
     "MomentumLoss",
     "NegativeCacheLoss",
@@ -43,7 +45,13 @@ __all__ = [
     "metropolis",
 ]
 
-_HOMES = {"Temperature": "temperature", "cached_backward": "chunked", "exact": "exact", "metropolis": "kernels"}
+_HOMES = {
+    "IndexedDataset": "indexed",
+    "Temperature": "temperature",
+    "cached_backward": "chunked",
+    "exact": "exact",
+    "metropolis": "kernels",
+}
 
 
 def load(

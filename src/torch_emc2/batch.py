@@ -267,8 +267,8 @@ def require_negatives(contrasts: Sequence[Contrast], widened: Sequence[Contrast]
         if size < 2:
             raise NoNegatives(f"a batch of {size} has no negatives: give 2 samples or more (drop_last=True helps)")
         raise NoNegatives(
-            "a row has no negatives: all other samples of the batch are known to be its own, by ids, labels or same; "
-            "give larger batches (InfoNCE bears it)"
+            "a row has no negatives: every other sample of the batch shares its id or label, or is marked in same; "
+            "give larger batches, or take InfoNCELoss, which accepts such rows"
         )
 
 

@@ -22,7 +22,8 @@ def groups_of_fields(prog: str) -> str:
     parser = _parser(prog)
     lines = [parser.format_usage().rstrip(), ""]
     if "PRESET_OR_YAML" in lines[0]:
-        lines.append(_wrapped(f"PRESET_OR_YAML: {', '.join(presets())}, or a file, as emc2 presets NAME prints one"))
+        file = "or a file, as emc2 presets NAME prints one; or folder:PATH, which is photos with its images"
+        lines.append(_wrapped(f"PRESET_OR_YAML: {', '.join(presets())}, {file}"))
     lines += [_wrapped(f"LOSS: {_losses()}"), ""]
     for group in parser._action_groups:
         names = [action.dest for action in group._group_actions if action.help is not argparse.SUPPRESS]

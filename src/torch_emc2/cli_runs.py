@@ -145,11 +145,10 @@ def duplicates(argv: list[str]) -> None:
         return
     print(f"{found}\n")
     held = f"{sum(map(len, found.groups))} of {len(found.gallery)} images"
-    print(f"{len(found.groups)} groups hold {held}. Shown: the cosine similarity to the group's first.")
+    hold = "1 group holds" if len(found.groups) == 1 else f"{len(found.groups)} groups hold"
+    print(f"{hold} {held}. Shown: the cosine similarity to the group's first.")
     if found.identical:
-        print(
-            f"{len(found.identical)} images are identical: byte for byte a file that comes before them in their group."
-        )
+        print(f"Identical, byte for byte a file that comes before in its group: {len(found.identical)} of these.")
     print(f"--threshold is {args.threshold}: a higher one finds fewer.")
     draw_duplicates(found, args.out)
     print(f"Written: {args.out}" + (f", {args.csv}" if args.csv else ""))

@@ -43,7 +43,8 @@ class DataConfig:
         channels: 1 or 3; by default what the data set has.
         limit: pre-train on a random subset of at most this many images.
         augmentation: how the random views are drawn; its size is the encoder's input.
-        decode_once: keep the pixels of images that are in files in one file below root, where its disk has the room.
+        decode_once: decode image files once and keep their pixels in one file below root; where its disk is too full,
+            they are decoded each time.
         augment: who draws views: the workers, one at a time; or the device that trains, a batch at a time, of images of
             one size.
         finite_views: views precomputed for every image, stored below root; by default two are drawn anew each time.
@@ -195,7 +196,7 @@ class Config(_Groups):  # type: ignore[misc]
     out: str = "runs/train"
 
     def __post_init__(self) -> None:
-        self.out = os.path.expanduser(self.out)
+        self.out = os.path.expanduser(self.out).rstrip("/") or self.out
         refuse_extremes(asdict(self))
         require_loss(self.loss)
         if self.positive_weight is not None:
@@ -247,6 +248,8 @@ def plain_words(words: Sequence[str]) -> list[str]:
 def read_config(preset: str, overrides: list[str] | None = None, prog: str = "emc2 train") -> Config:
     """Read a preset's name or a YAML file, and overrides as on the command line (``["--loss", "infonce"]``).
 
+    ``folder:PATH``, and ``hf:…``, stand for the preset photos with these images.
+
     The config.yaml of a run's folder gives that folder as ``out``, wherever it was when the run began.
 
     Raises:
@@ -254,9 +257,12 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
             the user's own, which would be imported, and the overrides do not.
     """
     known, words = presets(), plain_words(overrides or [])
+    if preset.startswith(("folder:", "hf:")):
+        preset, words = "photos", ["--data.name", preset, *words]
     file = known.get(preset, Path(os.path.expanduser(preset)))
     if not os.path.isfile(file):  # Path's own raises where the name is too long
-        raise ValueError(f"{preset!r} is neither a preset ({', '.join(known)}) nor a YAML file")
+        images = f"; folder:{preset} trains on a folder's images" if os.path.isdir(file) else ""
+        raise ValueError(f"{preset!r} is neither a preset ({', '.join(known)}) nor a YAML file{images}")
     config = _read(file, words, prog)
     if is_outside(config.loss) and "--loss" not in (word.partition("=")[0] for word in words):
         raise ValueError(

@@ -20,9 +20,9 @@ __all__ = ["cause", "is_running", "load_checkpoint", "one_line", "whole_file"]
 def whole_file(path: Path) -> Iterator[Path]:
     """Give an empty file beside ``path`` to write; it takes ``path``, or the place of what is there, when whole.
 
-    Each writer has one of its own: of several the last one's stands. It has the mode of what is there, else the one
-    that any new file gets, also where a library puts another file in its place. Where ``path`` is a link, all that is
-    said of it is said of the file that it leads to.
+    Writers at the same time do not disturb one another: the last to finish wins. A file that is replaced keeps its
+    permissions, and a new one gets those of any new file, also where a library puts its own file in the given one's
+    place. Where ``path`` is a link, the file that it leads to is replaced.
 
     Raises:
         OSError: it could not be written; what is there is kept. One that names another file goes through as it is.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_emc2.geometry import Contrast
 from torch_emc2.known import NO_ID, Relations, with_further
 
-__all__ = ["Positive", "Rows", "Whole", "known_own", "parts"]
+__all__ = ["Positive", "RowBuffer", "Rows", "known_own", "parts"]
 
 _AT_ONCE = {"cpu": 1 << 20}
 _AT_ONCE_ELSEWHERE = 1 << 26
@@ -143,9 +143,9 @@ class Rows:
         return count.to(self.vectors.dtype).log() if isinstance(count, Tensor) else math.log(count)
 
     def log_with_remembered(self) -> Tensor:
-        """(rows,) logarithm of how many negatives there are for each that is not remembered.
+        """(rows,) log(all negatives / negatives that are not remembered), by which κ grows.
 
-        What is remembered is in every set of proposals, and counts for each view of a sample.
+        What is remembered counts once a view, since it is in every set of proposals.
         """
         assert self.no_negatives is not None
         remembered = (~self.no_negatives[:, self.contrast.remembered]).sum(1) * self.contrast.column_views
@@ -211,7 +211,7 @@ class Rows:
 
 
 def parts(contrast: Contrast, width: int = 0) -> Iterator[Rows]:
-    """Yield all rows, as many at a time as have similarities, ``width`` more each, that are quick to go through."""
+    """Yield the rows in blocks, whose similarities, with ``width`` further numbers a row, are quick to go through."""
     at_once = _AT_ONCE.get(contrast.rows.device.type, _AT_ONCE_ELSEWHERE)
     step = max(_FEWEST_ROWS, at_once // (len(contrast.columns) + contrast.num_further + width))
     for start in range(0, len(contrast.rows), step):
@@ -220,13 +220,13 @@ def parts(contrast: Contrast, width: int = 0) -> Iterator[Rows]:
 
 def known_own(contrast: Contrast, ids: Tensor) -> Tensor:
     """(rows, j) which of candidates' ``ids`` (rows, j), of all rows, are known to be the row's own."""
-    known = Whole()
+    known = RowBuffer()
     for part in parts(contrast):
         known.add(part, part.known_own(part.of(ids)))
     return known.tensors[0]
 
 
-class Whole:
+class RowBuffer:
     """What parts say of their rows, tensors (rows, …), put together as it comes.
 
     A list of them would not do: small tensors that stay among the large ones that go tear the heap into holes.

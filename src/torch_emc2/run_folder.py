@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -97,12 +98,17 @@ def keep_finished(run: Path, epochs: int) -> None:
     """
     saved = read_facts(run)
     if (finished := saved.get("finished", epochs)) != epochs:
-        others = [file.name for file in run.glob("evaluation-*.json") if not file.stem.endswith("-epochs")]
+        others = [file.name for file in evaluations(run) if file.name != "evaluation.json"]
         theirs = [f"neighbours{name.removeprefix('evaluation').removesuffix('.json')}.png" for name in others]
         for file in (run / name for name in (*_OF_AN_ENCODER, *others, *theirs)):
             if file.is_file():
                 file.rename(file.with_stem(f"{file.stem}-{finished}-epochs"))
     _write_facts(run, saved | {"finished": epochs})
+
+
+def evaluations(run: Path) -> list[Path]:
+    """Return the files with what was measured of a run's encoder, and not of those that it had after fewer epochs."""
+    return sorted(file for file in run.glob("evaluation*.json") if not re.search(r"-\d+-epochs$", file.stem))
 
 
 def is_finished(run: Path) -> bool:

@@ -61,6 +61,9 @@ def validate_inputs(
     Raises:
         ValueError, TypeError: one cannot be used.
     """
+    for name, value in (("y", y), ("hard", hard), ("same", same)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if index is None and needs_index:
         call = "loss(x, y, index)" if x.ndim == 2 else "loss(x, index=index) for x of (b, views, d)"
         raise ValueError(f"this loss needs index, the ids of the batch's samples: {call}")

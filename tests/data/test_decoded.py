@@ -45,6 +45,15 @@ def test_pixels_paths_and_labels_are_those_of_the_files(images, tmp_path):
     assert len(pickled) < 3000
 
 
+def test_a_files_name_may_be_no_text(tmp_path):
+    """Linux has names of any bytes."""
+    file = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    Image.new("RGB", (4, 4), "red").save(file)
+    once = decoded_once(ImageDataset(FileImages([file])), folder=tmp_path / "kept")
+    assert once.path(0) == file
+    assert torch.equal(once.image(0), decode_image(file))
+
+
 def test_it_is_made_once_for_the_same_files(images, tmp_path, monkeypatch):
     folder = tmp_path / "kept"
     decoded_once(images, folder=folder)

@@ -263,6 +263,7 @@ def test_every_experiment_runs_from_end_to_end(name: str, results: Path, monkeyp
     ("name", "overrides"),
     [
         ("small-batch", ["--batch_size", "16"]),
+        ("burn-in", ["--emc2.burn-in=0.3", "--emc2.kernel=metropolis"]),
         ("batch-size", ["--loss", "dcl"]),
         ("burn-in", ["--emc2.burn_in=0.3", "--emc2.kernel=metropolis"]),
         ("carry", ["--seed", "3"]),
@@ -270,7 +271,7 @@ def test_every_experiment_runs_from_end_to_end(name: str, results: Path, monkeyp
     ],
 )
 def test_a_field_that_the_experiment_sets_is_refused(name: str, overrides: list[str], tmp_path: Path) -> None:
-    field = overrides[0].partition("=")[0]
+    field = overrides[0].partition("=")[0].replace("burn-in", "burn_in")
     with pytest.raises(ValueError, match=f"{field} is what {name} sets for its runs itself"):
         run_experiment(name, dataset="digits", scale="smoke", out=tmp_path, overrides=overrides)
     assert not list(tmp_path.iterdir())
@@ -349,6 +350,10 @@ def test_what_is_no_search_is_refused(tmp_path: Path) -> None:
     (tmp_path / "best.yaml").write_text(yaml.safe_dump([1, 2]))
     with pytest.raises(ValueError, match=r"is not a search's best\.yaml"):
         read_tuned(tmp_path / "best.yaml")
+    for text, words in (("a: [", "is not YAML"), ("DCL: {temperature: hot}", "must be a number, got 'hot'")):
+        (tmp_path / "best.yaml").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            read_tuned(tmp_path / "best.yaml")
     with pytest.raises(ValueError, match="no experiment 'figure-9'; there are search, small-batch"):
         run_experiment("figure-9")
     with pytest.raises(ValueError, match="tuned names methods \\['MoCo'\\]; there are InfoNCE"):

@@ -252,7 +252,9 @@ def test_averages_of_another_temperature_are_refused(name: str) -> None:
     loss_fn.temperature = 0.1  # is what it was
     with pytest.raises(ValueError, match=r"are of temperature 0\.1 and cannot be converted to 0\.5: forget\(ids\)"):
         loss_fn.temperature = 0.5
-    with pytest.raises(ValueError, match=r"saved averages are of temperature 0\.5 and cannot be converted to 0\.1"):
+    with pytest.raises(
+        ValueError, match=r"saved averages are of temperature 0\.5 and cannot be converted to temperature 0\.1"
+    ):
         loss_fn.load_state_dict(other.state_dict())
     assert loss_fn.temperature == 0.1
     assert_same(loss_fn.state_dict(), before)

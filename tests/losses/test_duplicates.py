@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -338,3 +339,11 @@ def test_repeated_ids_need_no_default_dtype() -> None:
             finally:
                 torch.set_default_dtype(before)
         torch.testing.assert_close(*values, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [{"y": [[1.0]]}, {"hard": [[1.0]]}, {"same": np.eye(3, dtype=bool)}])
+def test_what_is_no_tensor_is_refused_by_its_name(given: dict[str, Any]) -> None:
+    x = torch.randn(3, 4)
+    (name,) = given
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got "):
+        InfoNCELoss()(x, **({"y": x} | given))

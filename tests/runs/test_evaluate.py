@@ -93,6 +93,13 @@ def paint(folder: Path, *counts: tuple[str, int]) -> str:
     return f"folder:{folder}"
 
 
+def test_images_beside_the_folders_are_said_to_be_a_class(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    data = paint(tmp_path / "shapes", ("x", 10), (".", 5))
+    beside = "images that lie beside the folders count as a class of their own, '.'"
+    assert evaluate_run(run, data)[0].notes == [NOTE, beside]
+
+
 def test_another_data_set_has_files_of_its_own(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "evaluation.json").write_text("the run's own")

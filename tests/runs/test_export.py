@@ -114,6 +114,11 @@ def test_the_card_says_what_the_model_is_and_how_it_is_used(finished: Path, tmp_
     assert "pretrained weights" not in card
     assert "/home/me" not in card
 
+    (run / "evaluation-cats-0a.json").rename(run / "evaluation-cats-0a-9-epochs.json")  # of an encoder before
+    export_run(run, tmp_path / "later")
+    assert "43.21 %" not in (tmp_path / "later" / "README.md").read_text()
+    (run / "evaluation-cats-0a-9-epochs.json").rename(run / "evaluation-cats-0a.json")
+
     (run / "evaluation-cats-0a.json").write_text("{}")
     with pytest.raises(ValueError, match=r"evaluation-cats-0a\.json is damaged"):
         export_run(run, tmp_path / "again")

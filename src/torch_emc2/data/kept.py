@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -48,9 +49,9 @@ def which(images: ImageDataset) -> str:
     digest = hashlib.sha256(images.rows.numpy().tobytes() + images.fingerprint.encode())
     for i in range(len(images)):
         if (path := images.path(i)) is not None:
-            try:
+            seen = f"{os.path.abspath(path)}\0"
+            with contextlib.suppress(OSError):  # unreadable, as decoding it will find
                 stat = os.stat(path)
-                digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-            except OSError:
-                digest.update(f"{os.path.abspath(path)}\0\0".encode())  # unreadable, as decoding it will find
+                seen += f"{stat.st_size}\0{stat.st_mtime_ns}"
+            digest.update(f"{seen}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()

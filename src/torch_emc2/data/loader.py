@@ -18,7 +18,9 @@ __all__ = ["Batch", "ContrastiveDataset", "EpochSampler", "FiniteDataset", "make
 
 
 class Batch(NamedTuple):
-    """Two views of b samples, and a view of each of the k samples that their chains carry; or the k carried views.
+    """Two views of each of b samples, and one of each of the k samples that their chains carry.
+
+    Where an image's views are a fixed few, ids are of views, and so are the k carried.
 
     Attributes:
         first: (b, c, s, s) float32.

@@ -9,9 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import yaml
-
 from torch_emc2.config import Config, read_config
+from torch_emc2.config_tree import load_tree
 from torch_emc2.settings.losses import Carry
 
 __all__ = [
@@ -135,10 +134,13 @@ def read_tuned(file: Path) -> Tuned:
     Raises:
         ValueError: it is none.
     """
-    content: Any = yaml.safe_load(file.read_text())
-    if not isinstance(content, dict) or not all(isinstance(fields, dict) for fields in content.values()):
+    tuned: Any = load_tree(file.read_text(), file)
+    if not isinstance(tuned, dict) or not all(isinstance(fields, dict) for fields in tuned.values()):
         raise ValueError(f"{str(file)!r} is not a search's best.yaml: it must map methods to fields")
-    return content
+    for name, value in (item for fields in tuned.values() for item in fields.items()):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} in {str(file)!r} must be a number, got {value!r}")
+    return tuned
 
 
 def override(config: Any, fields: Mapping[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from torch_emc2.config import Config
+from torch_emc2.config import Config, plain_words
 from torch_emc2.experiments.cells import Cell, Row, run_cells
 from torch_emc2.experiments.definitions import EXPERIMENTS, SCALES, Tuned, Variant, base_config, methods
 from torch_emc2.experiments.figure import accuracy_panels, draw_panels, gradient_panels, group, markdown, sweep_panels
@@ -73,7 +73,7 @@ def run_experiment(
     if jobs < 1 or not seeds:
         raise ValueError(f"jobs must be at least 1 and seeds not empty, got {jobs} and {list(seeds)}")
     experiment, size = EXPERIMENTS[name], SCALES[scale]
-    dataset, tuned, overrides = dataset or experiment.dataset, tuned or {}, overrides or []
+    dataset, tuned, overrides = dataset or experiment.dataset, tuned or {}, plain_words(overrides or [])
     base = base_config(dataset, scale, overrides)
     variants = list(experiment.variants(base, tuned))
     _refuse_ignored(name, overrides, base, variants)

@@ -38,9 +38,9 @@ class EMC2SentenceLoss(nn.Module):
             ``InfoNCELoss(0.05, towers=2, directions="x->y")`` is `MultipleNegativesRankingLoss` itself.
             It is not called but copied: in a `MatryoshkaLoss` each width has a memory of its own.
         ids_from_labels: take ids from the data's label column, which has a whole number a row, or a list with one a
-            text; of one a row a text's id is label · columns + its column, below which ``num_samples`` must not be. By
-            default a text's id is a hash of its tokens, which needs no column: the same text again is the same
-            item, and no negative of its own partners.
+            text. With one a row, the text in column c gets the id label · columns + c, so that ``num_samples`` must be
+            None or (largest label + 1) · columns at least. By default a text's id is a hash of its tokens, which needs
+            no column: the same text again is the same item, and no negative of its own partners.
         mini_batch_size: rows embedded at a time, for batches larger than memory, as those of
             `CachedMultipleNegativesRankingLoss` (GradCache, Gao et al. 2021): the gradient is the whole batch's, and
             each row is embedded twice. Not in a `MatryoshkaLoss`.

@@ -29,8 +29,8 @@ from torch_emc2.losses.calling import (
     refuse_tracing,
 )
 from torch_emc2.losses.weighted_sum import WeightedSum, with_gradients
-from torch_emc2.losses.weighting import Weighing, scores_of
-from torch_emc2.rows import Whole, parts
+from torch_emc2.losses.weighting import Scores, Weighing, scores_of
+from torch_emc2.rows import RowBuffer, Rows, parts
 from torch_emc2.settings.losses import PositiveWeight, require_positive_weight
 from torch_emc2.temperature import Temperature, require_temperature
 from torch_emc2.validation import Inputs, Towers, validate_inputs
@@ -170,7 +170,7 @@ class ContrastiveLoss(nn.Module, ABC):
             return validate_inputs(*given, towers=self.towers, needs_index=self._needs_index)
 
         with torch.autocast(device, enabled=False) if enabled else nullcontext():
-            contrasts = gather_batch(
+            batch = gather_batch(
                 validate,
                 x.device,
                 directions=self.directions,
@@ -183,48 +183,35 @@ class ContrastiveLoss(nn.Module, ABC):
                     "training": self.training,
                 },
             )
-            batch, contrasts = contrasts, tuple(map(self._widen, contrasts))
+            contrasts = tuple(map(self._widen, batch))
             every_row = self._needs_index or self.positive_weight in (0, "global")
             require_negatives(batch, contrasts, of_every_row=every_row)
             temperature = cast(float, self.temperature) if beta is None else 1 / beta.detach()
             with torch.no_grad():
-                mine = [self._compare(each, temperature, encoders[each.candidates], beta) for each in contrasts]
+                found = [self._compare(each, temperature, encoders[each.candidates], beta) for each in contrasts]
                 if self.training:
-                    self._remember([part.write for part in mine if part.write is not None])
-                self._numbers = [part.numbers for part in mine]
-                value = _mean([part.value for part in mine])
-            return with_gradients(value, [pair for part in mine for pair in part.gradients])
+                    self._remember([each.write for each in found if each.write is not None])
+                self._numbers = [each.numbers for each in found]
+                value = _mean([each.value for each in found])
+            return with_gradients(value, [pair for each in found for pair in each.gradients])
 
     def _compare(
         self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None, beta: Tensor | None
     ) -> _Direction:
         """Weigh one direction's negatives, and sum."""
         weighing = self._weighing(contrast, temperature, encode)
-        total, said = WeightedSum(contrast), Whole()
+        total, of_rows = WeightedSum(contrast), RowBuffer()
         for rows in parts(contrast, weighing.width):
-            logits = rows.similarities(1 / temperature)
-            positive = rows.positive(logits)
-            log_positive = positive.log_mass
-            if self.positive_weight != 1:
-                log_positive = log_positive + log_positive_weight(self.positive_weight, rows, self.sizes)
-            scores = scores_of(rows, rows.mask_(logits), positive, log_positive, temperature)
-            log_mass = scores.log_mass
-            if contrast.num_remembered:  # κ is beside the batch's negatives, and so much more beside more of them
-                log_mass = rows.log_mass_in_batch(scores.logits)
-                if self.positive_weight:
-                    scores = scores._replace(log_positive=log_positive + rows.log_with_remembered())
-            estimate = value = log_mass - positive.mean - rows.log_num_negatives
+            scores = self._score(rows, temperature)
+            log_mass = rows.log_mass_in_batch(scores.logits) if contrast.num_remembered else scores.log_mass
+            estimate = log_mass - scores.positive.mean - rows.log_num_negatives
             if rows.no_negatives is not None:
-                estimate = value = estimate.nan_to_num_(nan=0.0)  # a row without any
+                estimate.nan_to_num_(nan=0.0)  # a row without any
             weights = weighing.weigh(rows, scores)
-            if weights.value is not None:
-                value = weights.value
-            elif self.positive_weight:
-                value = torch.logaddexp(log_mass, log_positive) - positive.mean - rows.log_num_negatives
-                value.masked_fill_(log_mass == -torch.inf, 0.0)
-            total.add(rows, positive, weights)
-            said.add(rows, value, estimate, positive.mean, *weights.kept)
-        values, estimates, similarities, *kept = said.tensors
+            value = self._value(rows, scores, log_mass, estimate) if weights.value is None else weights.value
+            total.add(rows, scores.positive, weights)
+            of_rows.add(rows, value, estimate, scores.positive.mean, *weights.kept)
+        values, estimates, similarities, *kept = of_rows.tensors
         conclusion = weighing.conclude(tuple(kept))
         if conclusion.carried is not None:
             total.add_carried(conclusion.carried)
@@ -243,6 +230,27 @@ class ContrastiveLoss(nn.Module, ABC):
         if beta is not None:
             gradients.append((beta, total.value() * (share / directions)))
         return _Direction(values.sum() * share, gradients, conclusion.write, numbers)
+
+    def _score(self, rows: Rows, temperature: float | Tensor) -> Scores:
+        """Score some rows: β s of their negatives and positives, and the positives' mass κ exp(β s)."""
+        logits = rows.similarities(1 / temperature)
+        positive = rows.positive(logits)
+        log_positive = positive.log_mass
+        if self.positive_weight != 1:
+            log_positive = log_positive + log_positive_weight(self.positive_weight, rows, self.sizes)
+        if self.positive_weight and rows.contrast.num_remembered:
+            log_positive = log_positive + rows.log_with_remembered()
+        return scores_of(rows, rows.mask_(logits), positive, log_positive, temperature)
+
+    def _value(self, rows: Rows, scores: Scores, log_mass: Tensor, estimate: Tensor) -> Tensor:
+        """(rows,) ``-β s_pos + log(κ exp(β s_pos) + Σ_j exp(β s_j))`` over the batch, less that of equal embeddings."""
+        if not self.positive_weight:
+            return estimate
+        log_positive = scores.log_positive
+        if rows.contrast.num_remembered:  # κ is beside the batch's negatives
+            log_positive = log_positive - rows.log_with_remembered()
+        value = torch.logaddexp(log_mass, log_positive) - scores.positive.mean - rows.log_num_negatives
+        return value.masked_fill_(log_mass == -torch.inf, 0.0)
 
     @property
     def last(self) -> dict[str, Tensor]:

@@ -31,12 +31,12 @@ class EMC2Loss(StatefulLoss):
     """Global contrastive loss by Markov chain Monte Carlo negative sampling (Yau et al., ICML 2024).
 
     The batch's negatives are proposals to a Markov chain that each sample keeps between its visits and whose states are
-    draws from the softmax over all negatives of the data set. Weights: what the kernel estimates of that softmax at
-    each negative; at the negative that the chain came in with it is the carried negative's weight.
+    draws from the softmax over all negatives of the data set. The kernel's estimate of that softmax gives each of the
+    batch's negatives its weight; the rest belongs to the carried negative, where the chain was when the visit began.
 
-    A batch holds as many sets of proposals as a sample has columns, each with one view of every sample. A visit moves
-    the chain in each of them, from the negative it came in with; its weights are those of all, and it goes on from the
-    end in one, by a fair coin.
+    A batch is as many sets of proposals as a sample has views, each with one view of every sample. A visit moves the
+    chain through each set separately, always from the carried negative. The weights are the mean over sets; the end in
+    one set, drawn uniformly, is kept.
 
     Args:
         num_samples: size of the data set (of its views, with an id a view): ids are below it. None: ids are any int64

@@ -48,7 +48,8 @@ class NegativeCacheLoss(StatefulLoss):
 
     Notes:
         Without ``encode`` the drawn negatives are constants and only the batch's own embeddings refresh the cache. Hard
-        negatives are drawn as the cached are, each as probable as all those that one of the batch's stands for.
+        negatives join the draw, each with the weight of as many cached entries as there are for one of the batch's
+        negatives.
     """
 
     sides: tuple[_Cache, ...]

@@ -48,10 +48,10 @@ class SogCLRLoss(StatefulLoss):
     Args:
         num_samples: size of the data set: ids are below it. None: ids are any int64 but -1, and the table grows. With
             ``towers=2`` of both sides, or a pair.
-        temperature: 1 / β. Averages of exp(β s) say nothing of another β: once there are some, no other temperature
-            may be assigned, nor their state be loaded at one. For a schedule, `forget` all ids at each change, after
-            which a first visit is DCL's; EMC² and Negative Cache go on without a loss. A `Temperature`, which is learnt
-            and moves little between two visits, leaves the averages as they are (as FastCLIP does).
+        temperature: 1 / β. Averages of exp(β s) are valid at one β only: once there are some, to assign another number,
+            or to load their state at one, raises ValueError. For a schedule `forget` all ids at each change, after
+            which a first visit is DCL's, or take EMC² or Negative Cache. A `Temperature`, which is learnt and moves
+            little between two visits, leaves the averages as they are (as FastCLIP does).
         gamma: γ in (0, 1], the weight of the present batch; 1 is DCL. Or a function of the number of the call, such as
             `cosine_gamma`.
         views: of a sample, where they share an id.
@@ -117,18 +117,25 @@ class SogCLRLoss(StatefulLoss):
         return {**super()._position(), "temperature": self._number()}
 
     def _number(self) -> float:
-        """The temperature, or 0 where it is learnt: then averages are loaded at any."""
-        return 0.0 if isinstance(self.temperature, Temperature) else self.temperature
+        """The temperature; of a learnt one, which is another at each step, `_LEARNT`."""
+        return _LEARNT if isinstance(self.temperature, Temperature) else self.temperature
 
     def _take_position(self, state: dict[str, Any]) -> None:
         saved = (state,) if self.towers == 1 else (state["x"], state["y"])
         visited = any(_Averages.visited(memory["log_u"]) for memory in saved)
         if visited and state["temperature"] != self._number():
             raise ValueError(
-                f"the saved averages are of temperature {state['temperature']:g} and cannot be converted to "
-                f"{self._number():g}: build the loss with the temperature it was saved with"
+                f"the saved averages are of {_named(state['temperature'])} and cannot be converted to "
+                f"{_named(self._number())}: build the loss with what it was saved with"
             )
         super()._take_position(state)
+
+
+_LEARNT = 0.0
+
+
+def _named(temperature: float) -> str:
+    return "a learnt temperature" if temperature == _LEARNT else f"temperature {temperature:g}"
 
 
 class _Averaged(Weighing):

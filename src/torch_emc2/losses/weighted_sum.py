@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_emc2.geometry import Contrast
 from torch_emc2.losses.weighting import Carried, Weights
-from torch_emc2.rows import Positive, Rows, Whole
+from torch_emc2.rows import Positive, RowBuffer, Rows
 
 __all__ = ["WeightedSum", "with_gradients"]
 
@@ -25,7 +25,7 @@ class WeightedSum:
 
     def __init__(self, contrast: Contrast) -> None:
         self._contrast = contrast
-        self._of_rows = Whole()  # the gradient at them, and at what is their own
+        self._of_rows = RowBuffer()  # the gradient at them, and at what is their own
         self._by_columns: Tensor | None = None
         self._carried: Carried | None = None
         self._owed: Tensor | None = None

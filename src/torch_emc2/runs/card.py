@@ -13,7 +13,7 @@ from torch_emc2.config import Config, recorded_config, to_yaml
 from torch_emc2.evaluation import Evaluation, to_text
 from torch_emc2.files import one_line
 from torch_emc2.models import Encoder
-from torch_emc2.run_folder import read_facts
+from torch_emc2.run_folder import evaluations, read_facts
 from torch_emc2.settings.model import ModelConfig
 
 __all__ = ["model_card"]
@@ -106,7 +106,7 @@ def model_card(run: Path, encoder: Encoder, source: str, *, timms: bool, onnx: b
         use += _ONNX.format(**facts)
     mean, std = encoder.architecture.mean, encoder.architecture.std
     number = str(read_facts(run).get("images", "")).partition(",")[0]
-    results = "\n\n".join(map(_result, sorted(run.glob("evaluation*.json"))))
+    results = "\n\n".join(map(_result, evaluations(run)))
     return _CARD.format(
         library="timm" if timms else "torch-emc2",
         backbone=encoder.architecture.name,

@@ -27,6 +27,7 @@ __all__ = ["Duplicates", "draw_duplicates", "find_duplicates", "near_duplicates"
 _CHUNK = 256  # rows that are compared with all others at once
 _ROUNDING = 1e-9  # the cosine of a row and itself may lack it
 _DRAWN, _ABREAST = 6, 8
+_LISTED = 30  # groups, and images of each
 
 
 class Duplicates(NamedTuple):
@@ -43,8 +44,9 @@ class Duplicates(NamedTuple):
     identical: Set[int] = frozenset()
 
     def __str__(self) -> str:
-        """A paragraph a group."""
-        return "\n\n".join("\n".join(map(self._line, group)) for group in self.groups)
+        """A paragraph a group; of many, the first of them."""
+        shown = ["\n".join(_first(list(map(self._line, group)), "images")) for group in self.groups]
+        return "\n\n".join(_first(shown, "groups"))
 
     def _line(self, hit: Hit) -> str:
         same = "  identical" if hit.row in self.identical else ""
@@ -116,11 +118,16 @@ def near_duplicates(embeddings: Tensor, threshold: float) -> list[list[Hit]]:
     return sorted(groups, key=lambda group: (-round(min(cosine for _, cosine in group), 6), -len(group)))
 
 
+def _first(lines: list[str], what: str) -> list[str]:
+    more = len(lines) - _LISTED
+    return lines if more <= 0 else [*lines[:_LISTED], f"… and {more} more {what}: --csv FILE.csv has all"]
+
+
 def draw_duplicates(found: Duplicates, out: Path) -> None:
     """Draw a group a row as a PNG; of many the most and the least alike, of which a threshold has to be judged."""
     gallery, groups = found.gallery, found.groups
     refuse_images_name(out, gallery)
-    drawn, which = groups, f"{len(groups)} groups"
+    drawn, which = groups, "1 group" if len(groups) == 1 else f"{len(groups)} groups"
     if len(groups) > 2 * _DRAWN:
         drawn = [*groups[:_DRAWN], *groups[-_DRAWN:]]
         which = f"the {_DRAWN} most and the {_DRAWN} least alike of {len(groups)} groups"

@@ -102,11 +102,16 @@ def embed_images(
     origin = Origin(model.identity, str(run), normalize, decoding.value_range)
     if before is not None and before.origin is not None:
         origin = replace(origin, value_range=_one_range(before.origin, origin, out))
-    if good:
+    outdated = not known.keys().isdisjoint(map(os.path.realpath, unreadable))
+    if good or outdated:
         with whole_file(out) as file:
             file.touch()  # fails now where it cannot be written, not after the work
             with leave_out_advised(run):
-                embeddings = model.features(ImageDataset(FileImages(good, decoding)), normalize=normalize)
+                embeddings = (
+                    model.features(ImageDataset(FileImages(good, decoding)), normalize=normalize)
+                    if good or before is None
+                    else before.embeddings[:0]
+                )
             labels = [class_of(path, folders) for path in good]
             table = EmbeddingTable(names, labels, embeddings, origin, modified)
             if found_at not in (None, out.stat().st_mtime_ns if out.exists() else None):

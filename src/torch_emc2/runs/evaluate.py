@@ -76,6 +76,8 @@ def evaluate_run(
             "the classes are the folders: where those are albums or dates, what is alike is in several, and retrieval "
             "of the other view says more than probe and neighbours"
         )
+        if "." in train.classes:
+            evaluation.notes.append("images that lie beside the folders count as a class of their own, '.'")
 
     suffix = "" if own else f"-{file_name_of(source.name)}"
     numbers, grid, curves = run / f"evaluation{suffix}.json", run / f"neighbours{suffix}.png", run / "curves.png"

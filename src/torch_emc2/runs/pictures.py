@@ -1,6 +1,7 @@
 """What a run looks like: training curves, and the errors of gradients."""
 
 import csv
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,14 @@ __all__ = ["PANELS", "plot_curves", "plot_errors", "smoothed"]
 # "acceptance_step" or "lr-Adam".
 PANELS = {
     "global_loss": ("Global loss, estimated (nats)", "0: all embeddings are equal; lower is better"),
+    "positive_similarity": ("Similarity of a sample's views (cosine)", "up to 1"),
+    "slow_similarity": ("Similarity to the momentum encoder's (cosine)", "1: nothing moves any more"),
     "acceptance": ("Acceptance (share of proposals)", "1: negatives are alike; near 0: chains hardly move"),
     "carried_share": ("Weight of carried negatives (share)", "how much of a row's negatives its batch lacks"),
+    "normaliser_ratio": ("Average normaliser over the batch's", "about 1: it keeps up with the encoder"),
     "lr": ("Learning rate", "warm-up, then half a cosine to 0"),
 }
+_ABREAST = 4  # panels
 
 _EXACT = 1e-6  # smaller errors are rounding's, and drawn there
 _SMOOTHED = 40  # points, from which on a mean over a tenth of them is drawn too
@@ -47,8 +52,11 @@ def plot_curves(metrics: Sequence[Mapping[str, float]] | str | Path, out: str | 
     if not panels:
         raise ValueError(f"nothing to draw in the columns {columns}; log one of {', '.join(PANELS)}")
     x = "step" if "step" in columns else "epoch"
-    figure, grid = _subplots(1, len(panels), width=3.5 * len(panels), height=3)
-    for axes, (key, column) in zip(grid[0], panels.items(), strict=True):
+    abreast, lines = min(len(panels), _ABREAST), math.ceil(len(panels) / _ABREAST)
+    figure, grid = _subplots(lines, abreast, width=3.5 * abreast, height=3 * lines)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (key, column) in zip(grid.flat, panels.items(), strict=False):
         places, values = np.array([(row[x], row[column]) for row in rows if column in row]).T
         smooth = None if key == "lr" else smoothed(values)
         axes.plot(

@@ -26,22 +26,10 @@ from torch_emc2 import __version__
 from torch_emc2.config import Config, recorded_config, to_yaml
 from torch_emc2.files import whole_file
 from torch_emc2.run_folder import require_finished
-from torch_emc2.runs.pictures import smoothed
+from torch_emc2.runs.pictures import PANELS, smoothed
 
 __all__ = ["write_report"]
 
-# What is drawn of metrics.csv, what it is, and what is good.
-_CURVES = {
-    "global_loss": (
-        "Global loss, nats per negative",
-        "0 where all embeddings are equal; less is better, at one temperature and batch size",
-    ),
-    "positive_similarity": ("Similarity of a sample's views", "cosine, up to 1"),
-    "slow_similarity": ("Similarity to the momentum encoder's", "cosine; 1 where nothing moves any more"),
-    "acceptance": ("Chains' acceptance rate", "near 0, chains no longer move"),
-    "carried_share": ("Weight of carried negatives", "what the batch alone would miss"),
-    "lr": ("Learning rate", "as scheduled"),
-}
 # What is in evaluation.json, and what it says.
 _NUMBERS = {
     "probe": ("Linear probe, %", "of test images that a linear classifier of the features puts into their class"),
@@ -198,7 +186,7 @@ def _compared(config: Config) -> dict[str, Any]:
 
 def _curves(series: Sequence[_Series]) -> Iterator[tuple[str, str, str]]:
     """Draw each number that some run has logged: title, words, and an SVG that takes the page's colour."""
-    for column, (title, words) in _CURVES.items():
+    for column, (title, words) in PANELS.items():
         curves = [each.curve(column) for each in series]
         if any(curves):
             yield title, words, _drawn(curves, title, smooth=column != "lr")

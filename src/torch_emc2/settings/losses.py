@@ -32,7 +32,7 @@ PositiveWeight = float | Literal["global"]
 
 @dataclass
 class EMC2Config:
-    """EMC²'s own settings, as `torch_emc2.EMC2Loss` takes them.
+    """EMC²'s own settings, as `torch_emc2.EMC2Loss` takes them; here carried images are encoded by default.
 
     Attributes:
         burn_in: of the kernel metropolis, the share of a walk's steps that are not counted; null for one half.

@@ -88,7 +88,7 @@ def _is_whole(row: Mapping[str | None, Any]) -> bool:
 
 
 class TensorBoardFile(TensorBoardLogger):
-    """Lightning's, which calls whatever stops a run while it writes an unsupported value: a full disk, a dead worker."""
+    """Lightning's, but that it tells what stops a run while it writes, where that says: a value is not supported."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write them.
