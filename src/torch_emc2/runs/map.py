@@ -33,6 +33,7 @@ _COLOURS = [to_hex(colour) for colour in color_sequences["tab20"]]
 _COLOURS = [*_COLOURS[:14:2], *_COLOURS[16::2], *_COLOURS[1:14:2], *_COLOURS[17::2]]  # strong ones first, no grey
 _MANY = {"class": "classes", "cluster": "clusters"}
 _NONE = "#c8c8c8"
+_SIDE, _BESIDE = 8.5, (3, 0.5)  # inches: of the map's longer side, and for legend and title
 _LABEL = 0.15, 0.04  # of the map's width: the room of a group's name
 _THUMBNAIL = 0.034  # of the map's width: no two are nearer
 
@@ -92,7 +93,8 @@ def draw_map(found: Map, out: Path) -> None:
     sizes = Counter(group for group in found.groups if group is not None)
     colour_of = {group: _COLOURS[i] for i, (group, _) in enumerate(sizes.most_common(len(_COLOURS)))}
     colours = [colour_of.get(group, _NONE) if group is not None else _NONE for group in found.groups]
-    figure = Figure(figsize=(11.5, 9), layout="constrained")
+    width, height = np.maximum(_SIDE * places.max(0), _SIDE / 3)
+    figure = Figure(figsize=(width + _BESIDE[0], height + _BESIDE[1]), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.scatter(places[:, 0], places[:, 1], c=colours, s=10, linewidths=0)
@@ -131,7 +133,7 @@ def draw_map(found: Map, out: Path) -> None:
     for text in legend.get_texts():
         text.set_parse_math(False)
     some = f"a random {len(places)} of {found.of} images" if len(places) < found.of else f"{found.of} images"
-    axes.set_title(
+    figure.suptitle(
         f"{some}: near one another by cosine similarity (t-SNE; distances across the map mean little)", fontsize=11
     )
     with whole_file(out) as file:
