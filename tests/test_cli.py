@@ -196,6 +196,12 @@ def test_what_only_the_images_the_machine_or_a_library_can_tell_is_one_line_too(
     assert not (tmp_path / "runs").exists()  # nothing is in the way of another try
 
 
+def test_a_maintainer_sees_where_an_error_was_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMC2_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="there is no run"):
+        main(["evaluate", str(tmp_path / "none")])
+
+
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(presets())

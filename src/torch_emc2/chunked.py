@@ -102,11 +102,11 @@ def cached_backward(
             for context in waiting:
                 contexts.enter_context(context)
             part = function(chunk)
-            if part.requires_grad or (
-                number == len(again) - 1 and not stepped
-            ):  # a tower, or `encode`, may be constant
+            if part.requires_grad:  # a tower, or `encode`, may be constant
                 part.backward(gradient)  # type: ignore[no-untyped-call]
                 stepped = True
+    if not stepped:
+        raise RuntimeError("what the encoder returns does not require grad: there is nothing to train")
     return loss.detach()
 
 

@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         from torch_emc2.files import cause
 
+        if os.environ.get("EMC2_TRACEBACK"):
+            raise
         print(f"emc2: error: {cause(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import signal
 import sys
 import tarfile
@@ -33,7 +34,7 @@ from problems import PROBLEMS
 from retrieval import global_loss, metrics, ranks
 from run import Runner
 from search import search
-from table import by_kappa, costs, groups, mrr, within
+from table import by_batch_size, by_kappa, costs, groups, mrr, searched, within
 from towers import towers
 from train import run
 from wordnet import senses
@@ -323,6 +324,42 @@ def test_a_table_has_the_means_of_seeds_and_the_best_at_no_more_than_a_cost() ->
     assert {name: group.mean(mrr) for name, group in of_samples.items()} == {"infonce": 11.0, "dcl": 20.0}
     assert {name: group.mean(mrr) for name, group in of_seconds.items()} == {"infonce": 11.0, "dcl": 30.0}  # 2 × .5
     assert by_kappa(kept) == {("infonce", 8): {0.2: 7.0}}
+
+
+def test_tables_by_batch_size_have_the_fewest_epochs_and_tell_of_a_search_that_was_not_ended() -> None:
+    final = replace(CELL, final=True)
+    kept = {
+        **{replace(final, seed=seed): result(10.0 + seed, 1) for seed in range(3)},
+        replace(final, method="dcl"): result(20.0, 1),
+        replace(final, method="dcl", batch_size=16): result(30.0, 1),
+        replace(final, epochs=4): result(99.0, 2),
+        CELL: result(3.0, 1),
+        **{replace(CELL, lr=lr): result(2.0, 1) for lr in (2e-3, 5e-4)},
+        **{replace(CELL, temperature=tau): result(1.0, 1) for tau in (0.0707, 0.141)},
+        replace(CELL, method="dcl", lr=4e-3): result(2.0, 1),
+    }
+    assert by_batch_size(groups(kept)).splitlines() == [
+        "|  | b = 8 | 16 |",
+        "| --- | --: | --: |",
+        "| InfoNCE | 11.00 ± 1.00 | – |",
+        "| DCL | **20.00** (1) | **30.00** (1) |",
+    ]
+    assert searched(kept).splitlines()[2:] == ["| InfoNCE | 5: 0.001, 0.1 |", "| DCL | 1: 0.004, 0.1 … |"]
+
+
+def test_the_pages_have_the_tables_of_what_is_kept() -> None:
+    root = Path(__file__).parents[2]
+    cells = Kept(root / "benchmarks" / "equal_cost" / "kept" / "wordnet.jsonl").results
+    pages, start = (root / "docs" / "results-retrieval.md").read_text(), (root / "README.md").read_text()
+    main = ["infonce", "dcl", "infonce-together", "dcl-together", "uniformity-together", "momentum-together", "moco"]
+    others = ["moco", "cross-batch-memory", "sogclr", "negative-cache"]
+    for methods in (main, others):
+        kept = {cell: result for cell, result in cells.items() if cell.method in methods}
+        assert by_batch_size(groups(kept)) in pages
+        assert searched(kept) in pages
+    kept = {cell: result for cell, result in cells.items() if cell.method in main}
+    table = by_batch_size(groups(kept))
+    assert re.sub(r"\d+\.\d\d", lambda number: f"{float(number[0]):.1f}", table) in start
 
 
 def test_problems_have_names() -> None:

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from torch_emc2.seeds import mix_seed
-from torch_emc2.settings.images import Augmentation
+from torch_emc2.settings.images import Augmentation, shorter_side
 
 __all__ = [
     "RandomView",
@@ -110,11 +110,10 @@ def evaluation_transform(size: int) -> Transform:
 
 def _evaluation_view(image: Tensor, size: int) -> Tensor:
     if image.shape[-2:] != (size, size):
-        if size <= 64:
+        if (shorter := shorter_side(size)) is None:
             image = tvf.resize(image, [size, size], antialias=True)
         else:
-            image = _middle(image)
-            image = tvf.center_crop(tvf.resize(image, [round(size * 256 / 224)], antialias=True), [size, size])
+            image = tvf.center_crop(tvf.resize(_middle(image), [shorter], antialias=True), [size, size])
     return image.float() / 255
 
 

@@ -14,6 +14,7 @@ from torch_emc2.evaluation import Evaluation, to_text
 from torch_emc2.files import one_line
 from torch_emc2.models import Encoder
 from torch_emc2.run_folder import evaluations, read_facts
+from torch_emc2.settings.images import shorter_side
 from torch_emc2.settings.model import ModelConfig
 
 __all__ = ["model_card"]
@@ -147,9 +148,8 @@ def _published_name(data: str) -> str:
 
 
 def _resized(size: int) -> str:
-    if size <= 64:
+    if (shorter := shorter_side(size)) is None:
         return f"resized to {size} × {size} pixels"
-    shorter = round(size * 256 / 224)
     return f"the middle {size} × {size} pixels after the shorter side was made {shorter}"
 
 

@@ -17,6 +17,7 @@ from torch_emc2.files import cause, whole_file
 from torch_emc2.models import Encoder, load_encoder, save_backbone
 from torch_emc2.run_folder import require_finished
 from torch_emc2.runs.card import model_card
+from torch_emc2.settings.images import shorter_side
 
 __all__ = ["export_run"]
 
@@ -78,14 +79,15 @@ def _timm_config(encoder: Encoder) -> dict[str, Any]:
         "interpolation": "bilinear",
     }
     # As `evaluation_transform` does. timm rounds the size before the crop down, where that rounds.
-    small = {"crop_pct": 1.0, "crop_mode": "squash"}
-    large = {"crop_pct": size / (round(size * 256 / 224) + 0.5), "crop_mode": "center"}
+    shorter = shorter_side(size)
+    squashed, cut = {"crop_pct": 1.0, "crop_mode": "squash"}, {"crop_mode": "center"}
+    crop = squashed if shorter is None else {"crop_pct": size / (shorter + 0.5), **cut}
     return {
         "architecture": architecture.name,
         "num_classes": 0,
         "num_features": encoder.backbone.num_features,
         "model_args": architecture.args,
-        "pretrained_cfg": {**kept, "num_classes": 0, **images, **(small if size <= 64 else large)},
+        "pretrained_cfg": {**kept, "num_classes": 0, **images, **crop},
     }
 
 

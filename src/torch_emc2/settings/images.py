@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import ImageColor
 
-__all__ = ["DATA_SETS", "Augmentation", "Decoding", "file_name_of", "parse_range", "require_data"]
+__all__ = ["DATA_SETS", "Augmentation", "Decoding", "file_name_of", "parse_range", "require_data", "shorter_side"]
 
 DATA_SETS = ("digits", "fashion-mnist", "cifar10", "stl10", "imagenet100")
 
@@ -134,6 +134,14 @@ class Decoding:
             return width, height
         share = self.shrink_to / min(width, height)
         return round(width * share), round(height * share)
+
+
+def shorter_side(size: int) -> int | None:
+    """Return what an image's shorter side is made before its middle is cut out to be embedded.
+
+    None up to 64 pixels, where the whole image is resized to a square.
+    """
+    return None if size <= 64 else round(size * 256 / 224)
 
 
 def parse_range(value_range: str) -> tuple[float, float, bool]:
