@@ -253,5 +253,5 @@ METHODS = {
     "gist": Method("GIST, the encoder as it comes as guide", guided),
     "cached": Method("GradCache (cached MNRL), 8 b", _cached, batches=8),
     "cross-batch-memory": Method("cross-batch memory", partial(queued, momentum=None)),
-    "moco": Method("MoCo, momentum 0.99", partial(queued, momentum=0.99)),
+    "moco": Method("MoCo, momentum .99", partial(queued, momentum=0.99)),
 }

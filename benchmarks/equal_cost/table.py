@@ -1,6 +1,7 @@
 """Print tables of what `run.py` has kept, and draw its figure.
 
     python benchmarks/equal_cost/table.py cells/wordnet.jsonl                          # all methods at each batch size
+    python benchmarks/equal_cost/table.py cells/wordnet.jsonl --methods infonce dcl --by-batch-size
     python benchmarks/equal_cost/table.py cells/wordnet.jsonl --within isir-encode 32  # the best at its cost
     python benchmarks/equal_cost/table.py cells/wordnet.jsonl --methods infonce dcl dcl-together --plot equal-cost.png
 
@@ -15,13 +16,14 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from cells import Cell, Kept, Result
 from methods import KAPPAS, METHODS
 
-__all__ = ["Group", "by_kappa", "costs", "groups", "within"]
+__all__ = ["Group", "by_batch_size", "by_kappa", "costs", "groups", "searched", "within"]
 
 Runs = dict[Cell, Result]
 
@@ -142,6 +144,59 @@ def _all(found: Sequence[Group]) -> str:
     return markdown(header, rows)
 
 
+def by_batch_size(found: Sequence[Group]) -> str:
+    """Show test MRR, a row a method and a column a batch size, of the fewest epochs; each column's best is bold."""
+    least = min(group.cell.epochs for group in found)
+    entries = {(group.cell.method, group.cell.batch_size): group for group in found if group.cell.epochs == least}
+    most = max(len(group.results) for group in entries.values())
+    best = {size: max(group.mean(mrr) for (_, own), group in entries.items() if own == size) for _, size in entries}
+
+    def entry(group: Group) -> str:
+        shown, runs = group.shown(mrr), len(group.results)
+        bold = f"**{shown}**" if group.mean(mrr) == best[group.cell.batch_size] else shown
+        return bold + (f" ({runs})" if runs < most else "")
+
+    return _methods_by_size({of: entry(group) for of, group in entries.items()})
+
+
+def searched(kept: Runs) -> str:
+    """Show the cells tried, the learning rate and temperature of the best, and whether its neighbours are all worse."""
+    least = min(cell.epochs for cell in kept)
+    tried: dict[tuple[str, int], Runs] = defaultdict(dict)
+    for cell, result in kept.items():
+        if not cell.final and cell.epochs == least:
+            tried[cell.method, cell.batch_size][cell] = result
+
+    def entry(runs: Runs) -> str:
+        best = max(runs, key=lambda cell: runs[cell].get("validation", {}).get("MRR", 0.0))
+        ended = all(any(_alike(cell, near) for cell in runs) for near in _neighbours(best))
+        kappa = "" if best.kappa is None else f", κ = {best.kappa}"
+        return f"{len(runs)}: {best.lr:g}, {best.temperature:g}{kappa}" + ("" if ended else " …")
+
+    return _methods_by_size({of: entry(runs) for of, runs in tried.items()})
+
+
+def _methods_by_size(entries: dict[tuple[str, int], str]) -> str:
+    sizes = sorted({size for _, size in entries})
+    methods = [name for name in METHODS if any(method == name for method, _ in entries)]
+    header = ["", *("b = " * (size == sizes[0]) + str(size) for size in sizes)]
+    return markdown(
+        header, [[METHODS[name].title, *(entries.get((name, size), "–") for size in sizes)] for name in methods]
+    )
+
+
+def _neighbours(cell: Cell) -> list[Cell]:
+    """Return those that a search would try in learning rate and temperature."""
+    rates = [replace(cell, lr=cell.lr * by) for by in (2, 0.5)]
+    return rates + [replace(cell, temperature=cell.temperature * 2**by) for by in (0.5, -0.5)]
+
+
+def _alike(cell: Cell, other: Cell) -> bool:
+    """Tell whether two are at one place of a grid, whose numbers have three digits."""
+    close = partial(math.isclose, rel_tol=0.02)
+    return close(cell.lr, other.lr) and close(cell.temperature, other.temperature)
+
+
 def _within(found: Sequence[Group], reference: Group) -> str:
     best = {name: within(found, reference, cost) for name, cost in costs.items()}
 
@@ -178,12 +233,13 @@ def plot(found: Sequence[Group], path: Path) -> None:
         left.errorbar(sizes, means, spreads, **style)
         training = [group.mean(lambda result: result["train"]["MRR"]) for group in own]
         right.errorbar(training, means, spreads, **style, ls=":")
-        for size, *place in zip(sizes, training, means, strict=True):
-            right.annotate(f"{size}", place, (5, -9), textcoords="offset points", fontsize=7, color=style["color"])
+        for end in (0, -1):  # those between would cover one another
+            place, text = (training[end], means[end]), f"b = {sizes[end]}"
+            right.annotate(text, place, (6, -9), textcoords="offset points", fontsize=7, color=style["color"])
     left.set(xlabel="Batch size", ylabel="MRR of test queries, %", xscale="log")
     left.set_xticks(sizes := sorted({group.cell.batch_size for group in found}), [str(size) for size in sizes])
     left.minorticks_off()
-    right.set(xlabel="MRR of training queries, %; numbers are batch sizes")
+    right.set(xlabel="MRR of training queries, %")
     right.margins(x=0.15)
     for axes in (left, right):
         axes.grid(alpha=0.25)
@@ -198,10 +254,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--within", nargs=2, metavar=("METHOD", "B"), help="whose cost is the limit")
     parser.add_argument("--epochs", type=float, help="of that; the fewest")
+    parser.add_argument("--by-batch-size", action="store_true", help="MRR and searches, a column a batch size")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     args = parser.parse_args()
     kept = {cell: result for cell, result in Kept(args.cells).results.items() if cell.method in args.methods}
     found = groups(kept)
+    if args.by_batch_size:
+        print(f"{by_batch_size(found)}\n\nCells tried, and the best: learning rate, τ.\n\n{searched(kept)}")
+        return
     print(_all(found))
     print(f"\nMRR of validation queries by κ, the best of the search:\n\n{_kappas(kept)}")
     if args.within:
