@@ -21,7 +21,7 @@ __all__ = ["PANELS", "plot_curves", "plot_errors", "smoothed"]
 PANELS = {
     "global_loss": ("Global loss, estimated (nats)", "0: all embeddings are equal; lower is better"),
     "positive_similarity": ("Similarity of a sample's views (cosine)", "up to 1"),
-    "slow_similarity": ("Similarity to the momentum encoder's (cosine)", "1: nothing moves any more"),
+    "slow_similarity": ("Similarity to slow embeddings (cosine)", "1: nothing moves any more"),
     "acceptance": ("Acceptance (share of proposals)", "1: negatives are alike; near 0: chains hardly move"),
     "carried_share": ("Weight of carried negatives (share)", "how much of a row's negatives its batch lacks"),
     "normaliser_ratio": ("Average normaliser over the batch's", "about 1: it keeps up with the encoder"),
@@ -52,7 +52,8 @@ def plot_curves(metrics: Sequence[Mapping[str, float]] | str | Path, out: str | 
     if not panels:
         raise ValueError(f"nothing to draw in the columns {columns}; log one of {', '.join(PANELS)}")
     x = "step" if "step" in columns else "epoch"
-    abreast, lines = min(len(panels), _ABREAST), math.ceil(len(panels) / _ABREAST)
+    lines = math.ceil(len(panels) / _ABREAST)
+    abreast = math.ceil(len(panels) / lines)
     figure, grid = _subplots(lines, abreast, width=3.5 * abreast, height=3 * lines)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
