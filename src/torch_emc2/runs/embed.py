@@ -68,18 +68,15 @@ def embed_images(
             f"{out} is there already: --append adds to it; for a new table give another name, or remove it"
         )
     model = Model(run, value_range=value_range)
-    before = read_table(out) if append and out.exists() else None
-    found_at = out.stat().st_mtime_ns if before is not None else None
-    if before is not None:
-        _require_same(before.origin, Origin(model.identity, str(run), normalize), out)
-        before = _from_everywhere(before, out)
+    found_at = _modified(str(out))
+    before = _added_to(out, Origin(model.identity, str(run), normalize)) if append and out.exists() else _NO_ROWS
     folders = [paths] if isinstance(paths, Path) else paths
     named = ", ".join(repr(str(path)) for path in folders)
     found = find_images(*folders)
     if not found.files:
         raise DataError(f"no images in {named}: give images, or folders that hold some. {found}".rstrip())
     files = _once(found.files, folders)
-    known = {} if before is None else dict(zip(map(os.path.realpath, before.paths), before.modified, strict=True))
+    known = dict(zip(map(os.path.realpath, before.paths), before.modified, strict=True))
     new = [path for path in files if not _same(path, known)]
     there = len(files) - len(new)
     _LOG.info("%s: %d images to embed. %s", named, len(new), found)
@@ -100,25 +97,36 @@ def embed_images(
             )
     modified = [_modified(path) for path in good]  # before they are read
     origin = Origin(model.identity, str(run), normalize, decoding.value_range)
-    if before is not None and before.origin is not None:
+    if before.origin is not None:
         origin = replace(origin, value_range=_one_range(before.origin, origin, out))
     outdated = not known.keys().isdisjoint(map(os.path.realpath, unreadable))
     if good or outdated:
         with whole_file(out) as file:
             file.touch()  # fails now where it cannot be written, not after the work
-            with leave_out_advised(run):
-                embeddings = (
-                    model.features(ImageDataset(FileImages(good, decoding)), normalize=normalize)
-                    if good or before is None
-                    else before.embeddings[:0]
-                )
+            embeddings = before.embeddings[:0]
+            if good:
+                with leave_out_advised(run):
+                    embeddings = model.features(ImageDataset(FileImages(good, decoding)), normalize=normalize)
             labels = [class_of(path, folders) for path in good]
             table = EmbeddingTable(names, labels, embeddings, origin, modified)
-            if found_at not in (None, out.stat().st_mtime_ns if out.exists() else None):
+            if _modified(str(out)) != found_at:
                 raise ValueError(f"{out} was changed by another process meanwhile, and stays: start again")
-            write_table(table if before is None else _joined(before, table, new), file)
-    gone = 0 if before is None else sum(not os.path.exists(path) for path in before.paths)
+            write_table(_joined(before, table, new), file)
+    gone = sum(not os.path.exists(path) for path in before.paths)
     return Embedded(len(good), unreadable, found, there, gone)
+
+
+_NO_ROWS = EmbeddingTable([], [], torch.empty(0), None, [])
+
+
+def _added_to(out: Path, own: Origin) -> EmbeddingTable:
+    """Read a table that rows of a run's model are to be added to, and make its paths absolute."""
+    table = read_table(out)
+    _require_same(table.origin, own, out)
+    relative = [path for path in table.paths if not os.path.isabs(path)]
+    if relative and not any(map(os.path.exists, relative)):
+        raise ValueError(f"the paths of {out} count from another folder ({relative[0]}, …): add to it from there")
+    return replace(table, paths=list(map(_absolute, table.paths)))
 
 
 def _require_same(there: Origin | None, own: Origin, out: Path) -> None:
@@ -149,14 +157,6 @@ def _once(files: Sequence[str], folders: Sequence[Path]) -> list[str]:
         if class_of(before, folders) is None and class_of(path, folders) is not None:
             chosen[_absolute(path)] = path
     return list(chosen.values())
-
-
-def _from_everywhere(table: EmbeddingTable, file: Path) -> EmbeddingTable:
-    """Make the paths absolute of a table that has relative ones."""
-    relative = [path for path in table.paths if not os.path.isabs(path)]
-    if relative and not any(map(os.path.exists, relative)):
-        raise ValueError(f"the paths of {file} count from another folder ({relative[0]}, …): add to it from there")
-    return replace(table, paths=list(map(_absolute, table.paths)))
 
 
 def _one_range(there: Origin, own: Origin, out: Path) -> str | None:
