@@ -284,7 +284,7 @@ def test_embeddings_are_searched_grouped_and_mapped(
     assert (len(told), told[-1]) == (5, "Written: n.png")
     assert main(["duplicates", "e.parquet", "--threshold", "0.9999", "--csv", "d.csv"]) == 0
     told = capsys.readouterr().out
-    assert " 1.000  photos/cat/a.png\n 1.000  photos/dog/copy.png  identical\n" in told
+    assert " 1.000  photos/cat/a.png\n 1.000  photos/dog/copy.png  identical to photos/cat/a.png\n" in told
     assert "Identical, byte for byte a file that comes before in its group: 1 of these." in told
     assert told.endswith("Written: duplicates.png, d.csv\n")
     rows = Path("d.csv").read_text().splitlines()
@@ -327,7 +327,7 @@ def test_quickstart_train_evaluate_embed(
     assert err == ""
     *_, last = lines = [line for line in out.splitlines() if not line.startswith("Compiling ")]
     assert lines[0].startswith("Device: cpu, ")
-    assert lines[1] == "Images: 66 to train on; 10 classes, not seen in training; views of 8 x 8 x 1."
+    assert lines[1] == "Images: 66 to train on; 10 classes, which training does not look at; views of 8 x 8 x 1."
     assert lines[2].startswith("Model: test_resnet, 0.")
     assert lines[3] == "Steps: 4 of 16 images an epoch, 4 in all; loss emc2."
     assert lines[4].startswith("Epoch 1/1: global loss ")

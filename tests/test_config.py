@@ -1,5 +1,6 @@
 """Presets, files and overrides: what is read is what was written, and nothing else."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import is_dataclass, replace
 from pathlib import Path
@@ -153,9 +154,18 @@ def test_words_cannot_import_a_module(words: list[str], tmp_path: Path, monkeypa
     assert not (tmp_path / "hacked").exists()
 
 
-def test_an_unknown_preset_is_named_with_the_known() -> None:
+def test_an_unknown_preset_is_named_with_the_known(tmp_path: Path) -> None:
     own = read_config("folder:my/pictures", ["--epochs", "3"])
-    assert own == read_config("photos", ["--data.name", "folder:my/pictures", "--epochs", "3"])
+    words = ["--data.name", "folder:my/pictures", "--epochs", "3", "--out", "runs/pictures"]
+    assert own == read_config("photos", words)
+    assert read_config("folder:my/pictures", ["--out", "x"]).out == "x"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"nor a YAML file; a run's is .*/run/config\.yaml$"):
+        read_config(str(tmp_path / "run"))
+    for field in ("--out", "--data.name"):
+        with pytest.raises(ValueError, match=r"caf.*is not UTF-8, which config\.yaml must be"):
+            read_config("photos", [field, os.fsdecode(b"folder:caf\xe9")])
     with pytest.raises(ValueError, match=r"'fashion' is neither a preset .*fashion-mnist.* nor a YAML file"):
         read_config("fashion")
 

@@ -30,6 +30,9 @@ def test_a_loader_gives_each_sample_with_its_own_index(num_workers: int) -> None
     dataset = IndexedDataset(TensorDataset(numbers, -numbers))
     assert len(dataset) == 10
     assert dataset[3] == ((torch.tensor(9), torch.tensor(-9)), 3)
+    assert dataset[-1][1] == 9  # -1 would be no sample's id
+    with pytest.raises(IndexError):
+        dataset[10]
     met = []
     for (first, second), index in DataLoader(dataset, batch_size=4, shuffle=True, num_workers=num_workers):
         assert index.dtype == torch.int64

@@ -144,7 +144,7 @@ def _all(found: Sequence[Group]) -> str:
     return markdown(header, rows)
 
 
-def by_batch_size(found: Sequence[Group]) -> str:
+def by_batch_size(found: Sequence[Group], digits: int = 2) -> str:
     """Show test MRR, a row a method and a column a batch size, of the fewest epochs; each column's best is bold."""
     least = min(group.cell.epochs for group in found)
     entries = {(group.cell.method, group.cell.batch_size): group for group in found if group.cell.epochs == least}
@@ -152,7 +152,7 @@ def by_batch_size(found: Sequence[Group]) -> str:
     best = {size: max(group.mean(mrr) for (_, own), group in entries.items() if own == size) for _, size in entries}
 
     def entry(group: Group) -> str:
-        shown, runs = group.shown(mrr), len(group.results)
+        shown, runs = group.shown(mrr, digits), len(group.results)
         bold = f"**{shown}**" if group.mean(mrr) == best[group.cell.batch_size] else shown
         return bold + (f" ({runs})" if runs < most else "")
 
@@ -160,7 +160,7 @@ def by_batch_size(found: Sequence[Group]) -> str:
 
 
 def searched(kept: Runs) -> str:
-    """Show the cells tried, the learning rate and temperature of the best, and whether its neighbours are all worse."""
+    """Show the cells tried, and the best's learning rate and temperature; … if a neighbour in these was not tried."""
     least = min(cell.epochs for cell in kept)
     tried: dict[tuple[str, int], Runs] = defaultdict(dict)
     for cell, result in kept.items():
@@ -194,7 +194,7 @@ def _neighbours(cell: Cell) -> list[Cell]:
 def _alike(cell: Cell, other: Cell) -> bool:
     """Tell whether two are at one place of a grid, whose numbers have three digits."""
     close = partial(math.isclose, rel_tol=0.02)
-    return close(cell.lr, other.lr) and close(cell.temperature, other.temperature)
+    return close(cell.lr, other.lr) and close(cell.temperature, other.temperature) and cell.kappa == other.kappa
 
 
 def _within(found: Sequence[Group], reference: Group) -> str:
@@ -223,9 +223,10 @@ def plot(found: Sequence[Group], path: Path) -> None:
     figure = Figure((9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     least = min(group.cell.epochs for group in found)
+    found = [group for group in found if group.cell.epochs == least]
     methods = [name for name in METHODS if any(group.cell.method == name for group in found)]
     for i, name in enumerate(methods):
-        own = [group for group in found if group.cell.method == name and group.cell.epochs == least]
+        own = [group for group in found if group.cell.method == name]
         sizes = [group.cell.batch_size for group in own]
         means = [group.mean(mrr) for group in own]
         spreads = [statistics.stdev(group.values(mrr)) if len(group.results) > 1 else 0 for group in own]
@@ -233,7 +234,7 @@ def plot(found: Sequence[Group], path: Path) -> None:
         left.errorbar(sizes, means, spreads, **style)
         training = [group.mean(lambda result: result["train"]["MRR"]) for group in own]
         right.errorbar(training, means, spreads, **style, ls=":")
-        for end in (0, -1):  # those between would cover one another
+        for end in sorted({0, len(own) - 1}):  # those between would cover one another
             place, text = (training[end], means[end]), f"b = {sizes[end]}"
             right.annotate(text, place, (6, -9), textcoords="offset points", fontsize=7, color=style["color"])
     left.set(xlabel="Batch size", ylabel="MRR of test queries, %", xscale="log")
@@ -259,6 +260,8 @@ def main() -> None:
     args = parser.parse_args()
     kept = {cell: result for cell, result in Kept(args.cells).results.items() if cell.method in args.methods}
     found = groups(kept)
+    if not found:
+        parser.error(f"{args.cells} has no final runs")
     if args.by_batch_size:
         print(f"{by_batch_size(found)}\n\nCells tried, and the best: learning rate, τ.\n\n{searched(kept)}")
         return

@@ -60,6 +60,7 @@ def cached_backward(
             their statistics would be those of a chunk, so that the gradient is another, and be counted twice.
             What else a forward pass in training mode changes is changed twice.
         ValueError, IndexError, TypeError: from the loss; no ``.grad`` has changed.
+        RuntimeError: what the encoder returns does not require grad.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
@@ -105,7 +106,7 @@ def cached_backward(
             if part.requires_grad:  # a tower, or `encode`, may be constant
                 part.backward(gradient)  # type: ignore[no-untyped-call]
                 stepped = True
-    if not stepped:
+    if again and not stepped:
         raise RuntimeError("what the encoder returns does not require grad: there is nothing to train")
     return loss.detach()
 

@@ -22,7 +22,7 @@ _USAGE = """\
 usage: emc2 COMMAND …
 
   quickstart                         train on bundled digits, evaluate, draw: about a minute on two CPU cores
-  train PRESET_OR_YAML [--FIELD VALUE …] [--resume]
+  train PRESET_OR_YAML_OR_folder:PATH [--FIELD VALUE …] [--resume]
                                      pre-train an encoder; emc2 train --help names the fields, --help all describes them
   evaluate RUN [--data NAME] [--value-range MIN,MAX] [--baselines]
                                      linear probe and k-NN of a run's encoder, and numbers that need no labels

@@ -147,9 +147,13 @@ def duplicates(argv: list[str]) -> None:
     held = f"{sum(map(len, found.groups))} of {len(found.gallery)} images"
     hold = "1 group holds" if len(found.groups) == 1 else f"{len(found.groups)} groups hold"
     print(f"{hold} {held}. Shown: the cosine similarity to the group's first.")
+    if any(hit.similarity < args.threshold for group in found.groups for hit in group):
+        print("It is below --threshold where images hang together by others between them.")
     if found.identical:
         print(f"Identical, byte for byte a file that comes before in its group: {len(found.identical)} of these.")
     print(f"--threshold is {args.threshold}: a higher one finds fewer.")
+    if 5 * sum(map(len, found.groups)) > len(found.gallery):
+        print("These are a large part of all images: hardly all of them are duplicates.")
     draw_duplicates(found, args.out)
     print(f"Written: {args.out}" + (f", {args.csv}" if args.csv else ""))
 

@@ -197,6 +197,9 @@ class Config(_Groups):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self.out = os.path.expanduser(self.out).rstrip("/") or self.out
+        for name, value in (("out", self.out), ("data.name", self.data.name)):
+            if value != value.encode(errors="replace").decode():
+                raise ValueError(f"{name} {value!r} is not UTF-8, which config.yaml must be: rename the folder")
         refuse_extremes(asdict(self))
         require_loss(self.loss)
         if self.positive_weight is not None:
@@ -248,7 +251,7 @@ def plain_words(words: Sequence[str]) -> list[str]:
 def read_config(preset: str, overrides: list[str] | None = None, prog: str = "emc2 train") -> Config:
     """Read a preset's name or a YAML file, and overrides as on the command line (``["--loss", "infonce"]``).
 
-    ``folder:PATH``, and ``hf:…``, stand for the preset photos with these images.
+    ``folder:PATH``, and ``hf:…``, stand for the preset photos with these images, in a run that has their name.
 
     The config.yaml of a run's folder gives that folder as ``out``, wherever it was when the run began.
 
@@ -258,11 +261,14 @@ def read_config(preset: str, overrides: list[str] | None = None, prog: str = "em
     """
     known, words = presets(), plain_words(overrides or [])
     if preset.startswith(("folder:", "hf:")):
-        preset, words = "photos", ["--data.name", preset, *words]
+        name = os.path.basename(os.path.abspath(os.path.expanduser(preset.partition(":")[2])))
+        preset, words = "photos", ["--data.name", preset, "--out", f"runs/{name or 'photos'}", *words]
     file = known.get(preset, Path(os.path.expanduser(preset)))
     if not os.path.isfile(file):  # Path's own raises where the name is too long
-        images = f"; folder:{preset} trains on a folder's images" if os.path.isdir(file) else ""
-        raise ValueError(f"{preset!r} is neither a preset ({', '.join(known)}) nor a YAML file{images}")
+        meant = f"; folder:{preset} trains on a folder's images" if os.path.isdir(file) else ""
+        if os.path.isfile(own := os.path.join(file, "config.yaml")):
+            meant = f"; a run's is {own}"
+        raise ValueError(f"{preset!r} is neither a preset ({', '.join(known)}) nor a YAML file{meant}")
     config = _read(file, words, prog)
     if is_outside(config.loss) and "--loss" not in (word.partition("=")[0] for word in words):
         raise ValueError(

@@ -29,7 +29,8 @@ class IndexedDataset(Dataset[tuple[Any, int]]):
         return len(self.dataset)  # type: ignore[arg-type]  # of map-style ones
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Return a sample, and its index."""
+        """Return a sample, and its index; of one that counts from the end, that from the start."""
+        index = range(len(self))[index]
         return self.dataset[index], index
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, int]]:

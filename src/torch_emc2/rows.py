@@ -142,6 +142,7 @@ class Rows:
         count = self.num_negatives
         return count.to(self.vectors.dtype).log() if isinstance(count, Tensor) else math.log(count)
 
+    @cached_property
     def log_with_remembered(self) -> Tensor:
         """(rows,) log(all negatives / negatives that are not remembered), by which κ grows.
 

@@ -20,6 +20,7 @@ from torch_emc2.names import did_you_mean
 from torch_emc2.settings.losses import is_outside
 
 __all__ = [
+    "evaluations",
     "finished_epochs",
     "has_results",
     "is_finished",

@@ -165,7 +165,8 @@ def test_a_training_part_alone_has_its_fifth_held_out(tmp_path):
     assert folder.held_out is None
     assert str(folder) == (
         f"{str(tmp_path)!r}: 4 training images in 'train/', 2 classes of 1 ('train') to 3 images. "
-        "No part is held out: a fixed fifth of each class is kept to test the probe, which the rest teach."
+        "There is no test part: all are trained on, and a fixed fifth of each class tests the probe that is fitted "
+        "on the rest."
     )
 
 

@@ -181,6 +181,9 @@ def test_files_that_changed_are_embedded_anew(finished: Path, photos: Path, tmp_
     (photos / "b.png").write_bytes(b"broken")
     embed_images(finished, photos, out, append=True, on_bad_image="skip")  # with none that is new
     assert [Path(path).name for path in read_table(out).paths] == ["ü.png", "new.png"]
+    (photos / "new.png").write_bytes(b"broken")
+    embed_images(finished, photos / "new.png", out, append=True, on_bad_image="skip")  # alone
+    assert [Path(path).name for path in read_table(out).paths] == ["ü.png"]
 
 
 def test_rows_of_one_table_are_of_one_range(

@@ -15,6 +15,7 @@ from torch_emc2.runs import Duplicates, draw_duplicates, find_duplicates, write_
 from torch_emc2.runs import duplicates as module
 from torch_emc2.runs.duplicates import near_duplicates
 from torch_emc2.runs.gallery import Gallery
+from torch_emc2.runs.neighbours import Hit
 
 
 def by_loop(z: torch.Tensor, threshold: float) -> set[frozenset[int]]:
@@ -67,7 +68,7 @@ def test_identical_files_are_told_from_like_ones(tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in contents]
     pq.write_table(pa.table({"path": paths, "embedding": [[1.0, 0.0]] * 5 + [[0.0, 1.0]]}), tmp_path / "e.parquet")
     found = find_duplicates(tmp_path / "e.parquet", 0.99)
-    assert found.identical == {2, 3}
+    assert found.identical == {2: 0, 3: 1}
     write_duplicates(found, tmp_path / "d.csv")
     with (tmp_path / "d.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -75,6 +76,27 @@ def test_identical_files_are_told_from_like_ones(tmp_path: Path) -> None:
     assert [row["identical"] for row in rows] == ["no", "no", "yes", "yes", "no"]
     assert {row["group"] for row in rows} == {"1"}
     assert {row["similarity"] for row in rows} == {"1.000000"}
+
+
+def test_groups_with_identical_files_come_first(tmp_path: Path) -> None:
+    contents = {"a": b"one", "b": b"two", "c": b"three", "d": b"four", "e": b"three"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    paths = [str(tmp_path / name) for name in contents]
+    rows = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.1, 0.99], [0.1, 0.99]]  # the first two are the most alike
+    pq.write_table(pa.table({"path": paths, "embedding": rows}), tmp_path / "e.parquet")
+    found = find_duplicates(tmp_path / "e.parquet", 0.99)
+    assert [[hit.row for hit in group] for group in found.groups] == [[2, 3, 4], [0, 1]]
+    assert found.identical == {4: 2}
+
+
+def test_of_many_groups_and_images_the_first_thirty_are_listed() -> None:
+    gallery = Gallery(torch.zeros(1, 2), [str(i) for i in range(99)], [None] * 99, lambda i: torch.zeros(1, 1, 1))
+    pairs = [[Hit(2 * i, 1.0), Hit(2 * i + 1, 1.0)] for i in range(31)]
+    *shown, more = str(Duplicates(gallery, pairs)).split("\n\n")
+    assert (len(shown), more) == (30, "… and 1 more group, which a table by --csv has")
+    *shown, more = str(Duplicates(gallery, [[Hit(i, 1.0) for i in range(40)]])).split("\n")
+    assert (len(shown), more) == (30, "… and 10 more images, which a table by --csv has")
 
 
 def test_a_link_is_no_copy(tmp_path: Path) -> None:
@@ -85,7 +107,7 @@ def test_a_link_is_no_copy(tmp_path: Path) -> None:
     (tmp_path / "c").write_bytes(b"one")
     paths = [str(tmp_path / name) for name in "azbzc"]
     pq.write_table(pa.table({"path": paths, "embedding": [[1.0, 0.0]] * 5}), tmp_path / "e.parquet")
-    assert find_duplicates(tmp_path / "e.parquet", 0.99).identical == {4}
+    assert find_duplicates(tmp_path / "e.parquet", 0.99).identical == {4: 0}
 
 
 def test_of_many_groups_the_most_and_the_least_alike_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,12 @@ from torch_emc2.data.errors import DataError
 from torch_emc2.files import one_line
 from torch_emc2.settings.images import Decoding
 
-__all__ = ["Found", "ImageFolder", "class_of", "find_images", "part_of", "read_folder"]
+__all__ = ["NO_TEST_PART", "Found", "ImageFolder", "class_of", "find_images", "part_of", "read_folder"]
 
+NO_TEST_PART = (
+    "There is no test part: all are trained on, and a fixed fifth of each class tests the probe that is fitted on the "
+    "rest."
+)
 _PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "validation"),
@@ -80,9 +84,7 @@ class ImageFolder:
             where = f" in {self.held_out_name + '/'!r}" if self.held_out_name else ""
             said.append(f"Held out, to test on: {len(self.held_out)}{where}, {_classes(self.held_out)}.")
         elif self.classes:
-            said.append(
-                "No part is held out: a fixed fifth of each class is kept to test the probe, which the rest teach."
-            )
+            said.append(NO_TEST_PART)
         return " ".join([*said, str(self.left_out)]).rstrip()
 
 
@@ -262,4 +264,6 @@ def _classes(listing: Sequence[tuple[str, str]]) -> str:
     if set(counts) == {"."}:
         return "without classes"
     name, least = min(counts.items(), key=lambda item: item[1])
-    return f"{len(counts)} classes of {least} ({name!r}) to {max(counts.values())} images"
+    most = max(counts.values())
+    sizes = f"{least}" if least == most else f"{least} ({name!r}) to {most}"
+    return f"{len(counts)} classes of {sizes} images"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torch_emc2.data.decode import decode
 from torch_emc2.data.errors import DataError
-from torch_emc2.data.folders import part_of
+from torch_emc2.data.folders import NO_TEST_PART, part_of
 from torch_emc2.data.images import ImageDataset
 from torch_emc2.files import one_line
 from torch_emc2.settings.images import Decoding
@@ -97,9 +97,7 @@ class HubData:
         if self.held_out is not None:
             said.append(f"Held out, to test on: {len(self.held_out)}.")
         elif self.train.labels is not None:
-            said.append(
-                "No part is held out: a fixed fifth of each class is kept to test the probe, which the rest teach."
-            )
+            said.append(NO_TEST_PART)
         if self.left_out:
             said.append(f"Left out: {', '.join(map(repr, self.left_out))}.")
         return " ".join(said)

@@ -189,7 +189,7 @@ def _require_losses(model: object, loss: object) -> None:
         return
     if not isinstance(loss, ContrastiveLoss):
         got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
-        raise TypeError(f"loss must be a loss of torch_emc2, such as DCLLoss(0.05), got {got}")
+        raise TypeError(f"loss must be a loss of torch_emc2, such as InfoNCELoss(0.1), got {got}")
     if loss.needs_slow:
         raise ValueError(
             f"the trainer has no momentum encoder, as {type(loss).__name__} needs: write a loop of your own"

@@ -239,7 +239,7 @@ class ContrastiveLoss(nn.Module, ABC):
         if self.positive_weight != 1:
             log_positive = log_positive + log_positive_weight(self.positive_weight, rows, self.sizes)
         if self.positive_weight and rows.contrast.num_remembered:
-            log_positive = log_positive + rows.log_with_remembered()
+            log_positive = log_positive + rows.log_with_remembered
         return scores_of(rows, rows.mask_(logits), positive, log_positive, temperature)
 
     def _value(self, rows: Rows, scores: Scores, log_mass: Tensor, estimate: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class ContrastiveLoss(nn.Module, ABC):
             return estimate
         log_positive = scores.log_positive
         if rows.contrast.num_remembered:  # κ is beside the batch's negatives
-            log_positive = log_positive - rows.log_with_remembered()
+            log_positive = log_positive - rows.log_with_remembered
         value = torch.logaddexp(log_mass, log_positive) - scores.positive.mean - rows.log_num_negatives
         return value.masked_fill_(log_mass == -torch.inf, 0.0)
 

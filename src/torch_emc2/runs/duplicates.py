@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections import ChainMap, Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,21 +35,22 @@ class Duplicates(NamedTuple):
 
     Attributes:
         gallery: the images.
-        groups: the most alike first; of each image its similarity to the group's first.
-        identical: images whose file is a copy, byte for byte, of one that comes before it in its group.
+        groups: those with identical files first, then the most alike; of each image its similarity to the group's
+            first.
+        identical: of images whose file is a copy, byte for byte, of one before it in its group, that one.
     """
 
     gallery: Gallery
     groups: list[list[Hit]]
-    identical: Set[int] = frozenset()
+    identical: Mapping[int, int] = {}
 
     def __str__(self) -> str:
         """A paragraph a group; of many, the first of them."""
-        shown = ["\n".join(_first(list(map(self._line, group)), "images")) for group in self.groups]
-        return "\n\n".join(_first(shown, "groups"))
+        shown = ["\n".join(_first(list(map(self._line, group)), "image")) for group in self.groups]
+        return "\n\n".join(_first(shown, "group"))
 
     def _line(self, hit: Hit) -> str:
-        same = "  identical" if hit.row in self.identical else ""
+        same = f"  identical to {self.gallery.names[self.identical[hit.row]]}" if hit.row in self.identical else ""
         return f"{hit.similarity:6.3f}  {self.gallery.names[hit.row]}{same}"
 
 
@@ -64,25 +65,25 @@ def find_duplicates(source: Path, threshold: float) -> Duplicates:
     """
     gallery = open_gallery(source)
     groups = near_duplicates(gallery.embeddings, threshold)
-    identical = (row for group in groups for row in _identical([hit.row for hit in group], gallery.names))
-    return Duplicates(gallery, groups, frozenset(identical))
+    copies = [dict(_identical([hit.row for hit in group], gallery.names)) for group in groups]
+    order = sorted(range(len(groups)), key=lambda place: not copies[place])  # the others stay as they are
+    return Duplicates(gallery, [groups[place] for place in order], dict(ChainMap(*copies)))
 
 
-def _identical(rows: Sequence[int], names: Sequence[str]) -> Iterator[int]:
-    """Yield the images whose file is a copy of one before them; a link to one, or the same file twice, is none."""
+def _identical(rows: Sequence[int], names: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield images whose file is a copy of one before, and that one; a link, or the same file twice, is no copy."""
     stats = {row: os.stat(names[row]) for row in rows if os.path.isfile(names[row])}
     sizes = Counter(stat.st_size for stat in stats.values())
     files: set[tuple[int, int]] = set()
-    contents: set[bytes] = set()
+    contents: dict[bytes, int] = {}
     for row, stat in stats.items():
         if sizes[stat.st_size] < 2 or (stat.st_dev, stat.st_ino) in files:
             continue
         files.add((stat.st_dev, stat.st_ino))
         with open(names[row], "rb") as file:
             content = hashlib.file_digest(file, "sha256").digest()
-        if content in contents:
-            yield row
-        contents.add(content)
+        if (first := contents.setdefault(content, row)) != row:
+            yield row, first
 
 
 def write_duplicates(found: Duplicates, out: Path) -> None:
@@ -119,8 +120,9 @@ def near_duplicates(embeddings: Tensor, threshold: float) -> list[list[Hit]]:
 
 
 def _first(lines: list[str], what: str) -> list[str]:
-    more = len(lines) - _LISTED
-    return lines if more <= 0 else [*lines[:_LISTED], f"… and {more} more {what}: --csv FILE.csv has all"]
+    if (more := len(lines) - _LISTED) <= 0:
+        return lines
+    return [*lines[:_LISTED], f"… and {more} more {what}{'s' * (more > 1)}, which a table by --csv has"]
 
 
 def draw_duplicates(found: Duplicates, out: Path) -> None:
@@ -137,7 +139,7 @@ def draw_duplicates(found: Duplicates, out: Path) -> None:
         tiles = []
         for row, cosine in group[:_ABREAST]:
             folder, name = os.path.split(gallery.names[row])
-            said = f"{cosine:.3f} identical" if row in found.identical else f"{cosine:.3f}"
+            said = "identical to one before" if row in found.identical else f"{cosine:.3f}"
             tiles.append(Tile(gallery.image(row), [said, folder, name] if folders else [said, name]))
         rows.append(tiles)
     below = "cosine similarity to the group's first, " + ("folder and name" if folders else "name")

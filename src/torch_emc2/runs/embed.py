@@ -87,7 +87,8 @@ def embed_images(
         advice = "mend or remove them, or leave them out by --on-bad-image skip"
         raise BadImageError(check.refusal(advice, "--value-range"))
     good = [path for path in new if path not in unreadable]
-    if not good and not there:
+    outdated = not known.keys().isdisjoint(map(os.path.realpath, unreadable))
+    if not (good or there or outdated):
         raise DataError(f"none of the {len(found.files)} images in {named} can be read: {shown(unreadable)}")
     names = list(map(_absolute, good))
     for name in names:
@@ -99,7 +100,6 @@ def embed_images(
     origin = Origin(model.identity, str(run), normalize, decoding.value_range)
     if before.origin is not None:
         origin = replace(origin, value_range=_one_range(before.origin, origin, out))
-    outdated = not known.keys().isdisjoint(map(os.path.realpath, unreadable))
     if good or outdated:
         with whole_file(out) as file:
             file.touch()  # fails now where it cannot be written, not after the work

@@ -93,7 +93,7 @@ def draw_map(found: Map, out: Path) -> None:
     sizes = Counter(group for group in found.groups if group is not None)
     colour_of = {group: _COLOURS[i] for i, (group, _) in enumerate(sizes.most_common(len(_COLOURS)))}
     colours = [colour_of.get(group, _NONE) if group is not None else _NONE for group in found.groups]
-    width, height = np.maximum(_SIDE * places.max(0), _SIDE / 3)
+    width, height = np.maximum(_SIDE * places.max(0), (_SIDE * 2 / 3, _SIDE / 3))
     figure = Figure(figsize=(width + _BESIDE[0], height + _BESIDE[1]), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -133,8 +133,9 @@ def draw_map(found: Map, out: Path) -> None:
     for text in legend.get_texts():
         text.set_parse_math(False)
     some = f"a random {len(places)} of {found.of} images" if len(places) < found.of else f"{found.of} images"
-    figure.suptitle(
-        f"{some}: near one another by cosine similarity (t-SNE; distances across the map mean little)", fontsize=11
+    axes.set_anchor("N")  # the title at the top, beside the legend
+    axes.set_title(
+        f"{some}: near one another by cosine similarity\n(t-SNE; distances across the map mean little)", fontsize=11
     )
     with whole_file(out) as file:
         figure.savefig(file, format="png", dpi=110)

@@ -19,7 +19,7 @@ __all__ = ["PANELS", "plot_curves", "plot_errors", "smoothed"]
 # Title of the panel of each number, and what it says. Its column may also be named "train/acceptance",
 # "acceptance_step" or "lr-Adam".
 PANELS = {
-    "global_loss": ("Global loss, estimated (nats)", "0: all embeddings are equal; lower is better"),
+    "global_loss": ("Global loss of a batch, estimated (nats)", "0: all embeddings are equal; lower is better"),
     "positive_similarity": ("Similarity of a sample's views (cosine)", "up to 1"),
     "slow_similarity": ("Similarity to slow embeddings (cosine)", "1: nothing moves any more"),
     "acceptance": ("Acceptance (share of proposals)", "1: negatives are alike; near 0: chains hardly move"),

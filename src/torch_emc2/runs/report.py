@@ -187,6 +187,8 @@ def _compared(config: Config) -> dict[str, Any]:
 def _curves(series: Sequence[_Series]) -> Iterator[tuple[str, str, str]]:
     """Draw each number that some run has logged: title, words, and an SVG that takes the page's colour."""
     for column, (title, words) in PANELS.items():
+        if column == "global_loss":
+            words += ", at one temperature and batch size"
         curves = [each.curve(column) for each in series]
         if any(curves):
             yield title, words, _drawn(curves, title, smooth=column != "lr")

@@ -22,7 +22,7 @@ def require_data(name: str) -> None:
         path = os.path.expanduser(name.removeprefix("folder:"))
         if not os.path.isdir(path):  # Path's own raises where the name is too long
             here = "" if os.path.isabs(path) else f" here, in {os.getcwd()}"
-            raise ValueError(f"{path!r} is not a folder{here}; give one that holds images: --data.name folder:PATH")
+            raise ValueError(f"{path!r} is not a folder{here}; give one that holds images, folder:PATH")
     elif name not in DATA_SETS and not name.startswith("hf:"):
         if os.path.isdir(os.path.expanduser(name)):
             raise ValueError(f"unknown data set {name!r}; a folder of images is {shlex.quote(f'folder:{name}')}")

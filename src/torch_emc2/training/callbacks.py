@@ -100,7 +100,9 @@ class TensorBoardFile(TensorBoardLogger):
         try:
             super().log_metrics(metrics, step)
         except ValueError as error:
-            raise error.__cause__ or error from None
+            if (stopped := error.__cause__) is None:
+                raise
+            raise stopped from stopped.__cause__
 
 
 class KeptCheckpoints(ModelCheckpoint):
