@@ -145,15 +145,16 @@ def _all(found: Sequence[Group]) -> str:
 
 
 def by_batch_size(found: Sequence[Group], digits: int = 2) -> str:
-    """Show test MRR, a row a method and a column a batch size, of the fewest epochs; each column's best is bold."""
+    """Show test MRR, a row a method and a column a batch size, of the fewest epochs; of several the best is bold."""
     least = min(group.cell.epochs for group in found)
     entries = {(group.cell.method, group.cell.batch_size): group for group in found if group.cell.epochs == least}
     most = max(len(group.results) for group in entries.values())
-    best = {size: max(group.mean(mrr) for (_, own), group in entries.items() if own == size) for _, size in entries}
+    at = {size: [group.mean(mrr) for (_, own), group in entries.items() if own == size] for _, size in entries}
+    best = {size: max(means) for size, means in at.items() if len(means) > 1}
 
     def entry(group: Group) -> str:
         shown, runs = group.shown(mrr, digits), len(group.results)
-        bold = f"**{shown}**" if group.mean(mrr) == best[group.cell.batch_size] else shown
+        bold = f"**{shown}**" if group.mean(mrr) == best.get(group.cell.batch_size) else shown
         return bold + (f" ({runs})" if runs < most else "")
 
     return _methods_by_size({of: entry(group) for of, group in entries.items()})
