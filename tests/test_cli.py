@@ -327,7 +327,7 @@ def test_quickstart_train_evaluate_embed(
     assert err == ""
     *_, last = lines = [line for line in out.splitlines() if not line.startswith("Compiling ")]
     assert lines[0].startswith("Device: cpu, ")
-    assert lines[1] == "Images: 66 to train on; 10 classes, which training does not look at; views of 8 x 8 x 1."
+    assert lines[1] == "Images: 66 to train on; 10 classes, not used in training; views of 8 x 8 x 1."
     assert lines[2].startswith("Model: test_resnet, 0.")
     assert lines[3] == "Steps: 4 of 16 images an epoch, 4 in all; loss emc2."
     assert lines[4].startswith("Epoch 1/1: global loss ")

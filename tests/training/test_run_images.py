@@ -73,7 +73,7 @@ def test_a_start_that_came_to_nothing_is_in_no_ones_way(
     assert line.endswith("mend or remove them, or add --data.on_bad_image skip")
     assert main([*command, "--data.on_bad_image", "skip"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith(f"{str(photos)!r}: 20 training images in 'train/', 2 classes of 10 ('a') to 10 images.")
+    assert out[0].startswith(f"{str(photos)!r}: 20 training images in 'train/', 2 classes of 10 images.")
     assert out.count(out[0]) == 1  # though several parts of it were opened
     assert out[1].startswith(f"Unreadable, and left out: 2 of 28 images (all in {config.out}/unreadable.json): '")
     assert main(command) == 2  # a run that has a checkpoint is not begun anew

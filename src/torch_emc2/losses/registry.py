@@ -135,6 +135,8 @@ def variants(given: Given, settings: Mapping[str, Any] = {}) -> dict[str, Callab
 
 
 def _kernel(own: EMC2Config) -> Kernel:
+    if own.kernel == "isir" and own.burn_in is not None:
+        raise ValueError(f"the kernel isir has no burn_in, got {own.burn_in}")
     return KERNELS[own.kernel]() if own.burn_in is None else Metropolis(own.burn_in)
 
 

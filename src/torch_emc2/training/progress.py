@@ -30,7 +30,7 @@ def made_of(config: Config, images: ImageDataset, module: ContrastiveModule, tra
     many = f"{processes} processes on " if processes > 1 else ""
     threads = f", {torch.get_num_threads()} of its cores" if device.type == "cpu" else ""
     size, channels = config.data.augmentation.size, images.channels
-    classes = f"{len(images.classes)} classes, which training does not look at" if images.classes else "no classes"
+    classes = f"{len(images.classes)} classes, not used in training" if images.classes else "no classes"
     encoder, steps = module.encoder, module.steps_per_epoch(processes)
     slow = "" if module.slow_encoder is None else f", and a momentum encoder alike, decay {module.decay(processes):.4g}"
     batch = config.batch_size * processes * config.accumulate
