@@ -70,7 +70,9 @@ costs: dict[str, Callable[[Result], float]] = {
 
 
 def groups(kept: Runs) -> list[Group]:
-    """Gather the final runs: of each method, batch size and number of epochs, the settings that were tried last.
+    """Gather the final runs: of each method, batch size and number of epochs, the settings that its search found best.
+
+    Of several without a search they are those that were tried last.
 
     A shared machine is slower at times: seconds are those of the fastest run of a method at its batch size, on the
     hardware that most runs were on.
@@ -88,8 +90,17 @@ def groups(kept: Runs) -> list[Group]:
             least = rates.get((cell.method, cell.batch_size), math.inf) * pairs
             found[replace(cell, seed=0)].append({**result, "least_seconds": least})
     order = list(METHODS)
-    latest = {(cell.method, cell.batch_size, cell.epochs): Group(cell, results) for cell, results in found.items()}
-    return sorted(latest.values(), key=lambda each: (each.cell.batch_size, order.index(each.cell.method)))
+
+    def in_search(group: Group) -> float:
+        own = kept.get(replace(group.cell, seed=0, final=False), {})
+        return own.get("validation", {}).get("MRR", 0.0)
+
+    best: dict[tuple[str, int, float], Group] = {}
+    for cell, results in found.items():
+        of, group = (cell.method, cell.batch_size, cell.epochs), Group(cell, results)
+        if of not in best or in_search(group) >= in_search(best[of]):
+            best[of] = group
+    return sorted(best.values(), key=lambda each: (each.cell.batch_size, order.index(each.cell.method)))
 
 
 def within(found: Sequence[Group], reference: Group, cost: Callable[[Result], float]) -> dict[str, Group]:

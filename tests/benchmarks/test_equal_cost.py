@@ -323,6 +323,10 @@ def test_a_table_has_the_means_of_seeds_and_the_best_at_no_more_than_a_cost() ->
     assert {name: group.mean(mrr) for name, group in of_samples.items()} == {"infonce": 11.0, "dcl": 20.0}
     assert {name: group.mean(mrr) for name, group in of_seconds.items()} == {"infonce": 11.0, "dcl": 30.0}  # 2 × .5
     assert by_kappa(kept) == {("infonce", 8): {0.2: 7.0}}
+    searches = {replace(CELL, lr=lr): result(validation, 1) for lr, validation in ((1e-3, 5.0), (2e-3, 6.0))}
+    twice = {replace(final, lr=2e-3): result(1.0, 1), final: result(2.0, 1)}  # the better in validation came first
+    (chosen,) = groups({**searches, **twice})
+    assert chosen.mean(mrr) == 1.0
 
 
 def test_tables_by_batch_size_have_the_fewest_epochs_and_tell_of_a_search_that_was_not_ended() -> None:
