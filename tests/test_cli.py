@@ -286,10 +286,14 @@ def test_embeddings_are_searched_grouped_and_mapped(
     told = capsys.readouterr().out
     assert " 1.000  photos/cat/a.png\n 1.000  photos/dog/copy.png  identical to photos/cat/a.png\n" in told
     assert "Identical, byte for byte a file that comes before in its group: 1 of these." in told
+    assert "These are a large part of all images: hardly all of them are duplicates.\n" in told
     assert told.endswith("Written: duplicates.png, d.csv\n")
     rows = Path("d.csv").read_text().splitlines()
     assert rows[0] == "group,similarity,identical,path"
     assert "1,1.000000,yes,photos/dog/copy.png" in rows
+    groups = {row.partition(",")[0] for row in rows[1:]}
+    hold = "1 group holds" if len(groups) == 1 else f"{len(groups)} groups hold"
+    assert f"{hold} {len(rows) - 1} of 6 images. Shown" in told
     assert main(["duplicates", "e.parquet", "--csv", "e.parquet"]) == 2
     assert "e.parquet will be a CSV: give it a name that ends in .csv" in capsys.readouterr().err
     Path("photos/dog/copy.png").unlink()

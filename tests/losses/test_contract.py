@@ -28,7 +28,7 @@ from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, Temperature
 from torch_emc2.kernels import Metropolis
 from torch_emc2.losses import ContrastiveLoss
 from torch_emc2.losses.registry import ESTIMATORS, Given
@@ -256,6 +256,11 @@ def test_averages_of_another_temperature_are_refused(name: str) -> None:
         ValueError, match=r"saved averages are of temperature 0\.5 and cannot be converted to temperature 0\.1"
     ):
         loss_fn.load_state_dict(other.state_dict())
+    if name == "sogclr-γ = 0.9":
+        learnt = SogCLRLoss(M, Temperature(0.1))
+        step_of(learnt, 0)
+        with pytest.raises(ValueError, match=r"of a learnt temperature and cannot be converted to temperature 0\.1"):
+            loss_fn.load_state_dict(learnt.state_dict())
     assert loss_fn.temperature == 0.1
     assert_same(loss_fn.state_dict(), before)
     loss_fn.forget(batch(0, 6)[2])  # type: ignore[operator]

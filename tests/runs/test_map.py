@@ -30,6 +30,17 @@ def table(folder: Path, labels: list[str | None], per: int = 20) -> Path:
     return folder / "e.parquet"
 
 
+@pytest.mark.parametrize(("extent", "size"), [((4.0, 1.0), (11.5, 3.3)), ((1.0, 4.0), (8.7, 9.0))])
+def test_a_map_is_as_wide_and_high_as_its_images_lie(
+    extent: tuple[float, float], size: tuple[float, float], tmp_path: Path
+) -> None:
+    places = np.random.default_rng(0).uniform(size=(60, 2))
+    places = (places - places.min(0)) / np.ptp(places, 0) * extent
+    gallery = Gallery(torch.zeros(60, 2), ["x"] * 60, [None] * 60, lambda i: torch.zeros(1, 4, 4, dtype=torch.uint8))
+    draw_map(Map(gallery, places, ["a"] * 60, 60, "class"), tmp_path / "map.png")
+    assert Image.open(tmp_path / "map.png").size == pytest.approx([110 * inches for inches in size], abs=8)
+
+
 @pytest.mark.parametrize(("classes", "by"), [(True, "class"), (True, "cluster"), (False, "class")])
 def test_what_is_near_is_near_and_has_a_group(classes: bool, by: Any, tmp_path: Path) -> None:
     true = [name for name in ("$x_$", "b" * 100, "c") for _ in range(20)]

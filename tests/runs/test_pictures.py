@@ -25,6 +25,9 @@ def test_one_panel_for_each_number_that_was_logged(tmp_path):
     plot_curves([{"epoch": 0, "global_loss": 1.0, "validation": 2.0}], tmp_path / "one.png")
     assert shape(tmp_path / "three.png") == (450, 3 * 525)
     assert shape(tmp_path / "one.png") == (450, 525)
+    names = ("global_loss", "positive_similarity", "acceptance", "carried_share", "lr")
+    plot_curves([{"step": t, **dict.fromkeys(names, 0.5)} for t in range(3)], tmp_path / "five.png")
+    assert shape(tmp_path / "five.png") == (2 * 450, 3 * 525)  # three and two, not four and one
 
 
 def test_csv_of_lightning_draws_the_same_picture(tmp_path):

@@ -72,6 +72,7 @@ def test_seeds_are_a_series_with_mean_and_spread(three: list[Path], tmp_path: Pa
     write_report(three, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(text)
+    assert "lower is better, at one temperature and batch size" in text  # runs of several lie over one another
     assert page.cells[:3] == [
         ["run", "encoder", "Linear probe, %", "Alignment", "runs"],
         ["loss=emc2", "trained", "75.00 ± 7.07", "0.250 ± 0.000", "2"],  # sqrt(2 · 5²) = 7.07
