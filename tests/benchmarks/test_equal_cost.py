@@ -204,6 +204,23 @@ def test_a_search_begun_again_trains_nothing_more(tmp_path: Path, monkeypatch: p
     assert len(trained) == len(set(trained))
 
 
+def test_a_second_start_finds_the_higher_hill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored(cell: Cell, *_: object) -> dict[str, object]:
+        low, high = ((math.log2(cell.lr / lr)) ** 2 for lr in (CELL.lr, 64 * CELL.lr))
+        return result(max(1 - low, 2 - high) - abs(math.log(cell.temperature / CELL.temperature)), 1)
+
+    monkeypatch.setattr("run.run", scored)
+    monkeypatch.setattr("run._in_process", lambda work: work())
+    problem = tiny()
+    problem = replace(problem, lr=CELL.lr, temperature=CELL.temperature)
+    runner = Runner("tiny", problem, Kept(tmp_path / "tiny.jsonl"))
+    once, twice = (runner.search("infonce", 32, 20, second=second) for second in (None, (0.032, 0.1)))
+    assert (once.cell.lr, twice.cell.lr) == (CELL.lr, 0.064)
+    assert once.inside
+    assert twice.inside
+    assert runner.search("infonce", 32, 20, second=(CELL.lr, 0.2)) == once  # which climbs the lower again
+
+
 def test_what_a_guide_finds_nearer_than_the_positive_is_no_negative() -> None:
     problem = tiny(pairs=30, shared=1)
     x, y = towers(problem, "cpu")
