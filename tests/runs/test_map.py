@@ -95,3 +95,18 @@ def test_names_of_groups_do_not_lie_on_one_another(tmp_path: Path, monkeypatch: 
     groups = [name for name in ("low", "high", "middle", "hidden", "above") for _ in range(5)] + ["few"] * 4
     draw_map(Map(gallery, places, groups, 29, "class"), tmp_path / "m.png")
     assert written == ["low", "high", "middle", "above"]
+
+
+def test_no_picture_lies_under_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures: list[np.ndarray] = []
+    monkeypatch.setattr(Axes, "add_artist", lambda self, box: pictures.append(np.array(box.xy)))
+    places = np.random.default_rng(0).uniform(size=(2000, 2))
+    places = (places - places.min(0)) / np.ptp(places, 0).max()
+    gallery = Gallery(torch.zeros(2000, 2), ["x"] * 2000, [None] * 2000, lambda i: torch.zeros(3, 2, 2).byte())
+    draw_map(Map(gallery, places, ["a"] * 2000, 2000, "class"), tmp_path / "m.png")
+    middle = places[np.abs(places - np.median(places, 0)).sum(1).argmin()]
+    across, along = np.abs(np.array(pictures) - middle).T
+    width, height = (0.15 + 0.034) / 2, (0.04 + 0.034) / 2  # of half a name and half a picture
+    assert not ((across < width) & (along < height)).any()
+    assert ((across < width) & (along < 2.5 * height)).any()  # but beside it
+    assert len(pictures) > 200

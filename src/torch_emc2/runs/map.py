@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -100,23 +100,17 @@ def draw_map(found: Map, out: Path) -> None:
     axes.scatter(places[:, 0], places[:, 1], c=colours, s=10, linewidths=0)
     axes.set_aspect("equal")
     axes.axis("off")
-    for i in _apart(places):
+    labels = _labels(places, found.groups, colour_of)
+    for i in _apart(places, [*labels.values()]):
         if (image := found.gallery.image(i)) is not None:
             small = thumbnail(image)
             box = OffsetImage(small.expand(3, -1, -1).permute(1, 2, 0).numpy(), zoom=18 / max(small.shape[1:]))
             frame = {"edgecolor": colours[i], "linewidth": 1.5}
             axes.add_artist(AnnotationBbox(box, places[i], pad=0.06, bboxprops=frame))
-    written: list[np.ndarray] = []
-    for group, colour in colour_of.items():
-        own = places[[name == group for name in found.groups]]
-        middle = own[np.abs(own - np.median(own, 0)).sum(1).argmin()]
-        near = any((np.abs(middle - other) < _LABEL).all() for other in written)
-        if near or len(own) < _LEAST:
-            continue  # the legend has it
-        written.append(middle)
+    for group, middle in labels.items():
         axes.annotate(
-            fitted(group, 1.6, 11), middle, color=colour, fontsize=13, fontweight="bold", ha="center", va="center",
-            parse_math=False, path_effects=[withStroke(linewidth=4, foreground="white")], zorder=10,
+            fitted(group, 1.6, 13), tuple(middle), color=colour_of[group], fontsize=13, fontweight="bold", ha="center",
+            va="center", parse_math=False, path_effects=[withStroke(linewidth=4, foreground="white")], zorder=10,
         )  # fmt: skip
     rest = len(sizes) - len(colour_of)
     handles = [
@@ -141,10 +135,23 @@ def draw_map(found: Map, out: Path) -> None:
         figure.savefig(file, format="png", dpi=110)
 
 
-def _apart(places: np.ndarray) -> list[int]:
-    """Return some places that are not nearer to one another than a small image is wide."""
+def _labels(places: np.ndarray, groups: Sequence[str | None], named: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return where the names of groups stand, each in its group's middle; none near another's: the legend has those."""
+    labels: dict[str, np.ndarray] = {}
+    for group in named:
+        own = places[[name == group for name in groups]]
+        middle = own[np.abs(own - np.median(own, 0)).sum(1).argmin()]
+        if len(own) >= _LEAST and not any((np.abs(middle - other) < _LABEL).all() for other in labels.values()):
+            labels[group] = middle
+    return labels
+
+
+def _apart(places: np.ndarray, labels: Sequence[np.ndarray]) -> list[int]:
+    """Return some places that are not nearer to one another than a small image is wide, nor under a group's name."""
+    room = (np.array(_LABEL) + _THUMBNAIL) / 2
     kept: list[int] = []
     for i, place in enumerate(places):
-        if not kept or np.abs(places[kept] - place).max(1).min() > _THUMBNAIL:
+        free = all((np.abs(label - place) > room).any() for label in labels)
+        if free and (not kept or np.abs(places[kept] - place).max(1).min() > _THUMBNAIL):
             kept.append(i)
     return kept
