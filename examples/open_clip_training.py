@@ -1,13 +1,20 @@
-"""open_clip's training step with EMC² in the place of its ClipLoss: a tiny CLIP on drawn pictures and their names."""
+"""open_clip's training step with EMC² in the place of its ClipLoss: a tiny CLIP on drawn pictures and their names.
+
+python examples/open_clip_training.py
+torchrun --nproc-per-node 2 examples/open_clip_training.py    # each has half of the batch, all of it is negatives
+"""
 
 import argparse
+import os
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from open_clip import SimpleTokenizer
 from open_clip.model import CLIP
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from torch_emc2.integrations.open_clip import EMC2ClipLoss
 
@@ -48,22 +55,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
+    if "RANK" in os.environ:  # as torchrun starts it
+        dist.init_process_group("gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(0)
-    generator = np.random.default_rng(0)
     texts = SimpleTokenizer(context_length=12)(NAMES)
     vision = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 6, "image_size": 24}
-    model = CLIP(32, vision, {"layers": 1, "width": 64, "heads": 2, "context_length": 12}, output_dict=True)
-    loss = EMC2ClipLoss(model)  # was ClipLoss()
+    clip = CLIP(32, vision, {"layers": 1, "width": 64, "heads": 2, "context_length": 12}, output_dict=True)
+    loss = EMC2ClipLoss(clip)  # was ClipLoss(); gathers by itself
+    model = DistributedDataParallel(clip) if world > 1 else clip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    print(f"{named_rightly(model, texts):.1f}% of {len(NAMES)} pictures named rightly at first")
+    if rank == 0:
+        print(f"{named_rightly(clip, texts):.1f}% of {len(NAMES)} pictures named rightly at first")
+    batches, drawing = np.random.default_rng(0), np.random.default_rng((1, rank))
     for _ in range(args.steps):
-        batch = torch.from_numpy(generator.choice(len(NAMES), 32, replace=False))
-        images = pictures([NAMES[each] for each in batch], generator)
+        batch = torch.from_numpy(batches.choice(len(NAMES), 32, replace=False))[rank::world]
+        images = pictures([NAMES[each] for each in batch], drawing)
         losses = loss(**model(images, texts[batch]), output_dict=True)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-    print(f"{named_rightly(model, texts):.1f}% after {args.steps} steps of 32")
+    if rank == 0:
+        print(f"{named_rightly(clip, texts):.1f}% after {args.steps} steps of 32 in {world} process(es)")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

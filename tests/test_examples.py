@@ -109,11 +109,15 @@ def test_sentence_transformers_trainer(here: Here) -> None:
     assert "stopped and resumed: the same weights and chains, bit for bit" in ran.printed
 
 
-def test_open_clip_training(here: Here) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_open_clip_training(processes: int, here: Here) -> None:
     pytest.importorskip("open_clip")
-    ran = here.run("open_clip_training", "--steps", "40")
+    torchrun = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, EXAMPLES / "open_clip_training.py", "--steps", "40"]
+    ran = Ran(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     (before,), (after,) = ran.numbers(r"(?m:^)(?=.* at first)"), ran.numbers(r"(?m:^)(?=.* after 40 steps)")
     assert before < 2 < 3 < after
+    assert f"in {processes} process(es)" in ran.printed
 
 
 def test_none_is_left_out() -> None:
