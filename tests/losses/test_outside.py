@@ -10,7 +10,7 @@ import torch
 
 from torch_emc2.cli import main
 from torch_emc2.config import Config, read_config, to_yaml
-from torch_emc2.losses.registry import Given, find
+from torch_emc2.losses.registry import LossContext, find
 from torch_emc2.runs import evaluate_run
 from torch_emc2.training import build_loss, train
 
@@ -56,7 +56,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_class_is_called_with_what_is_given(own: Path) -> None:
     row = find("own_package.mine:Mine")
-    loss_fn = row.build(None, Given(9, 0.3, 4, seed=5))
+    loss_fn = row.build(None, LossContext(9, 0.3, 4, seed=5))
     assert type(loss_fn) is row.loss is sys.modules["own_package.mine"].Mine
     assert (loss_fn.num_samples, loss_fn.temperature) == (9, 0.3)
     data = replace(Config().data, finite_views=2)
@@ -93,7 +93,7 @@ def test_what_is_wrong_is_one_line_before_anything_is_written(
     name: str, message: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        find(name).build(None, Given(9, 0.3, 4))
+        find(name).build(None, LossContext(9, 0.3, 4))
     assert main(["quickstart", "--loss", name, "--out", str(tmp_path / "run"), "--accelerator", "cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("emc2: error: loss ")

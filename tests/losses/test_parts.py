@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torch_emc2.losses import ContrastiveLoss
-from torch_emc2.losses.registry import Given, variants
+from torch_emc2.losses.registry import LossContext, variants
 from torch_emc2.losses.stateful import StatefulLoss
 
 M, D, B = 60, 6, 11
 NAMES = ("InfoNCE", "SogCLR, γ = 0.9", "Negative Cache", "EMC², encode_if_used", "EMC², isir, defer")
-LOSSES = {name: make for name, make in variants(Given(M, 0.2, D, views_per_sample=2)).items() if name in NAMES}
+LOSSES = {name: make for name, make in variants(LossContext(M, 0.2, D, views_per_sample=2)).items() if name in NAMES}
 
 
 def few_rows_at_once(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
@@ -96,7 +96,7 @@ class _Largest(TorchDispatchMode):
 def test_no_matrix_is_whole(name: str, labelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     few_rows_at_once(monkeypatch, 2)
     size, d = 100, 6
-    given = Given(2 * size, 0.2, d, views_per_sample=2)
+    given = LossContext(2 * size, 0.2, d, views_per_sample=2)
     loss_fn, table = variants(given)[name](0), torch.randn(2 * size, d)
     for _ in range(2):
         z = torch.randn(2, size, d).requires_grad_()

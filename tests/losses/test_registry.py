@@ -16,7 +16,7 @@ from torch_emc2.config import Config, read_config, to_yaml
 from torch_emc2.experiments.definitions import methods as methods_by_title
 from torch_emc2.kernels import Isir, Metropolis
 from torch_emc2.losses import ContrastiveLoss
-from torch_emc2.losses.registry import ESTIMATORS, Given, find, variants
+from torch_emc2.losses.registry import ESTIMATORS, LossContext, find, variants
 from torch_emc2.losses.stateful import StatefulLoss
 from torch_emc2.settings.losses import LOSSES, EMC2Config, NegativeCacheConfig, SogCLRConfig
 from torch_emc2.training import build_loss
@@ -53,14 +53,14 @@ def test_every_estimator_has_a_row_and_names_are_taken_once() -> None:
 def test_a_row_builds_its_loss_for_what_is_given() -> None:
     for row in ROWS:
         for some in [*row.variants.values(), *(method.fields for method in row.methods)]:
-            make = row.maker(some, Given(9, 0.3, 4))
+            make = row.maker(some, LossContext(9, 0.3, 4))
             first, second = make(5), make(6)
             assert (type(first), first.temperature) == (row.loss, 0.3)
             assert (getattr(first, "seed", 5), getattr(second, "seed", 6)) == (5, 6)
     by_title: dict[str, Any] = {
         title: make(0)
         for title, make in variants(
-            Given(9, 0.3, 4, 3), {"emc2": EMC2Config(burn_in=0.25, kernel="metropolis")}
+            LossContext(9, 0.3, 4, 3), {"emc2": EMC2Config(burn_in=0.25, kernel="metropolis")}
         ).items()
     }
     assert len(by_title) == sum(len(row.variants) for row in ROWS)
@@ -122,7 +122,7 @@ def test_what_settings_refuse_the_loss_refuses_too() -> None:
         own = row.settings()
         vars(own).update(changes)
         with pytest.raises(ValueError, match=next(iter(changes))):
-            row.build(own, Given(9, 0.1, 4))
+            row.build(own, LossContext(9, 0.1, 4))
 
 
 def test_finite_views_have_an_entry_each() -> None:
@@ -143,7 +143,7 @@ def test_a_run_s_weight_of_the_positive_is_its_loss_s(name: str) -> None:
         loss_fn = build_loss(Config(loss=name, positive_weight=kappa), 9)
         assert loss_fn.positive_weight == kappa
         assert loss_fn.num_samples == (9 if kappa == "global" or isinstance(loss_fn, StatefulLoss) else None)
-    weights = {make(0).positive_weight for make in variants(Given(9, 0.3, 4, positive_weight=0.25)).values()}
+    weights = {make(0).positive_weight for make in variants(LossContext(9, 0.3, 4, positive_weight=0.25)).values()}
     assert weights == {0.25}
 
 

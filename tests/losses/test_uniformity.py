@@ -27,8 +27,7 @@ def batches(count: int, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
 
 def log_u(loss_fn: UniformityLoss) -> Tensor:
     """Logarithm of the average, of each direction."""
-    averages: Tensor = loss_fn.get_extra_state()["averages"]
-    return averages[:, 0]
+    return torch.stack([side.numbers[0] for side in loss_fn.sides])
 
 
 def dot(u: Tensor, v: Tensor) -> float:
@@ -147,7 +146,7 @@ def test_evaluation_reads_and_does_not_write() -> None:
     before = loss_fn.get_extra_state()
     loss_fn.eval().temperature = 0.3
     loss_fn(c, d)
-    assert torch.equal(loss_fn.get_extra_state()["averages"], before["averages"])
+    assert torch.equal(loss_fn.get_extra_state()["average"], before["average"])
 
 
 @pytest.mark.parametrize("way", ["schedule", "learnt", "states"])
@@ -231,13 +230,13 @@ def test_what_it_cannot_use_is_named() -> None:
         loss_fn(x, y)
     good = UniformityLoss().get_extra_state()
     for change, named in (
-        ({"averages": torch.zeros(2, 3)}, "the saved state is not that of a UniformityLoss with towers=1"),
-        ({"averages": torch.tensor([[math.nan, 0, 0]])}, "the saved averages are damaged"),
-        ({"averages": torch.tensor([[0.0, 0, math.inf]])}, "the saved averages are damaged"),
-        ({"averages": torch.tensor([[0.0, -math.inf, 2]])}, "the saved averages are damaged"),
-        ({"averages": torch.tensor([[0.0, 50, 2]])}, "the saved averages are damaged"),
-        ({"averages": torch.zeros(1, 3, dtype=torch.int64)}, "the saved state is not that of a UniformityLoss"),
-        ({"calls": -1}, "the saved averages are damaged"),
+        ({"average": torch.zeros(2)}, "the saved average is damaged: it needs three numbers"),
+        ({"average": torch.tensor([math.nan, 0, 0])}, "the saved average is damaged"),
+        ({"average": torch.tensor([0.0, 0, math.inf])}, "the saved average is damaged"),
+        ({"average": torch.tensor([0.0, -math.inf, 2])}, "the saved average is damaged"),
+        ({"average": torch.tensor([0.0, 50, 2])}, "the saved average is damaged"),
+        ({"average": torch.zeros(3, dtype=torch.int64)}, "it needs three numbers, float32"),
+        ({"calls": -1}, "the saved state is damaged: it is of -1 calls"),
         ({"calls": "1"}, "the saved state has '1' for a number"),
         ({"more": 1}, "load what such a loss has saved"),
     ):
@@ -258,7 +257,8 @@ def _rank(rank: int, folder: str) -> None:
         gradients.append(torch.cat(torch.autograd.grad(loss_fn(x, y), (x, y)), 1) / 2)  # DDP's mean over ranks
     torch.save((gradients, loss_fn.state_dict()), f"{folder}/{rank}.pt")
     state = loss_fn.get_extra_state()
-    loss_fn.set_extra_state(state | {"averages": state["averages"] + torch.tensor([rank, 0, 0])})
+    state["x"]["average"] += torch.tensor([rank, 0, 0])
+    loss_fn.set_extra_state(state)
     with pytest.raises(ValueError, match="checksum of what was loaded"):  # not each rank with its own
         loss_fn(x, y)
     torch.distributed.destroy_process_group()

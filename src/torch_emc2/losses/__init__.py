@@ -1,8 +1,8 @@
 """The estimators, all called ``loss(x, y, index)``."""
 
 from torch_emc2.losses.base import ContrastiveLoss
-from torch_emc2.losses.calling import Encode
 from torch_emc2.losses.emc2 import EMC2Loss
+from torch_emc2.losses.encode import Encode
 from torch_emc2.losses.in_batch import DCLLoss, InfoNCELoss
 from torch_emc2.losses.momentum import MomentumLoss
 from torch_emc2.losses.negative_cache import NegativeCacheLoss

@@ -21,13 +21,8 @@ from torch import Tensor, nn
 from torch_emc2.batch import Directions, gather_batch, require_negatives
 from torch_emc2.geometry import Contrast
 from torch_emc2.losses.arguments import NumSamples, log_positive_weight, require_sizes
-from torch_emc2.losses.calling import (
-    CheckedEncode,
-    Encode,
-    checked_encoders,
-    keep_out_of_graphs,
-    refuse_tracing,
-)
+from torch_emc2.losses.encode import CheckedEncode, Encode, checked_encoders
+from torch_emc2.losses.tracing import keep_out_of_graphs, refuse_tracing
 from torch_emc2.losses.weighted_sum import WeightedSum, with_gradients
 from torch_emc2.losses.weighting import Scores, Weighing, scores_of
 from torch_emc2.rows import RowBuffer, Rows, parts
@@ -63,7 +58,9 @@ class ContrastiveLoss(nn.Module, ABC):
     needs_slow = False
     """Whether a call needs ``slow``, a momentum encoder's embeddings."""
 
-    _needs_index = False
+    needs_index = False
+    """Whether a call needs ``index``."""
+
     temperature: float | Temperature
 
     def __init__(
@@ -167,7 +164,7 @@ class ContrastiveLoss(nn.Module, ABC):
             if (slow is not None) != self.needs_slow:
                 raise ValueError(_SLOW[self.needs_slow].format(type(self).__name__))
             encoders, beta = checked_encoders(encode, x, self.towers, callers), self._beta(logit_scale)
-            return validate_inputs(*given, towers=self.towers, needs_index=self._needs_index)
+            return validate_inputs(*given, towers=self.towers, needs_index=self.needs_index)
 
         with torch.autocast(device, enabled=False) if enabled else nullcontext():
             batch = gather_batch(
@@ -184,7 +181,7 @@ class ContrastiveLoss(nn.Module, ABC):
                 },
             )
             contrasts = tuple(map(self._widen, batch))
-            every_row = self._needs_index or self.positive_weight in (0, "global")
+            every_row = self.needs_index or self.positive_weight in (0, "global")
             require_negatives(batch, contrasts, of_every_row=every_row)
             temperature = cast(float, self.temperature) if beta is None else 1 / beta.detach()
             with torch.no_grad():

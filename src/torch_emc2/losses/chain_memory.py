@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torch_emc2.losses.met import Met
-from torch_emc2.losses.stateful import Memory
+from torch_emc2.losses.carried import CarriedVectors
+from torch_emc2.losses.stateful import SampleMemory
 from torch_emc2.memory.chains import EMPTY, ChainTable
 from torch_emc2.memory.slots import Slots
 from torch_emc2.memory.tables import SampleTable
@@ -17,7 +17,7 @@ from torch_emc2.memory.tables import SampleTable
 __all__ = ["ChainMemory"]
 
 
-class ChainMemory(Memory):
+class ChainMemory(SampleMemory):
     """The chains of a side, and its embeddings where they are cached; addressed by the same slots.
 
     Args:
@@ -41,12 +41,12 @@ class ChainMemory(Memory):
         self.embeddings: SampleTable | None = None
         self.owed: SampleTable | None = None
 
-    def recall(self, ids: Tensor, like: Tensor) -> Met | None:
+    def recall(self, ids: Tensor, like: Tensor) -> CarriedVectors | None:
         """Look up the cached embeddings (\\*ids.shape, d) of ``ids``, some `EMPTY`; None if there are none."""
         if self.embeddings is None:
             return None
         slots = self.slots.find(ids.flatten()).clamp(min=0)  # what an empty chain meets has no weight
-        return Met(self._vectors(self.embeddings, slots, like).view(*ids.shape, -1))
+        return CarriedVectors(self._vectors(self.embeddings, slots, like).view(*ids.shape, -1))
 
     def remembered(self, count: int, seed: int, batch: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Draw ids (count,) uniformly, with their cached embeddings (count, d); `EMPTY` where there is none.
@@ -137,7 +137,7 @@ class ChainMemory(Memory):
         return state
 
     def check(self, state: dict[str, Any]) -> None:
-        """See `Memory.check`."""
+        """See `SampleMemory.check`."""
         self.slots.check(state["keys"], *state["chains"].values())
         self.chains.check(state["chains"])
         if self.cached:
@@ -149,7 +149,7 @@ class ChainMemory(Memory):
                 raise ValueError("the saved embeddings and what they are owed are not alike: the state is damaged")
 
     def load(self, state: dict[str, Any]) -> None:
-        """See `Memory.load`."""
+        """See `SampleMemory.load`."""
         self.embeddings = self._loaded(state, "embeddings") if self.cached else None
         self.owed = self._loaded(state, "owed") if self.deferred else None
         self.slots.load(state["keys"])

@@ -12,11 +12,11 @@ from torch_emc2.geometry import Contrast
 from torch_emc2.kernels import KERNELS, Kernel
 from torch_emc2.kernels.counted import compiled_kernels
 from torch_emc2.losses.arguments import NumSamples, require_int
-from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.chain_memory import ChainMemory
 from torch_emc2.losses.draws import BatchDraws
-from torch_emc2.losses.stateful import StatefulLoss
-from torch_emc2.losses.visiting import Visiting, Way
+from torch_emc2.losses.encode import CheckedEncode
+from torch_emc2.losses.stateful import PerSampleLoss
+from torch_emc2.losses.visiting import ChainSettings, Visiting
 from torch_emc2.losses.weighting import Weighing
 from torch_emc2.memory.chains import EMPTY, ChainTable
 from torch_emc2.seeds import mix_seed
@@ -27,7 +27,7 @@ from torch_emc2.validation import Towers
 __all__ = ["EMC2Loss"]
 
 
-class EMC2Loss(StatefulLoss):
+class EMC2Loss(PerSampleLoss):
     """Global contrastive loss by Markov chain Monte Carlo negative sampling (Yau et al., ICML 2024).
 
     The batch's negatives are proposals to a Markov chain that each sample keeps between its visits and whose states are
@@ -84,6 +84,7 @@ class EMC2Loss(StatefulLoss):
         >>> loss = loss_fn(torch.randn(8, 128), torch.randn(8, 128), torch.randperm(1000)[:8])
     """
 
+    needs_index = True
     sides: tuple[ChainMemory, ...]
 
     def __init__(
@@ -151,10 +152,10 @@ class EMC2Loss(StatefulLoss):
         if encode is None and self.carry in ("encode", "encode_if_used"):
             given = "encode=fn" if self.towers == 1 else "encode=(encode_x, encode_y)"
             raise ValueError(f'carry="{self.carry}" needs encode: loss(x, y, index, {given}) with fn(ids) -> (k, d)')
-        way = Way(self.kernel, self.num_chains, self.carry, self.positive_weight != 0, self.training)
+        settings = ChainSettings(self.kernel, self.num_chains, self.carry, self.positive_weight != 0, self.training)
         anchors, candidates = self.sides[contrast.anchors], self.sides[contrast.candidates]
         draws = BatchDraws(contrast, self.seed, self._calls)
-        return Visiting(contrast, anchors, candidates, way, draws, temperature, encode)
+        return Visiting(contrast, anchors, candidates, settings, draws, temperature, encode)
 
     def _check_sides(self, saved: Sequence[dict[str, Any]]) -> None:
         for anchors, candidates in zip(saved, reversed(saved), strict=True):

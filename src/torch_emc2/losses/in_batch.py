@@ -9,7 +9,7 @@ from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
 from torch_emc2.losses.arguments import NumSamples
 from torch_emc2.losses.base import ContrastiveLoss
-from torch_emc2.losses.calling import CheckedEncode
+from torch_emc2.losses.encode import CheckedEncode
 from torch_emc2.losses.weighting import Scores, Weighing, Weights
 from torch_emc2.rows import Rows
 from torch_emc2.settings.losses import PositiveWeight

@@ -11,9 +11,9 @@ from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
 from torch_emc2.known import NO_ID
 from torch_emc2.losses.arguments import NumSamples, require_int
-from torch_emc2.losses.calling import CheckedEncode
+from torch_emc2.losses.encode import CheckedEncode
 from torch_emc2.losses.in_batch import Softmax
-from torch_emc2.losses.stateful import Memory, StatefulLoss
+from torch_emc2.losses.stateful import PerSampleLoss, SampleMemory
 from torch_emc2.losses.weighting import Conclusion, Weighing
 from torch_emc2.settings.losses import PositiveWeight
 from torch_emc2.temperature import Temperature
@@ -31,7 +31,7 @@ def decay_of(batch_size: int) -> float:
     return max(0.5, min(0.99, 1 - batch_size / 3200))
 
 
-class MomentumLoss(StatefulLoss):
+class MomentumLoss(PerSampleLoss):
     """``-β s(a, slow a⁺) + log[κ exp(β s(a, slow a⁺)) + Σ_batch exp(β s_aj) + Σ_queue exp(β s(a, slow q))]``.
 
     "Slow" are embeddings by a momentum encoder, an exponential moving average of the encoder (MoCo, He et al. 2020). A
@@ -82,7 +82,6 @@ class MomentumLoss(StatefulLoss):
     """
 
     needs_slow = True
-    _needs_index = False
     sides: tuple[_Queue, ...]
 
     def __init__(
@@ -140,7 +139,7 @@ class _Queued(Softmax):
         return Conclusion(write=lambda: self.queue.push(*new), numbers={"slow_similarity": similarity})
 
 
-class _Queue(Memory):
+class _Queue(SampleMemory):
     """The last slow embeddings of a side, the ids of their samples, or views, and of their partners; newest first.
 
     Args:

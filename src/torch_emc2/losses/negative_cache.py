@@ -12,9 +12,9 @@ from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
 from torch_emc2.kernels.counted import compiled_kernels
 from torch_emc2.losses.arguments import require_int
-from torch_emc2.losses.calling import CheckedEncode
 from torch_emc2.losses.draws import BatchDraws
-from torch_emc2.losses.stateful import Memory, StatefulLoss
+from torch_emc2.losses.encode import CheckedEncode
+from torch_emc2.losses.stateful import PerSampleLoss, SampleMemory
 from torch_emc2.losses.weighting import Carried, Conclusion, Scores, Weighing, Weights
 from torch_emc2.memory.tables import SampleTable
 from torch_emc2.rows import Rows, parts
@@ -28,7 +28,7 @@ _NEVER = -1
 _FORGOTTEN = -2  # until the sample is in a batch: there may be nothing left to encode
 
 
-class NegativeCacheLoss(StatefulLoss):
+class NegativeCacheLoss(PerSampleLoss):
     """Cached negatives drawn by the Gumbel-max trick (Lindgren et al. 2021).
 
     The loss keeps one embedding a sample. Each step the batch's embeddings enter the cache, the oldest entries are
@@ -52,6 +52,7 @@ class NegativeCacheLoss(StatefulLoss):
         negatives.
     """
 
+    needs_index = True
     sides: tuple[_Cache, ...]
 
     def __init__(
@@ -220,7 +221,7 @@ class _DrawnFromCache(Weighing):
         return fresh, written
 
 
-class _Cache(Memory):
+class _Cache(SampleMemory):
     """Embeddings of one side, and the call at which each was last encoded."""
 
     def __init__(self, num_samples: int, dim: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from torch_emc2.files import one_line
+from torch_emc2.error_text import one_line
 from torch_emc2.losses.base import ContrastiveLoss
 
 __all__ = ["load_outside", "make_outside"]

@@ -31,14 +31,14 @@ from torch_emc2.settings.losses import (
 __all__ = [
     "ESTIMATORS",
     "Estimator",
-    "Given",
+    "LossContext",
     "Method",
     "find",
     "variants",
 ]
 
 
-class Given(NamedTuple):
+class LossContext(NamedTuple):
     """What a loss is built for, whichever it is.
 
     Attributes:
@@ -94,7 +94,7 @@ class Estimator:
 
     name: str
     loss: type[ContrastiveLoss]
-    build: Callable[[Any, Given], ContrastiveLoss]
+    build: Callable[[Any, LossContext], ContrastiveLoss]
     methods: tuple[Method, ...] = ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
 
@@ -108,19 +108,21 @@ class Estimator:
         """Its settings' name in a config."""
         return group_of(self.name)
 
-    def maker(self, fields: Mapping[str, Any], given: Given, settings: Any = None) -> Callable[[int], ContrastiveLoss]:
+    def maker(
+        self, fields: Mapping[str, Any], given: LossContext, settings: Any = None
+    ) -> Callable[[int], ContrastiveLoss]:
         """Return what makes it from a seed, with ``settings``, or the defaults, but for some fields."""
         own = None if self.settings is None else replace(settings or self.settings(), **fields)
         return lambda seed: self.build(own, given._replace(seed=seed))
 
 
-def _in_batch(given: Given) -> dict[str, Any]:
+def _in_batch(given: LossContext) -> dict[str, Any]:
     """The size of the data tells those without a memory n / N, and would hold their ids to a range."""
     size = {"num_samples": given.num_samples} if given.positive_weight == "global" else {}
     return {**given.weight, **size}
 
 
-def variants(given: Given, settings: Mapping[str, Any] = {}) -> dict[str, Callable[[int], ContrastiveLoss]]:
+def variants(given: LossContext, settings: Mapping[str, Any] = {}) -> dict[str, Callable[[int], ContrastiveLoss]]:
     """Return what makes each variant of each estimator from a seed, by its title.
 
     Args:
@@ -140,7 +142,7 @@ def _kernel(own: EMC2Config) -> Kernel:
     return KERNELS[own.kernel]() if own.burn_in is None else Metropolis(own.burn_in)
 
 
-def _emc2(own: EMC2Config, given: Given) -> EMC2Loss:
+def _emc2(own: EMC2Config, given: LossContext) -> EMC2Loss:
     return EMC2Loss(
         given.num_samples,
         given.temperature,
@@ -157,19 +159,19 @@ _METROPOLIS: dict[str, Any] = {"kernel": "metropolis", "carry": "encode", "num_c
 _ISIR: dict[str, Any] = {**_METROPOLIS, "kernel": "isir", "burn_in": None}
 
 
-def _momentum(own: MomentumConfig, given: Given) -> MomentumLoss:
+def _momentum(own: MomentumConfig, given: LossContext) -> MomentumLoss:
     return MomentumLoss(given.temperature, num_queued=own.num_queued, num_samples=given.num_samples, **given.weight)
 
 
-def _uniformity(own: UniformityConfig, given: Given) -> UniformityLoss:
-    return UniformityLoss(given.temperature, gamma=own.gamma, **_in_batch(given))
+def _uniformity(own: UniformityConfig, given: LossContext) -> UniformityLoss:
+    return UniformityLoss(given.temperature, gamma=own.gamma, num_samples=given.num_samples, **given.weight)
 
 
-def _sogclr(own: SogCLRConfig, given: Given) -> SogCLRLoss:
+def _sogclr(own: SogCLRConfig, given: LossContext) -> SogCLRLoss:
     return SogCLRLoss(given.num_samples, given.temperature, own.gamma, **given.weight)
 
 
-def _negative_cache(own: NegativeCacheConfig, given: Given) -> NegativeCacheLoss:
+def _negative_cache(own: NegativeCacheConfig, given: LossContext) -> NegativeCacheLoss:
     return NegativeCacheLoss(
         given.num_samples,  # type: ignore[arg-type]  # which refuses None
         given.dim,

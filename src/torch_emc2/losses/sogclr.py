@@ -13,8 +13,8 @@ from torch import Tensor
 from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
 from torch_emc2.losses.arguments import NumSamples, require_int
-from torch_emc2.losses.calling import CheckedEncode
-from torch_emc2.losses.stateful import Memory, StatefulLoss
+from torch_emc2.losses.encode import CheckedEncode
+from torch_emc2.losses.stateful import PerSampleLoss, SampleMemory
 from torch_emc2.losses.weighting import Conclusion, Scores, Weighing, Weights
 from torch_emc2.memory.slots import Slots
 from torch_emc2.memory.tables import SampleTable
@@ -38,7 +38,7 @@ def _cosine(num_steps: int, minimum: float, call: int) -> float:
     return minimum + (1 - minimum) / 2 * (1 + math.cos(math.pi * min(call / num_steps, 1)))
 
 
-class SogCLRLoss(StatefulLoss):
+class SogCLRLoss(PerSampleLoss):
     """Stochastic optimisation of the global contrastive loss (Yuan et al. 2022, algorithm 1).
 
     With ``g_a = mean_j exp(β s_j)`` over the batch's negatives, ``u_a <- (1 - γ) u_a + γ g_a`` (``u_a <- g_a`` at the
@@ -60,6 +60,7 @@ class SogCLRLoss(StatefulLoss):
         directions: of two towers.
     """
 
+    needs_index = True
     sides: tuple[_Averages, ...]
 
     def __init__(
@@ -186,7 +187,7 @@ class _Averaged(Weighing):
         return Conclusion(write=averages.writing(contrast.chain_ids, self.slots, after, contrast.first_anchors))
 
 
-class _Averages(Memory):
+class _Averages(SampleMemory):
     """Logarithms of the averages, a number a view; -inf where there was no visit."""
 
     def __init__(self, num_samples: int | None, views: int) -> None:

@@ -1,4 +1,4 @@
-"""What the estimators share that remember something of every sample: their memory saved, loaded, and forgotten."""
+"""What the estimators share that remember something from call to call: their memory, saved, loaded and forgotten."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from torch_emc2.settings.losses import PositiveWeight
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers, unique_ids
 
-__all__ = ["Memory", "StatefulLoss", "check_alike", "checksum"]
+__all__ = ["Memory", "PerSampleLoss", "SampleMemory", "StatefulLoss"]
 
 
 class Memory(ABC):
-    """What a loss remembers of the samples of one side."""
+    """What a loss remembers of one side."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -38,18 +38,20 @@ class Memory(ABC):
     def load(self, state: dict[str, Any]) -> None:
         """Take over a saved `state` that fits."""
 
+
+class SampleMemory(Memory):
+    """What a loss remembers of the samples of one side."""
+
     @abstractmethod
     def forget(self, ids: Tensor) -> None:
         """Forget samples ``ids`` (k,) of this side, all different."""
 
-    def forget_negatives(self, ids: Tensor) -> None:  # noqa: B027  a memory need not have any
+    def forget_negatives(self, ids: Tensor) -> None:
         """Forget samples ``ids`` (k,) of the other side (or the same, of one tower) where these are negatives."""
 
 
 class StatefulLoss(ContrastiveLoss):
-    """A loss that remembers something of every sample: needs ``index``, and puts its memory in ``state_dict()``.
-
-    `forget` takes samples out of it.
+    """A loss that remembers something from call to call, and puts its memory in ``state_dict()``.
 
     In evaluation mode (``loss_fn.eval()``) the memory is read and not written.
 
@@ -57,7 +59,6 @@ class StatefulLoss(ContrastiveLoss):
         sides: the memory of each side: one, or with ``towers=2`` x's and y's.
     """
 
-    _needs_index = True
     sides: Sequence[Memory]
 
     def __init__(
@@ -86,30 +87,6 @@ class StatefulLoss(ContrastiveLoss):
     def _remember(self, writes: list[Callable[[], None]]) -> None:
         super()._remember(writes)
         self._calls += 1
-
-    def forget(self, ids: Tensor, y_ids: Tensor | None = None) -> None:
-        """Forget samples that are removed from the data: all that is remembered of them, also as others' negatives.
-
-        Takes a look at every entry, O(num_samples): for rare use. With several ranks call it on all, with the same ids.
-        A forgotten sample that comes again is new.
-
-        Args:
-            ids: (k,) ids as the loss is called with, of all views where it is called with those; never seen ones will
-                do. Of two towers x's.
-            y_ids: (k,) of y's.
-
-        Raises:
-            IndexError, TypeError: an id is not below num_samples, or no integer; nothing has changed.
-        """
-        given = (ids,) if y_ids is None else (ids, y_ids)
-        if len(given) > self.towers:
-            raise ValueError("y_ids are for towers=2")
-        gone = [unique_ids(each, size) for each, size in zip(given, self.sizes, strict=False)]
-        for side, each in enumerate(gone):
-            self.sides[side].forget(each)
-            self.sides[side + 1 - self.towers].forget_negatives(each)
-        if several_ranks():
-            self._mark = mix_seed(self._mark, checksum(gone))
 
     def _position(self) -> dict[str, Any]:
         """Return the numbers, beside the memory, that the next call depends on."""
@@ -144,7 +121,7 @@ class StatefulLoss(ContrastiveLoss):
         Raises:
             ValueError: it is another loss's, or of another size; nothing has changed.
         """
-        check_alike(state, self.get_extra_state(), type(self).__name__)
+        _check_alike(state, self.get_extra_state(), type(self).__name__)
         saved = (state,) if self.towers == 1 else (state["x"], state["y"])
         for side, memory in zip(self.sides, saved, strict=True):
             side.check(memory)
@@ -152,13 +129,15 @@ class StatefulLoss(ContrastiveLoss):
         self._take_position(state)
         for side, memory in zip(self.sides, saved, strict=True):
             side.load(memory)
-        self._mark = checksum(self.get_extra_state()) if several_ranks() else 0
+        self._mark = _checksum(self.get_extra_state()) if several_ranks() else 0
 
     def _check_sides(self, saved: Sequence[dict[str, Any]]) -> None:
         """Raise ValueError where sides that fit each for itself do not go together."""
 
     def _take_position(self, state: dict[str, Any]) -> None:
         """Take over the numbers of `_position`, or raise ValueError."""
+        if state["calls"] < 0:
+            raise ValueError(f"the saved state is damaged: it is of {state['calls']} calls")
         self._calls = state["calls"]
 
     def extra_repr(self) -> str:
@@ -166,19 +145,49 @@ class StatefulLoss(ContrastiveLoss):
         return f"num_samples={self.num_samples}, {super().extra_repr()}"
 
 
-def check_alike(saved: Any, own: Any, name: str) -> None:
+class PerSampleLoss(StatefulLoss):
+    """A loss that remembers something of samples. `forget` takes samples out of it."""
+
+    sides: Sequence[SampleMemory]
+
+    def forget(self, ids: Tensor, y_ids: Tensor | None = None) -> None:
+        """Forget samples that are removed from the data: all that is remembered of them, also as others' negatives.
+
+        Takes a look at every entry, O(num_samples): for rare use. With several ranks call it on all, with the same ids.
+        A forgotten sample that comes again is new.
+
+        Args:
+            ids: (k,) ids as the loss is called with, of all views where it is called with those; never seen ones will
+                do. Of two towers x's.
+            y_ids: (k,) of y's.
+
+        Raises:
+            IndexError, TypeError: an id is not below num_samples, or no integer; nothing has changed.
+        """
+        given = (ids,) if y_ids is None else (ids, y_ids)
+        if len(given) > self.towers:
+            raise ValueError("y_ids are for towers=2")
+        gone = [unique_ids(each, size) for each, size in zip(given, self.sizes, strict=False)]
+        for side, each in enumerate(gone):
+            self.sides[side].forget(each)
+            self.sides[side + 1 - self.towers].forget_negatives(each)
+        if several_ranks():
+            self._mark = mix_seed(self._mark, _checksum(gone))
+
+
+def _check_alike(saved: Any, own: Any, name: str) -> None:
     """Raise ValueError where a state has other names in it than a loss's own, or no number where that has one."""
     if isinstance(own, dict):
         if not isinstance(saved, dict) or set(saved) != set(own):
             found = sorted(map(str, saved)) if isinstance(saved, dict) else repr(saved)
             raise ValueError(f"the saved state has {found}, this {name} {sorted(own)}: load what such a loss has saved")
         for key in own:
-            check_alike(saved[key], own[key], name)
+            _check_alike(saved[key], own[key], name)
     elif isinstance(own, int | float) and type(saved) is not type(own):
         raise ValueError(f"the saved state has {saved!r} for a number: load what a {name} has saved")
 
 
-def checksum(state: Any) -> int:
+def _checksum(state: Any) -> int:
     """Mix the sums of all tensors of a state, as whole numbers of the same bits, which wrap: O(its size), fast."""
     kinds = {4: torch.int32, 8: torch.int64}
     tables = [leaf.view(kinds[leaf.itemsize]) for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]

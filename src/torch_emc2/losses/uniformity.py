@@ -12,11 +12,9 @@ from torch import Tensor
 from torch_emc2.batch import Directions
 from torch_emc2.geometry import Contrast
 from torch_emc2.losses.arguments import NumSamples
-from torch_emc2.losses.base import ContrastiveLoss
-from torch_emc2.losses.calling import CheckedEncode
-from torch_emc2.losses.stateful import check_alike, checksum
+from torch_emc2.losses.encode import CheckedEncode
+from torch_emc2.losses.stateful import Memory, StatefulLoss
 from torch_emc2.losses.weighting import Conclusion, Scores, Weighing, Weights
-from torch_emc2.ranks import several_ranks
 from torch_emc2.rows import Rows
 from torch_emc2.settings.losses import PositiveWeight
 from torch_emc2.temperature import Temperature
@@ -25,7 +23,7 @@ from torch_emc2.validation import Towers
 __all__ = ["UniformityLoss"]
 
 
-class UniformityLoss(ContrastiveLoss):
+class UniformityLoss(StatefulLoss):
     """``-β E[s_pos] + log E_a E_j exp(β s_aj)``: pairs near, all else evenly spread (Wang and Isola 2020, t = β / 2).
 
     Against the global contrastive loss, the mean over rows a has gone inside of the logarithm. So one number normalises
@@ -60,6 +58,8 @@ class UniformityLoss(ContrastiveLoss):
         >>> loss = loss_fn(torch.randn(4, 128), torch.randn(4, 128))
     """
 
+    sides: tuple[_Remembered, ...]
+
     def __init__(
         self,
         temperature: float | Temperature = 0.1,
@@ -75,9 +75,7 @@ class UniformityLoss(ContrastiveLoss):
         )
         self.gamma = gamma
         _ = self._gamma  # refuses what it cannot use
-        self._calls = 0
-        self._mark = 0  # left by a load, which may differ between ranks; a step changes the averages of all alike
-        self._averages = torch.tensor([_NOTHING] * towers, dtype=_KEPT)  # a direction each
+        self.sides = tuple(_Remembered() for _ in self.sizes)  # of the rows of one side, a direction
 
     @property
     def _gamma(self) -> float:
@@ -86,49 +84,12 @@ class UniformityLoss(ContrastiveLoss):
         return float(self.gamma)
 
     def _alike(self, device: str) -> dict[str, object]:
-        return {
-            **super()._alike(device),
-            "gamma": self._gamma,
-            "number of the call": self._calls,
-            "checksum of what was loaded": self._mark,
-        }
+        return {**super()._alike(device), "gamma": self._gamma}
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
-        if self._averages.device != contrast.rows.device:
-            self._take(self._averages.to(contrast.rows.device))
-        remembered = self._averages[contrast.anchors]
-        average, weight = _Average(*remembered.to(contrast.rows.dtype)).at(temperature, self._gamma)
+        remembered = self.sides[contrast.anchors]
+        average, weight = remembered.read(contrast.rows).at(temperature, self._gamma)
         return _Shared(contrast, average, weight, remembered, weighs_positive=self.positive_weight != 0)
-
-    def _take(self, averages: Tensor) -> None:
-        """Keep averages; as a tensor that training writes to, though it be first moved or loaded in inference mode."""
-        with torch.inference_mode(False):
-            self._averages = averages.clone()
-
-    def _remember(self, writes: list[Any]) -> None:
-        super()._remember(writes)
-        self._calls += 1
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the averages, for ``state_dict()``."""
-        return {"calls": self._calls, "averages": self._averages.cpu().clone()}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over saved averages: the next call does what would have come next. They may be of another temperature.
-
-        Raises:
-            ValueError: they are another loss's, or of another number of towers; nothing has changed.
-        """
-        check_alike(state, self.get_extra_state(), type(self).__name__)
-        averages, calls = state["averages"], state["calls"]
-        own = self._averages
-        if not isinstance(averages, Tensor) or (averages.shape, averages.dtype) != (own.shape, own.dtype):
-            raise ValueError(f"the saved state is not that of a {type(self).__name__} with towers={self.towers}")
-        if calls < 0 or not all(map(_is_average, averages.tolist())):
-            raise ValueError(f"the saved averages are damaged: {averages.tolist()} after {calls} calls")
-        self._calls = calls
-        self._take(averages.to(own.device))
-        self._mark = checksum(self.get_extra_state()) if several_ranks() else 0
 
     def extra_repr(self) -> str:
         """Show the settings."""
@@ -161,6 +122,37 @@ class _Average(NamedTuple):
         return torch.logaddexp(torch.log1p(-weight) + self.log_u, weight.log() + log_g)
 
 
+class _Remembered(Memory):
+    """The moving average of a direction, as it is remembered: `_Average`'s numbers."""
+
+    def __init__(self) -> None:
+        self.numbers = torch.tensor(_NOTHING, dtype=_KEPT)
+
+    def read(self, like: Tensor) -> _Average:
+        """Return the average on the device and of the type of ``like``."""
+        return _Average(*self.numbers.to(like))
+
+    def write(self, average: _Average, some: Tensor) -> None:
+        """Remember another, where there are ``some`` rows that it is of."""
+        with torch.inference_mode(False):
+            after = torch.stack(average).to(_KEPT)
+            self.numbers = torch.where(some, after, self.numbers.to(after.device))
+
+    def state(self) -> dict[str, Any]:
+        return {"average": self.numbers.cpu().clone()}
+
+    def check(self, state: dict[str, Any]) -> None:
+        numbers, own = state["average"], self.numbers
+        if not isinstance(numbers, Tensor) or (numbers.shape, numbers.dtype) != (own.shape, own.dtype):
+            raise ValueError("the saved average is damaged: it needs three numbers, float32")
+        if not _is_average(numbers.tolist()):
+            raise ValueError(f"the saved average is damaged: {numbers.tolist()}")
+
+    def load(self, state: dict[str, Any]) -> None:
+        with torch.inference_mode(False):
+            self.numbers = state["average"].to(self.numbers.device, copy=True)
+
+
 _REACH = 0.1  # of log β: so far the tangent is taken for the curve
 _NOTHING = -math.inf, 0.0, -math.inf
 _KEPT = torch.float32
@@ -178,12 +170,12 @@ class _Shared(Weighing):
         contrast: the direction.
         average: of the calls before, at this call's β.
         weight: of this batch beside it.
-        remembered: (3,) where the average is kept, and written over in the end.
+        remembered: where it is kept, and written over in the end.
         weighs_positive: whether the positive has a mass.
     """
 
     def __init__(
-        self, contrast: Contrast, average: _Average, weight: Tensor, remembered: Tensor, *, weighs_positive: bool
+        self, contrast: Contrast, average: _Average, weight: Tensor, remembered: _Remembered, *, weighs_positive: bool
     ) -> None:
         super().__init__(contrast)
         self.average, self.weight, self.remembered = average, weight, remembered
@@ -218,9 +210,5 @@ class _Shared(Weighing):
             torch.lerp(self.average.similarity, similarity, share),
             self.average.log_beta,
         )
-
-        def write() -> None:
-            self.remembered.copy_(torch.where(some, torch.stack(after), self.remembered))
-
         ratio = torch.where(some, (self.average.log_u - log_mean).exp(), 0.0)
-        return Conclusion(write=write, numbers={"normaliser_ratio": ratio})
+        return Conclusion(write=lambda: self.remembered.write(after, some), numbers={"normaliser_ratio": ratio})

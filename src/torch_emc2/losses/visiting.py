@@ -12,18 +12,18 @@ from torch import Tensor
 from torch_emc2.geometry import Contrast
 from torch_emc2.kernels import EMPTY, Kernel, Visit
 from torch_emc2.known import NO_ID
-from torch_emc2.losses.calling import CheckedEncode
+from torch_emc2.losses.carried import CarriedVectors, encode_carried
 from torch_emc2.losses.chain_memory import ChainMemory
 from torch_emc2.losses.draws import BatchDraws
-from torch_emc2.losses.met import Met, encode_met
+from torch_emc2.losses.encode import CheckedEncode
 from torch_emc2.losses.weighting import Conclusion, Scores, Weighing, Weights
 from torch_emc2.rows import Rows, known_own
 
-__all__ = ["Visiting", "Way"]
+__all__ = ["ChainSettings", "Visiting"]
 
 
 @dataclass(frozen=True)
-class Way:
+class ChainSettings:
     """How a loss's chains are to be moved.
 
     Attributes:
@@ -48,7 +48,7 @@ class Visiting(Weighing):
         contrast: the direction.
         anchors: memory of the side whose chains are moved.
         candidates: memory of the side of the negatives.
-        way: how they are moved.
+        settings: how they are moved.
         draws: what chance decides.
         temperature: 1 / β.
         encode: the caller's.
@@ -59,14 +59,14 @@ class Visiting(Weighing):
         contrast: Contrast,
         anchors: ChainMemory,
         candidates: ChainMemory,
-        way: Way,
+        settings: ChainSettings,
         draws: BatchDraws,
         temperature: float | Tensor,
         encode: CheckedEncode | None,
     ) -> None:
-        self.anchors, self.candidates, self.way, self.draws = anchors, candidates, way, draws
+        self.anchors, self.candidates, self.settings, self.draws = anchors, candidates, settings, draws
         self.temperature, self.encode = temperature, encode
-        self.chances = draws.chances(way.num_chains)
+        self.chances = draws.chances(settings.num_chains)
         self.ids = contrast.column_ids
         if contrast.known is not None or contrast.num_further:
             self.ids = self.ids.masked_fill(contrast.copies, NO_ID)  # what comes a second time is no proposal
@@ -77,15 +77,15 @@ class Visiting(Weighing):
         carried = contrast.to_rows(carried_by_all)
         self.carried = carried.masked_fill_(known_own(contrast, carried), EMPTY)  # no negative any more
         self.empty = self.carried == EMPTY
-        self.met: Met | None = None
+        self.vectors: CarriedVectors | None = None
         self.similarity: Tensor | None = None  # (rows, chains) of what is carried
-        if way.carry == "encode":
+        if settings.carry == "encode":
             anywhere = bool((carried_by_all != EMPTY).any())
-            self.met = encode_met(contrast, self.carried, ~self.empty, anywhere, encode)
-        elif way.carry in ("cache", "defer"):
-            self.met = candidates.recall(self.carried, contrast.row_vectors)
-        if self.met is not None:
-            self.similarity = self.met.similarities(contrast.row_vectors)
+            self.vectors = encode_carried(contrast, self.carried, ~self.empty, anywhere, encode)
+        elif settings.carry in ("cache", "defer"):
+            self.vectors = candidates.recall(self.carried, contrast.row_vectors)
+        if self.vectors is not None:
+            self.similarity = self.vectors.similarities(contrast.row_vectors)
         elif anchors.chains.similarities is not None:
             self.similarity = contrast.to_rows(anchors.chains.similarities.read(slots)).to(contrast.rows.dtype)
 
@@ -97,7 +97,7 @@ class Visiting(Weighing):
         else:
             score = rows.of(self.similarity) / self.temperature
         logits, place = self._in_sets(scores.logits), None
-        if not self.way.weighs_positive:
+        if not self.settings.weighs_positive:
             score = score.masked_fill_(empty, -torch.inf)
         else:
             at_positive = scores.log_positive[:, None] - math.log(self.contrast.column_views)  # which is in each set
@@ -115,15 +115,15 @@ class Visiting(Weighing):
             place,
             room=scores.masses,
         )
-        weights, at_carried, state, acceptance = self.way.kernel.move(visit, self.draws.of(rows.span))
+        weights, at_carried, state, acceptance = self.settings.kernel.move(visit, self.draws.of(rows.span))
 
         w_pos = None
-        if self.way.weighs_positive:
+        if self.settings.weighs_positive:
             w_pos = weights.gather(1, rows.own_columns).sum(1) + (at_carried * empty).mean(1)
             weights.scatter_(1, rows.own_columns, 0.0)
             at_carried = at_carried.masked_fill(empty, 0.0)
         stays, column = state < 0, state.clamp(min=0)
-        ends = torch.where(stays, carried, rows.ids_at(column, own=self.way.weighs_positive))
+        ends = torch.where(stays, carried, rows.ids_at(column, own=self.settings.weighs_positive))
         kept: tuple[Tensor, ...] = ends, at_carried, acceptance
         if self.anchors.chains.similarities is not None:
             kept = *kept, stays, torch.where(stays, score, scores.logits.gather(1, column)) * self.temperature
@@ -146,20 +146,21 @@ class Visiting(Weighing):
         """Weigh what was carried, and be ready to write where the chains ended."""
         ends, at_carried, acceptance, *stored = kept
         similarity = stored[1] if stored else None
-        met, contrast = self.met, self.contrast
-        if self.way.carry == "encode_if_used":
+        vectors, contrast = self.vectors, self.contrast
+        if self.settings.carry == "encode_if_used":
             used = at_carried > 0
-            met = encode_met(contrast, self.carried, used, contrast.ranks.anywhere(bool(used.any())), self.encode)
-            if met is not None:  # a score that stayed as it was could hold its chain for ever
+            anywhere = contrast.ranks.anywhere(bool(used.any()))
+            vectors = encode_carried(contrast, self.carried, used, anywhere, self.encode)
+            if vectors is not None:  # a score that stayed as it was could hold its chain for ever
                 assert similarity is not None
-                similarity = torch.where(stored[0] & used, met.similarities(contrast.row_vectors), similarity)
-        weight = at_carried if self.way.num_chains == 1 else at_carried / self.way.num_chains
-        carried = None if met is None else met.weighed(weight)
-        owed = self._owed() if self.way.carry == "defer" and self.way.writes else None
+                similarity = torch.where(stored[0] & used, vectors.similarities(contrast.row_vectors), similarity)
+        weight = at_carried if self.settings.num_chains == 1 else at_carried / self.settings.num_chains
+        carried = None if vectors is None else vectors.weighed(weight)
+        owed = self._owed() if self.settings.carry == "defer" and self.settings.writes else None
         return Conclusion(
             carried,
             owed,
-            self._writing(ends, similarity, weight) if self.way.writes else None,
+            self._writing(ends, similarity, weight) if self.settings.writes else None,
             {"acceptance": acceptance, "carried_share": at_carried},
         )
 
@@ -179,7 +180,7 @@ class Visiting(Weighing):
         writes = [self.anchors.moving(contrast.chain_ids, of_samples(ends), kept, contrast.first_anchors)]
         if self.candidates.cached:
             writes.append(self.candidates.caching(*contrast.items()))
-        if self.way.carry == "defer":
+        if self.settings.carry == "defer":
             writes.append(self._deferring(weight))
 
         def write_all() -> None:

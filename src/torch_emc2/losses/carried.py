@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from torch_emc2.geometry import Contrast
-from torch_emc2.losses.calling import CheckedEncode
+from torch_emc2.losses.encode import CheckedEncode
 from torch_emc2.losses.weighting import Carried
 
-__all__ = ["Met", "encode_met"]
+__all__ = ["CarriedVectors", "encode_carried"]
 
 
 @dataclass(frozen=True)
-class Met:
+class CarriedVectors:
     """Carried negatives' embeddings.
 
     Attributes:
@@ -37,9 +37,9 @@ class Met:
         return Carried(self.vectors, weight, self.encoded, self.place)
 
 
-def encode_met(
+def encode_carried(
     contrast: Contrast, carried: Tensor, wanted: Tensor, anywhere: bool, encode: CheckedEncode | None
-) -> Met | None:
+) -> CarriedVectors | None:
     """Encode each id of ``carried`` (rows, chains) that is ``wanted``, once; None where none is on any rank.
 
     Where one is `anywhere`, a rank that wants none has a stand-in that no chain is at.
@@ -52,4 +52,4 @@ def encode_met(
         assert encode is not None
         encoded = encode(ids)
     place = torch.zeros_like(carried).masked_scatter_(wanted, place_of_wanted)
-    return Met(encoded.detach()[place], encoded, place)
+    return CarriedVectors(encoded.detach()[place], encoded, place)

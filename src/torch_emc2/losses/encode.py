@@ -1,18 +1,17 @@
-"""How a loss may be called, and calls back: the caller's ``encode``, and what a call cannot be part of."""
+"""The caller's ``encode``, which gives carried negatives' embeddings with today's weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_emc2.unit import unit_vectors
 from torch_emc2.validation import Towers
 
-__all__ = ["CheckedEncode", "Encode", "checked_encoders", "keep_out_of_graphs", "refuse_tracing"]
+__all__ = ["CheckedEncode", "Encode", "checked_encoders"]
 
 Encode = Callable[[Tensor], Tensor]
 """``encode(ids)``: embeddings (k, d) of the samples (or views) ``ids`` (k,) with today's weights, with gradient.
@@ -64,24 +63,3 @@ def _checked(encode: Encode, x: Tensor, autocast: Callable[[], torch.autocast]) 
             return unit_vectors(embeddings, lambda row: f"encode({int(ids[row])})")
 
     return encode_unit
-
-
-@cache
-def keep_out_of_graphs(loss: type[nn.Module]) -> None:
-    """Let a compiled step call losses as they are. At the first of them: this imports the compiler, for seconds."""
-    reason = "a loss and its memory are no part of a graph: compile without fullgraph=True, or the encoder alone"
-    loss.forward = torch.compiler.disable(loss.forward, reason=reason)  # type: ignore
-
-
-def refuse_tracing(loss: nn.Module) -> None:
-    """Raise RuntimeError where a call would have no lasting effect, or one on a copy."""
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise RuntimeError(
-            "a loss cannot be transformed by torch.func (grad, vmap, …): take its gradient with loss.backward() or "
-            "torch.autograd.grad; no state has changed"
-        )
-    if getattr(loss, "_is_replica", False):
-        raise RuntimeError(
-            "a loss cannot be part of what nn.DataParallel copies to each device: wrap the encoder alone, or use "
-            "DistributedDataParallel; no state has changed"
-        )
