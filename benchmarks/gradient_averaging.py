@@ -14,8 +14,8 @@ import argparse
 import torch
 
 from torch_emc2.diagnostics import clustered_embeddings, gradient_error
-from torch_emc2.evaluation.estimators import error_table
-from torch_emc2.losses.registry import Given, variants
+from torch_emc2.diagnostics.markdown import error_table
+from torch_emc2.losses.registry import LossContext, variants
 
 TEMPERATURE = 0.07
 POLICIES = ("encode", "encode_if_used", "cache", "drop")
@@ -33,7 +33,7 @@ def main() -> None:
     for batch_size in args.batch_sizes:
         errors = {
             name: gradient_error(make_loss, z, TEMPERATURE, batch_size, epochs=args.epochs, runs=args.runs)
-            for name, make_loss in variants(Given(2 * len(z), TEMPERATURE, z.shape[2], 2)).items()
+            for name, make_loss in variants(LossContext(2 * len(z), TEMPERATURE, z.shape[2], 2)).items()
         }
         print(f"\nb = {batch_size}\n\n{error_table(errors)}", flush=True)
         for title, epochs in (("one epoch", 0), (f"{args.epochs} epochs", -1)):

@@ -31,7 +31,7 @@ from torch_emc2.diagnostics import (
     two_tower_error,
 )
 from torch_emc2.exact import objective_mass
-from torch_emc2.losses.registry import ESTIMATORS, Given, variants
+from torch_emc2.losses.registry import ESTIMATORS, LossContext, variants
 
 TEMPERATURE = 0.07
 SAMPLES, DIM = 500, 32
@@ -61,7 +61,7 @@ def two_towers(make_loss: MakeLoss, mass: float, b: int, lengths: dict[str, int]
     return errors.x, errors.y, errors.beta
 
 
-def measured(embeddings: torch.Tensor, ids: Any, given: Given) -> Part:
+def measured(embeddings: torch.Tensor, ids: Any, given: LossContext) -> Part:
     """All variants in the registry, those that are measured here alone, and other libraries' losses."""
     further = {title: ESTIMATORS["emc2"].maker(fields, given) for title, fields in FURTHER.items()}
     makers = {**variants(given), **further, **peers(SAMPLES, TEMPERATURE)}
@@ -72,15 +72,15 @@ def measured(embeddings: torch.Tensor, ids: Any, given: Given) -> Part:
 
 
 def fixed() -> Part:
-    return measured(clustered_embeddings(SAMPLES, DIM), "view", Given(VIEWS, TEMPERATURE, DIM, 2))
+    return measured(clustered_embeddings(SAMPLES, DIM), "view", LossContext(VIEWS, TEMPERATURE, DIM, 2))
 
 
 def shared() -> Part:
-    return measured(clustered_embeddings(SAMPLES, DIM), "sample", Given(SAMPLES, TEMPERATURE, DIM))
+    return measured(clustered_embeddings(SAMPLES, DIM), "sample", LossContext(SAMPLES, TEMPERATURE, DIM))
 
 
 def anew() -> Part:
-    return measured(clustered_embeddings(SAMPLES, DIM, views=8), "sample", Given(SAMPLES, TEMPERATURE, DIM))
+    return measured(clustered_embeddings(SAMPLES, DIM, views=8), "sample", LossContext(SAMPLES, TEMPERATURE, DIM))
 
 
 def towers() -> Part:

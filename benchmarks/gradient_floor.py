@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_emc2.diagnostics import at_rest, clustered_embeddings
 from torch_emc2.exact import global_contrastive_loss
 from torch_emc2.losses import ContrastiveLoss
-from torch_emc2.losses.registry import ESTIMATORS, Given
+from torch_emc2.losses.registry import ESTIMATORS, LossContext
 from torch_emc2.settings.losses import EMC2Config
 
 TEMPERATURE = 0.2
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs="+", default=[8, 32, 128, 512])
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    given, settings = Given(2 * SAMPLES, TEMPERATURE, DIM, 2), {"emc2": EMC2Config(burn_in=0.0)}
+    given, settings = LossContext(2 * SAMPLES, TEMPERATURE, DIM, 2), {"emc2": EMC2Config(burn_in=0.0)}
     makers = {
         method.title: row.maker(method.fields, given, settings.get(row.group))
         for row in ESTIMATORS.values()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torch_emc2 import EMC2Loss
 from torch_emc2.diagnostics import at_rest
-from torch_emc2.losses.registry import Given, variants
+from torch_emc2.losses.registry import LossContext, variants
 
 NUM_SAMPLES = 10_000
 
@@ -91,7 +91,7 @@ def main() -> None:
     def by_view(z1: Tensor, z2: Tensor, index: Tensor) -> Tensor:
         return chain_a_view(z1, z2, torch.stack([2 * index, 2 * index + 1], 1))
 
-    makers = {**variants(Given(NUM_SAMPLES, 0.07, args.dim)), **peers(NUM_SAMPLES, 0.07, args.device)}
+    makers = {**variants(LossContext(NUM_SAMPLES, 0.07, args.dim)), **peers(NUM_SAMPLES, 0.07, args.device)}
     # "encode" is a look-up in a table: what an encoder costs is not the loss's.
     losses: dict[str, Callable[..., Tensor]] = {
         **{name: partial(at_rest(make(0)), encode=table.__getitem__) for name, make in makers.items()},

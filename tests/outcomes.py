@@ -42,8 +42,8 @@ class StopAfter(L.Callback):
 
 def interrupt(config: Config, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        original = run._checkpoints
-        patch.setattr(run, "_checkpoints", lambda *args: [*original(*args), StopAfter(steps)])
+        original = run.checkpoints
+        patch.setattr(run, "checkpoints", lambda *args: [*original(*args), StopAfter(steps)])
         with pytest.raises(Stop):
             train(config)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from torch_emc2.files import load_checkpoint, whole_file
+from torch_emc2.files import whole_file
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_mode_is_that_of_any_new_file_or_of_the_one_before(umask: int, mode:
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
     code = f"""
 import os, pathlib, signal
-from torch_emc2.files import load_checkpoint, whole_file
+from torch_emc2.files import whole_file
 with whole_file(pathlib.Path({str(tmp_path / "a[1].csv")!r})) as path:
     path.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -139,19 +139,3 @@ with whole_file(pathlib.Path({str(tmp_path / "a[1].csv")!r})) as path:
     with whole_file(tmp_path / "a[1].csv") as path:
         path.write_text("whole")
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["a[1].csv", *others])
-
-
-def test_a_file_that_is_no_checkpoint_is_called_that(tmp_path: Path) -> None:
-    file = tmp_path / "last.ckpt"
-    torch.save(dict.fromkeys(("pytorch-lightning_version", "epoch", "global_step", "state_dict"), 0), file)
-    whole = file.read_bytes()
-    assert load_checkpoint(file)["epoch"] == 0
-    for content in (b"", b"notes", b"\x80\x02}q\x00.", whole[: len(whole) // 2]):
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"last\.ckpt is damaged \(no checkpoint, or a part of one\): put another"):
-            load_checkpoint(file)
-    torch.save({"a": 1}, file)
-    with pytest.raises(ValueError, match=r"last\.ckpt is damaged \(no checkpoint of a run\): put another"):
-        load_checkpoint(file)
-    with pytest.raises(ValueError, match=r"gone\.ckpt is damaged \(.*No such file"):
-        load_checkpoint(tmp_path / "gone.ckpt")

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        from torch_emc2.files import cause
+        from torch_emc2.error_text import cause
 
         if os.environ.get("EMC2_TRACEBACK"):
             raise

@@ -58,7 +58,7 @@ def diagnose(argv: list[str]) -> None:
     parser.add_argument("--loss", metavar="MODULE:CLASS", help="a loss of your own, to be measured beside the others")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the choice of images and views")
     args = parser.parse_args(argv)
-    from torch_emc2.evaluation.estimators import to_markdown
+    from torch_emc2.diagnostics.markdown import to_markdown
     from torch_emc2.runs import diagnose_run
 
     settings = {name: value for name, value in vars(args).items() if name != "run"}

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what is said of one that is damaged."""
+"""Files that are whole or not there."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import glob
 import os
 import secrets
 import socket
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_IMODE
-from typing import Any
 
-__all__ = ["cause", "is_running", "load_checkpoint", "one_line", "whole_file"]
+from torch_emc2.processes import is_running
+
+__all__ = ["whole_file"]
 
 
 @contextmanager
@@ -61,53 +61,3 @@ def _remove_left_over(target: Path) -> None:
         if pid.isdecimal() and not is_running(int(pid)):
             with suppress(OSError):  # another user's, or one that another writer has removed
                 left.unlink()
-
-
-def is_running(pid: int) -> bool:
-    """Tell whether this host has a process of that number."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint of a run, memory-mapped.
-
-    Raises:
-        ValueError: it is damaged, or none of ours.
-    """
-    try:
-        with path.open("rb") as file:
-            if not zipfile.is_zipfile(file):  # torch would advise to save it in another way
-                raise ValueError("no checkpoint, or a part of one")
-        import torch  # which nothing else here needs, nor the command while its arguments are wrong
-
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if (
-            not isinstance(checkpoint, dict)
-            or not {"pytorch-lightning_version", "epoch", "global_step", "state_dict"} <= checkpoint.keys()
-        ):
-            raise ValueError("no checkpoint of a run")
-    except Exception as error:  # whatever unpickling makes of foreign bytes
-        raise ValueError(
-            f"{path} is damaged ({cause(error)[:200]}): put another checkpoint in its place, "
-            "or remove it to go on from the newest that is left"
-        ) from error
-    return checkpoint
-
-
-def cause(error: BaseException) -> str:
-    """Return an error's own words as one line, without the traceback that a loader's worker puts before them."""
-    text = str(error).strip() or repr(error)
-    if "Traceback (most recent call last)" in text:
-        text = text.splitlines()[-1]
-    return " ".join(text.split())
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error as one line of text, to be quoted in another."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

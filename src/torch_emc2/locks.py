@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from torch_emc2.files import is_running
+from torch_emc2.processes import is_running
 
 __all__ = ["only_writer"]
 

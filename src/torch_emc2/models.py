@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from timm.layers.norm_act import BatchNormAct2d, GroupNormAct
 from torch import Tensor, nn
 
-from torch_emc2.files import one_line, whole_file
+from torch_emc2.error_text import one_line
+from torch_emc2.files import whole_file
 from torch_emc2.pretrained import RECIPE, Architecture, load_pretrained
 from torch_emc2.settings.model import ModelConfig, Norm
 

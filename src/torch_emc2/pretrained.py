@@ -13,7 +13,7 @@ from timm.models._hub import load_model_config_from_hf, load_model_config_from_p
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from torch_emc2.files import cause
+from torch_emc2.error_text import cause
 from torch_emc2.settings.model import HUB, ModelConfig, require_weights
 
 __all__ = ["RECIPE", "Architecture", "load_pretrained"]

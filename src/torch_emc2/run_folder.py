@@ -14,8 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch_emc2.checkpoint import load_checkpoint
 from torch_emc2.config import Config, recorded_config, to_yaml
-from torch_emc2.files import load_checkpoint, one_line, whole_file
+from torch_emc2.error_text import one_line
+from torch_emc2.files import whole_file
 from torch_emc2.names import did_you_mean
 from torch_emc2.settings.losses import is_outside
 

@@ -20,7 +20,8 @@ from torch_emc2.data import (
     open_dataset,
 )
 from torch_emc2.diagnostics import gradient_error, target_statistics
-from torch_emc2.evaluation.estimators import Diagnosis, embed_views, to_markdown
+from torch_emc2.diagnostics.estimators import Diagnosis, embed_views
+from torch_emc2.diagnostics.markdown import to_markdown
 from torch_emc2.models import load_encoder
 from torch_emc2.runs import diagnose_run
 from torch_emc2.training import train

@@ -18,10 +18,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from outcomes import Outcome, Weights, assert_same, outcome
+from torch_emc2.checkpoint import load_checkpoint
 from torch_emc2.cli import main
 from torch_emc2.config import Config, OptimizerConfig, to_yaml
 from torch_emc2.data import ContrastiveDataset, open_dataset
-from torch_emc2.files import load_checkpoint
 from torch_emc2.losses import EMC2Loss
 from torch_emc2.losses.visiting import Visiting
 from torch_emc2.settings.model import Norm

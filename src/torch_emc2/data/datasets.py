@@ -21,7 +21,7 @@ from torch_emc2.data.errors import DataError
 from torch_emc2.data.folders import ImageFolder, find_images, read_folder
 from torch_emc2.data.hub import read_hub
 from torch_emc2.data.images import ArrayImages, FileImages, ImageDataset, RecordImages
-from torch_emc2.files import one_line
+from torch_emc2.error_text import one_line
 from torch_emc2.held_out import held_out_fifth
 from torch_emc2.settings.images import Decoding, require_data
 

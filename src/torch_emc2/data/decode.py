@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from torch_emc2.data.errors import BadImageError, DataError
-from torch_emc2.files import one_line
+from torch_emc2.error_text import one_line
 from torch_emc2.settings.images import Decoding, parse_range
 
 __all__ = [

@@ -14,7 +14,7 @@ from PIL import Image
 
 from torch_emc2.data.decode import formats, heif_bytes, open_image
 from torch_emc2.data.errors import DataError
-from torch_emc2.files import one_line
+from torch_emc2.error_text import one_line
 from torch_emc2.settings.images import Decoding
 
 __all__ = ["NO_TEST_PART", "Found", "ImageFolder", "class_of", "find_images", "part_of", "read_folder"]

@@ -15,7 +15,7 @@ from torch_emc2.data.decode import decode
 from torch_emc2.data.errors import DataError
 from torch_emc2.data.folders import NO_TEST_PART, part_of
 from torch_emc2.data.images import ImageDataset
-from torch_emc2.files import one_line
+from torch_emc2.error_text import one_line
 from torch_emc2.settings.images import Decoding
 
 __all__ = ["HubData", "HubImages", "read_hub"]

@@ -1,7 +1,4 @@
-"""How good an encoder's features are: linear probes, nearest neighbours and numbers without labels, by one protocol.
-
-`evaluation.estimators` measures how wrong each estimator's gradient is at its weights.
-"""
+"""How good an encoder's features are: linear probes, nearest neighbours and numbers without labels, by one protocol."""
 
 from torch_emc2.evaluation.accuracy import accuracies
 from torch_emc2.evaluation.classes import classifiable

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from torch_emc2.batch import NoNegatives
-from torch_emc2.files import one_line, whole_file
+from torch_emc2.error_text import one_line
+from torch_emc2.files import whole_file
 from torch_emc2.integrations.text_ids import text_ids
 from torch_emc2.losses import ContrastiveLoss, EMC2Loss
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch_emc2.config import Config, recorded_config, to_yaml
+from torch_emc2.error_text import one_line
 from torch_emc2.evaluation import Evaluation, to_text
-from torch_emc2.files import one_line
 from torch_emc2.models import Encoder
 from torch_emc2.run_folder import evaluations, read_facts
 from torch_emc2.settings.images import shorter_side

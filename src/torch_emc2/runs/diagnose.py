@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torch_emc2.checkpoint import load_checkpoint
 from torch_emc2.data import ContrastiveDataset, RandomView
 from torch_emc2.diagnostics import Staleness, score_staleness
-from torch_emc2.evaluation.estimators import MIXING_EPOCHS, Diagnosis, diagnose, embed_views, to_markdown
-from torch_emc2.files import load_checkpoint, whole_file
-from torch_emc2.losses.registry import Given, find
+from torch_emc2.diagnostics.estimators import MIXING_EPOCHS, Diagnosis, diagnose, embed_views
+from torch_emc2.diagnostics.markdown import to_markdown
+from torch_emc2.files import whole_file
+from torch_emc2.losses.registry import LossContext, find
 from torch_emc2.memory.chains import EMPTY
 from torch_emc2.models import Encoder
 from torch_emc2.runs.finished import leave_out_advised, load_run
@@ -39,7 +41,7 @@ def diagnose_run(
 ) -> Diagnosis:
     """Measure how wrong each estimator's gradient is at a run's weights, and why.
 
-    Writes diagnosis.json, diagnosis.md and diagnosis.png; `torch_emc2.evaluation.estimators` says what is in them.
+    Writes diagnosis.json, diagnosis.md and diagnosis.png; `torch_emc2.diagnostics.estimators` says what is in them.
 
     Args:
         run: its folder.
@@ -65,7 +67,9 @@ def diagnose_run(
     picks = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
     with leave_out_advised(run):
         index, pairs = _two_views(views, picks)
-    given = Given(2 * len(index), config.temperature, encoder.config.out_dim, 2, positive_weight=config.positive_weight)
+    given = LossContext(
+        2 * len(index), config.temperature, encoder.config.out_dim, 2, positive_weight=config.positive_weight
+    )
     diagnosis = diagnose(
         encoder,
         pairs,

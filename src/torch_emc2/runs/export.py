@@ -13,7 +13,8 @@ import timm
 import torch
 from torch import nn
 
-from torch_emc2.files import cause, whole_file
+from torch_emc2.error_text import cause
+from torch_emc2.files import whole_file
 from torch_emc2.models import Encoder, load_encoder, save_backbone
 from torch_emc2.run_folder import require_finished
 from torch_emc2.runs.card import model_card

@@ -28,8 +28,8 @@ from torch_emc2.data import (
     image_pixels,
     shown,
 )
+from torch_emc2.error_text import one_line
 from torch_emc2.evaluation import extract_features
-from torch_emc2.files import one_line
 from torch_emc2.runs.finished import load_run
 from torch_emc2.settings.images import Decoding
 

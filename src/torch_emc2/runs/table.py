@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from torch_emc2.files import one_line
+from torch_emc2.error_text import one_line
 
 __all__ = ["EmbeddingTable", "Origin", "read_table", "write_table"]
 

@@ -12,8 +12,9 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+from torch_emc2.checkpoint import load_checkpoint
 from torch_emc2.config import Config, recorded_config, to_yaml
-from torch_emc2.files import load_checkpoint, one_line
+from torch_emc2.error_text import one_line
 from torch_emc2.run_folder import finished_epochs, has_results, read_facts, resume_command
 from torch_emc2.settings.losses import LOSSES, group_of, is_outside
 

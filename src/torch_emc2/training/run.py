@@ -9,36 +9,30 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from torch_emc2.config import Config
 from torch_emc2.data import BadImageError, ImageDataset, identity
-from torch_emc2.files import cause
+from torch_emc2.error_text import cause
 from torch_emc2.locks import only_writer
 from torch_emc2.losses import EMC2Loss
 from torch_emc2.losses.registry import find
 from torch_emc2.models import build_encoder, save_encoder
 from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_used, resume_command
 from torch_emc2.training.batches import ContrastiveData
-from torch_emc2.training.callbacks import (
-    KeptCheckpoints,
-    MetricsFile,
-    StopOnSIGTERM,
-    TensorBoardFile,
-    WholeCheckpoints,
-)
+from torch_emc2.training.checkpoints import WholeCheckpoints, checkpoints
+from torch_emc2.training.metrics import MetricsFile, TensorBoardFile
 from torch_emc2.training.progress import Progress, made_of
 from torch_emc2.training.resume import find_checkpoint, refuse_another, validate_checkpoint
 from torch_emc2.training.run_images import first_images, folder_of, own_data, same_images
 from torch_emc2.training.step import ContrastiveModule
+from torch_emc2.training.stop import StopOnSIGTERM
 
 __all__ = ["train"]
 
@@ -92,7 +86,7 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     L.seed_everything(config.seed, verbose=False)
     module = ContrastiveModule(config, images.channels, len(images))
     datamodule = _data(config, images, module)
-    trainer = _trainer(config, run, [*_checkpoints(config, run / "checkpoints"), *callbacks, stop])
+    trainer = _trainer(config, run, [*checkpoints(config, run / "checkpoints"), *callbacks, stop])
     every = min(config.log_every_steps, module.steps_per_epoch(trainer.world_size))
     trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
     value_range = images.decoding and images.decoding.value_range
@@ -205,15 +199,3 @@ def _hushed() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _checkpoints(config: Config, folder: Path) -> list[L.Callback]:
-    """Return what renews last.ckpt at the end of each epoch, and the config's own checkpoints."""
-    renew = partial(ModelCheckpoint, folder, "last", enable_version_counter=False)
-    keep = partial(KeptCheckpoints, folder, "epoch-{epoch}", save_top_k=-1, auto_insert_metric_name=False)
-    callbacks: list[L.Callback] = [renew(every_n_epochs=1, save_on_train_epoch_end=True)]
-    if config.checkpoint_every_steps is not None:
-        callbacks.append(renew(every_n_train_steps=config.checkpoint_every_steps))
-    if config.checkpoint_every_epochs is not None:
-        callbacks.append(keep(every_n_epochs=config.checkpoint_every_epochs, save_on_train_epoch_end=True))
-    return callbacks

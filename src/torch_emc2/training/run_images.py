@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from torch_emc2.config import Config, DataConfig
 from torch_emc2.data import BadImageError, DataError, ImageDataset, Split, check_files, open_splits, shown
-from torch_emc2.files import one_line, whole_file
+from torch_emc2.error_text import one_line
+from torch_emc2.files import whole_file
 from torch_emc2.run_folder import read_facts
 from torch_emc2.settings.images import Decoding
 

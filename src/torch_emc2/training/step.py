@@ -15,7 +15,7 @@ from torch_emc2.config import Config
 from torch_emc2.data import Batch
 from torch_emc2.losses import ContrastiveLoss
 from torch_emc2.losses.momentum import decay_of
-from torch_emc2.losses.registry import Given, find
+from torch_emc2.losses.registry import LossContext, find
 from torch_emc2.models import Encoder, build_encoder
 from torch_emc2.seeds import mix_seed
 
@@ -28,7 +28,7 @@ def build_loss(config: Config, num_samples: int) -> ContrastiveLoss:
     """Build the loss that a config names, for a data set of ``num_samples``; finite views have an entry each."""
     views = config.data.finite_views or 1
     row = find(config.loss)
-    given = Given(
+    given = LossContext(
         views * num_samples, config.temperature, config.model.out_dim, views, config.seed, config.positive_weight
     )
     return row.build(getattr(config, row.group, None), given)

@@ -1,23 +1,20 @@
-"""Metrics and checkpoints are whole, in order, and there in time."""
+"""Metrics are whole, in order, and there in time."""
 
 import csv
 import errno
 import math
 import os
-import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from outcomes import Stop, outcome
+from outcomes import outcome
 from torch_emc2.config import Config
 from torch_emc2.training import train
-from torch_emc2.training.callbacks import MetricsFile, StopOnSIGTERM, WholeCheckpoints
+from torch_emc2.training.checkpoints import WholeCheckpoints
+from torch_emc2.training.metrics import MetricsFile
 
 
 def metrics_file(path: Path) -> MetricsFile:
@@ -98,38 +95,3 @@ def test_a_full_disk_leaves_no_half_row(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match=rf"{path}: row 1 was not written: No space left on device"):
         file.write({"loss": 2.0}, 1)
     assert path.read_text() == whole
-
-
-def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, path = WholeCheckpoints(), tmp_path / "checkpoints" / "last.ckpt"
-    files.save_checkpoint({"step": 1}, path)
-
-    def killed(checkpoint: Any, file: Any) -> None:
-        file.write(b"half")
-        assert Path(file.name).parent == path.parent  # on another file system the last step would be a copy
-        raise Stop
-
-    monkeypatch.setattr(torch, "save", killed)
-    with pytest.raises(Stop):
-        files.save_checkpoint({"step": 2}, path)
-    assert files.load_checkpoint(path, weights_only=True) == {"step": 1}
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    ("error", "ended"),
-    [
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), [signal.SIGKILL]),
-        (ValueError("a loss that is not finite, which all ranks find"), []),
-        (SIGTERMException(), []),
-        (KeyboardInterrupt(), []),
-    ],
-)
-def test_other_ranks_are_ended_where_the_one_that_writes_cannot(
-    error: BaseException, ended: list[signal.Signals], tmp_path: Path
-) -> None:
-    signals: list[signal.Signals] = []
-    stop, launcher = StopOnSIGTERM(tmp_path), SimpleNamespace(kill=signals.append)
-    stop.on_exception(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)), None, error)  # type: ignore[arg-type]
-    assert signals == ended
-    stop.on_exception(SimpleNamespace(strategy=SimpleNamespace(launcher=None)), None, error)  # type: ignore[arg-type]
