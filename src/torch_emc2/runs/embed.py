@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
-
 from torch_emc2.data import BadImageError, DataError, FileImages, Found, ImageDataset, class_of, find_images, shown
 from torch_emc2.files import whole_file
+from torch_emc2.runs.adding import NO_ROWS, absolute, joined, last_change, one_range, rows_there, up_to_date
 from torch_emc2.runs.finished import leave_out_advised
 from torch_emc2.runs.model import Model
-from torch_emc2.runs.table import EmbeddingTable, Origin, read_table, write_table
+from torch_emc2.runs.table import EmbeddingTable, Origin, write_table
 
 __all__ = ["Embedded", "embed_images"]
 
@@ -68,8 +67,8 @@ def embed_images(
             f"{out} is there already: --append adds to it; for a new table give another name, or remove it"
         )
     model = Model(run, value_range=value_range)
-    found_at = _modified(str(out))
-    before = _added_to(out, Origin(model.identity, str(run), normalize)) if append and out.exists() else _NO_ROWS
+    found_at = last_change(str(out))
+    before = rows_there(out, Origin(model.identity, str(run), normalize)) if append and out.exists() else NO_ROWS
     folders = [paths] if isinstance(paths, Path) else paths
     named = ", ".join(repr(str(path)) for path in folders)
     found = find_images(*folders)
@@ -77,7 +76,7 @@ def embed_images(
         raise DataError(f"no images in {named}: give images, or folders that hold some. {found}".rstrip())
     files = _once(found.files, folders)
     known = dict(zip(map(os.path.realpath, before.paths), before.modified, strict=True))
-    new = [path for path in files if not _same(path, known)]
+    new = [path for path in files if not up_to_date(path, known)]
     there = len(files) - len(new)
     _LOG.info("%s: %d images to embed. %s", named, len(new), found)
     skip = (on_bad_image or model.config.data.on_bad_image) == "skip"
@@ -90,16 +89,16 @@ def embed_images(
     outdated = not known.keys().isdisjoint(map(os.path.realpath, unreadable))
     if not (good or there or outdated):
         raise DataError(f"none of the {len(found.files)} images in {named} can be read: {shown(unreadable)}")
-    names = list(map(_absolute, good))
+    names = list(map(absolute, good))
     for name in names:
         if name != name.encode(errors="replace").decode():
             raise DataError(
                 f"the name {name!r} is not UTF-8, which a table's text must be: rename the file, or its folder"
             )
-    modified = [_modified(path) for path in good]  # before they are read
+    modified = [last_change(path) for path in good]  # before they are read
     origin = Origin(model.identity, str(run), normalize, decoding.value_range)
     if before.origin is not None:
-        origin = replace(origin, value_range=_one_range(before.origin, origin, out))
+        origin = replace(origin, value_range=one_range(before.origin, origin, out))
     if good or outdated:
         with whole_file(out) as file:
             file.touch()  # fails now where it cannot be written, not after the work
@@ -109,87 +108,18 @@ def embed_images(
                     embeddings = model.features(ImageDataset(FileImages(good, decoding)), normalize=normalize)
             labels = [class_of(path, folders) for path in good]
             table = EmbeddingTable(names, labels, embeddings, origin, modified)
-            if _modified(str(out)) != found_at:
+            if last_change(str(out)) != found_at:
                 raise ValueError(f"{out} was changed by another process meanwhile, and stays: start again")
-            write_table(_joined(before, table, new), file)
+            write_table(joined(before, table, new), file)
     gone = sum(not os.path.exists(path) for path in before.paths)
     return Embedded(len(good), unreadable, found, there, gone)
-
-
-_NO_ROWS = EmbeddingTable([], [], torch.empty(0), None, [])
-
-
-def _added_to(out: Path, own: Origin) -> EmbeddingTable:
-    """Read a table that rows of a run's model are to be added to, and make its paths absolute."""
-    table = read_table(out)
-    _require_same(table.origin, own, out)
-    relative = [path for path in table.paths if not os.path.isabs(path)]
-    if relative and not any(map(os.path.exists, relative)):
-        raise ValueError(f"the paths of {out} count from another folder ({relative[0]}, …): add to it from there")
-    return replace(table, paths=list(map(_absolute, table.paths)))
-
-
-def _require_same(there: Origin | None, own: Origin, out: Path) -> None:
-    """Raise ValueError where rows of a run's model do not belong into a table."""
-    other = "another name, or remove it to write it anew"
-    if there is None:
-        raise ValueError(f"{out} does not say which model it is of: give {other}")
-    if there.model != own.model:
-        raise ValueError(f"{out} is of another model, that of {there.run}: give {other}")
-    if there.normalized != own.normalized:
-        option = "add --normalize" if there.normalized else "leave out --normalize"
-        raise ValueError(
-            f"the rows of {out} are {'' if there.normalized else 'not '}normalised: {option}, or give {other}"
-        )
-
-
-def _absolute(path: str) -> str:
-    """A file's path from everywhere; of links those are followed that lead to its folder, not the file's own."""
-    folder, name = os.path.split(path)
-    return os.path.join(os.path.realpath(folder), name)
 
 
 def _once(files: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """Leave out files that come a second time, by a link or another name of their folder; one with a class stays."""
     chosen: dict[str, str] = {}
     for path in files:
-        before = chosen.setdefault(_absolute(path), path)
+        before = chosen.setdefault(absolute(path), path)
         if class_of(before, folders) is None and class_of(path, folders) is not None:
-            chosen[_absolute(path)] = path
+            chosen[absolute(path)] = path
     return list(chosen.values())
-
-
-def _one_range(there: Origin, own: Origin, out: Path) -> str | None:
-    """Return the range that old and new rows have in common."""
-    if None not in (there.value_range, own.value_range) and there.value_range != own.value_range:
-        raise ValueError(
-            f"the rows of {out} are of the value range {there.value_range}, not {own.value_range}: "
-            f"--value-range={there.value_range} gives it"
-        )
-    return there.value_range or own.value_range
-
-
-def _same(path: str, known: Mapping[str, int | None]) -> bool:
-    """Tell whether a table has a file as it is: by the real path, and the time of its last change, if that is known."""
-    real = os.path.realpath(path)
-    return real in known and known[real] in (None, _modified(path))
-
-
-def _modified(path: str) -> int | None:
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:  # as reading it will find
-        return None
-
-
-def _joined(first: EmbeddingTable, second: EmbeddingTable, anew: Sequence[str]) -> EmbeddingTable:
-    """Return the rows of both, but those of the first that are of files looked at anew."""
-    gone = set(map(os.path.realpath, anew))
-    kept = [row for row, path in enumerate(first.paths) if os.path.realpath(path) not in gone]
-    return EmbeddingTable(
-        [*(first.paths[row] for row in kept), *second.paths],
-        [*(first.labels[row] for row in kept), *second.labels],
-        torch.cat([first.embeddings[kept], second.embeddings]),
-        second.origin,
-        [*(first.modified[row] for row in kept), *second.modified],
-    )
