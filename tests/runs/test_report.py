@@ -113,6 +113,7 @@ def test_a_long_curve_is_smoothed(three: list[Path], tmp_path: Path) -> None:
 def test_a_curve_is_the_mean_where_all_runs_have_the_step(three: list[Path], tmp_path: Path) -> None:
     write_report(three[:2], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>a and 1 more – torch-emc2</title>" in text
     assert len(re.findall("<svg", text)) == 2  # of the global loss and of acceptance
     paths = re.findall(r'<path d="M ([\d.]+) ([\d.]+) \nL ([\d.]+) ([\d.]+) \n" clip-path[^>]*stroke: #3b7dd8', text)
     (x0, y0, x1, y1), *others = [tuple(map(float, path)) for path in paths]

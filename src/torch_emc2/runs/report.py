@@ -160,7 +160,8 @@ def _series(runs: Sequence[Path]) -> list[_Series]:
     differing = [name for name in dict.fromkeys(key for each in flat for key in each) if _differs(name, flat)]
     if not differing:
         ((key, own),) = alike.items()
-        return [_Series(own[0].name, configs[key], own)]
+        more = f" and {len(own) - 1} more" if len(own) > 1 else ""
+        return [_Series(own[0].name + more, configs[key], own)]
     return [
         _Series(", ".join(f"{name}={_compared(configs[key]).get(name)}" for name in differing), configs[key], own)
         for key, own in alike.items()
