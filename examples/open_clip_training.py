@@ -1,7 +1,7 @@
 """open_clip's training step with EMC² in the place of its ClipLoss: a tiny CLIP on drawn pictures and their names.
 
 python examples/open_clip_training.py
-torchrun --nproc-per-node 2 examples/open_clip_training.py    # each has half of the batch, all of it is negatives
+torchrun --nproc-per-node 2 examples/open_clip_training.py    # each has half of the batch, and all of it for negatives
 """
 
 import argparse
@@ -52,7 +52,7 @@ def named_rightly(model: CLIP, texts: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
     if "RANK" in os.environ:  # as torchrun starts it

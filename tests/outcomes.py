@@ -42,8 +42,8 @@ class StopAfter(L.Callback):
 
 def interrupt(config: Config, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        original = run.checkpoints
-        patch.setattr(run, "checkpoints", lambda *args: [*original(*args), StopAfter(steps)])
+        original = run.checkpoint_callbacks
+        patch.setattr(run, "checkpoint_callbacks", lambda *args: [*original(*args), StopAfter(steps)])
         with pytest.raises(Stop):
             train(config)
 

@@ -6,7 +6,8 @@
     python benchmarks/equal_cost/run.py wordnet --packages FOLDER --batch-sizes 32 8 --final    # and test queries
 
 A search begins where that of the nearest batch size before it ended. It walks uphill, and may end on a lower hill: with
-``--second-start 8e-3 .0849`` it begins there once more. Stopped and started again it goes on where it was.
+``--second-start 8e-3 .0849`` it begins there once more, with a budget as large. Stopped and started again it goes on
+where it was.
 `table.py` prints what is kept.
 """
 
@@ -81,7 +82,8 @@ class Runner:
         start = Cell(self.name, method, batch_size, self.problem.epochs, lr, temperature, kappa)
         starts = [start] if second is None else [start, replace(start, lr=second[0], temperature=second[1])]
         found = [search(each, self._score, budget=budget, kappas=kappas) for each in starts]
-        return max(found, key=lambda each: self._score(each.cell))
+        best = max(found, key=lambda each: self._score(each.cell))
+        return best._replace(tried=sum(each.tried for each in found))
 
     def _known(
         self, method: str, batch_size: int, before: Sequence[int]
@@ -141,7 +143,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--device", default="cpu", help="or cuda, for encoders without a table of words")
     parser.add_argument("--budget", type=int, default=20, help="cells of a search")
-    parser.add_argument("--second-start", type=float, nargs=2, metavar=("LR", "TEMPERATURE"), help="of each search")
+    parser.add_argument("--second-start", type=float, nargs=2, metavar=("LR", "T"), help="search again from here")
     parser.add_argument("--final", action="store_true", help="then seeds 1, 2 …, on test queries too")
     parser.add_argument("--seeds", type=int, default=5, help="how many of those")
     parser.add_argument("--epochs", type=float, nargs="+", help="of the final cells; the problem's")

@@ -17,7 +17,7 @@ from torch_emc2.experiments.definitions import methods as methods_by_title
 from torch_emc2.kernels import Isir, Metropolis
 from torch_emc2.losses import ContrastiveLoss
 from torch_emc2.losses.registry import ESTIMATORS, LossContext, find, variants
-from torch_emc2.losses.stateful import StatefulLoss
+from torch_emc2.losses.stateful import PerSampleLoss
 from torch_emc2.settings.losses import LOSSES, EMC2Config, NegativeCacheConfig, SogCLRConfig
 from torch_emc2.training import build_loss
 
@@ -129,7 +129,7 @@ def test_finite_views_have_an_entry_each() -> None:
     data = replace(Config().data, finite_views=3)
     for row in ROWS:
         loss_fn = build_loss(Config(loss=row.name, data=data, temperature=0.2), 10)
-        assert loss_fn.num_samples == (30 if issubclass(row.loss, StatefulLoss) else None)
+        assert loss_fn.num_samples == (30 if issubclass(row.loss, PerSampleLoss) else None)
         assert (getattr(loss_fn, "views_per_sample", 3), loss_fn.temperature) == (3, 0.2)
 
 
@@ -142,7 +142,7 @@ def test_a_run_s_weight_of_the_positive_is_its_loss_s(name: str) -> None:
     for kappa in (0.0, 0.25, "global"):
         loss_fn = build_loss(Config(loss=name, positive_weight=kappa), 9)
         assert loss_fn.positive_weight == kappa
-        assert loss_fn.num_samples == (9 if kappa == "global" or isinstance(loss_fn, StatefulLoss) else None)
+        assert loss_fn.num_samples == (9 if kappa == "global" or isinstance(loss_fn, PerSampleLoss) else None)
     weights = {make(0).positive_weight for make in variants(LossContext(9, 0.3, 4, positive_weight=0.25)).values()}
     assert weights == {0.25}
 

@@ -1,5 +1,6 @@
 """Maps of embeddings: near one another what is near, groups named, all of it in the picture."""
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from torch_emc2.runs import draw_map, map_of
@@ -86,27 +89,41 @@ def test_too_few_images_are_no_map(tmp_path: Path) -> None:
 
 
 def test_names_of_groups_do_not_lie_on_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[str] = []
-    monkeypatch.setattr(Axes, "annotate", lambda self, text, *args, **kwargs: written.append(text))
+    written: dict[str, Any] = {}
+    monkeypatch.setattr(Axes, "annotate", lambda self, text, at, *args, **kwargs: written.setdefault(text, at))
     places = np.repeat([[0, 0], [1, 1], [0.5, 0.5], [0.51, 0.51], [0.5, 0.9]], 5, axis=0).astype(float)
     places = np.concatenate([places, [[0.2, 0.8]] * 4])
     names = [str(i) for i in range(29)]
     gallery = Gallery(torch.zeros(29, 2), names, [None] * 29, lambda i: torch.zeros(3, 2, 2, dtype=torch.uint8))
-    groups = [name for name in ("low", "high", "middle", "hidden", "above") for _ in range(5)] + ["few"] * 4
+    groups = [name for name in ("low", "high", "middle", "beside", "above") for _ in range(5)] + ["few"] * 4
     draw_map(Map(gallery, places, groups, 29, "class"), tmp_path / "m.png")
-    assert written == ["low", "high", "middle", "above"]
+    assert list(written) == ["low", "high", "middle", "beside", "above"]
+    for (x, y), (other_x, other_y) in combinations(written.values(), 2):
+        assert abs(x - other_x) >= 0.17 or abs(y - other_y) >= 0.05
+    for group, at in written.items():  # near its own
+        assert np.abs(places[groups.index(group)] - at).max() <= 0.1 + 1e-9
 
 
-def test_no_picture_lies_under_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures: list[np.ndarray] = []
-    monkeypatch.setattr(Axes, "add_artist", lambda self, box: pictures.append(np.array(box.xy)))
-    places = np.random.default_rng(0).uniform(size=(2000, 2))
-    places = (places - places.min(0)) / np.ptp(places, 0).max()
+@pytest.mark.parametrize("name", ["a", "golden retriever puppy", "W" * 30])
+@pytest.mark.parametrize("extent", [(1.0, 1.0), (1.0, 0.3), (0.3, 1.0)])
+def test_no_picture_lies_under_a_name(
+    name: str, extent: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes: list[Bbox] = []
+    names: list[Bbox] = []
+
+    def measured(self: Figure, *args: Any, **kwargs: Any) -> None:
+        self.canvas.draw()
+        (axes,) = self.axes
+        boxes.extend(each.get_window_extent() for each in axes.artists)
+        names.extend(each.get_window_extent() for each in axes.texts)
+
+    monkeypatch.setattr(Figure, "savefig", measured)
+    places = np.random.default_rng(0).uniform(size=(2000, 2)) * extent
     gallery = Gallery(torch.zeros(2000, 2), ["x"] * 2000, [None] * 2000, lambda i: torch.zeros(3, 2, 2).byte())
-    draw_map(Map(gallery, places, ["a"] * 2000, 2000, "class"), tmp_path / "m.png")
-    middle = places[np.abs(places - np.median(places, 0)).sum(1).argmin()]
-    across, along = np.abs(np.array(pictures) - middle).T
-    width, height = (0.15 + 0.034) / 2, (0.04 + 0.034) / 2  # of half a name and half a picture
-    assert not ((across < width) & (along < height)).any()
-    assert ((across < width) & (along < 2.5 * height)).any()  # but beside it
-    assert len(pictures) > 200
+    groups = [f"{name}{int(3 * x / extent[0])}" for x, _ in places]
+    draw_map(Map(gallery, places, groups, 2000, "class"), tmp_path / "m.png")
+    assert names
+    assert len(boxes) > 80
+    assert not any(a.overlaps(b) for a in names for b in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(names) for b in names[:i])

@@ -1,8 +1,12 @@
 """What a run tells of itself, against its metrics and counts by hand."""
 
+import fcntl
 import io
 import logging
+import os
+import struct
 import sys
+import termios
 from dataclasses import replace
 
 import pytest
@@ -58,6 +62,15 @@ def test_the_bar_goes_on_over_epochs_and_from_where_a_run_was_stopped(
     assert ended[:4] == (4, 8, 8, "Epoch 2/2: ")
     assert ended[4].startswith("global loss -")
     assert "Epoch" not in sys.stdout.getvalue()  # type: ignore[attr-defined]  # tqdm's goes to stderr
+
+
+def test_a_terminal_that_does_not_know_its_width_has_a_bar_of_80_columns() -> None:
+    ours, theirs = os.openpty()  # of 0 columns, as containers may have them
+    with open(ours), open(theirs, "w") as terminal:
+        assert progress.room_of(terminal) == {"ncols": 80, "nrows": 24}
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        assert progress.room_of(terminal) == {"dynamic_ncols": True}
+    assert progress.room_of(io.StringIO()) == {"ncols": 80, "nrows": 24}
 
 
 def test_the_time_that_is_left_is_at_the_rate_so_far(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,6 @@ class EMC2Loss(PerSampleLoss):
         >>> loss = loss_fn(torch.randn(8, 128), torch.randn(8, 128), torch.randperm(1000)[:8])
     """
 
-    needs_index = True
     sides: tuple[ChainMemory, ...]
 
     def __init__(

@@ -81,6 +81,7 @@ class MomentumLoss(PerSampleLoss):
         >>> slow_encoder.update_parameters(encoder)  # after the optimiser's step
     """
 
+    needs_index = False
     needs_slow = True
     sides: tuple[_Queue, ...]
 

@@ -52,7 +52,6 @@ class NegativeCacheLoss(PerSampleLoss):
         negatives.
     """
 
-    needs_index = True
     sides: tuple[_Cache, ...]
 
     def __init__(

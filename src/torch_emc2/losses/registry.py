@@ -117,7 +117,7 @@ class Estimator:
 
 
 def _in_batch(given: LossContext) -> dict[str, Any]:
-    """The size of the data tells those without a memory n / N, and would hold their ids to a range."""
+    """The size of the data tells those without a memory of samples n / N, and would hold their ids to a range."""
     size = {"num_samples": given.num_samples} if given.positive_weight == "global" else {}
     return {**given.weight, **size}
 
@@ -164,7 +164,7 @@ def _momentum(own: MomentumConfig, given: LossContext) -> MomentumLoss:
 
 
 def _uniformity(own: UniformityConfig, given: LossContext) -> UniformityLoss:
-    return UniformityLoss(given.temperature, gamma=own.gamma, num_samples=given.num_samples, **given.weight)
+    return UniformityLoss(given.temperature, gamma=own.gamma, **_in_batch(given))
 
 
 def _sogclr(own: SogCLRConfig, given: LossContext) -> SogCLRLoss:

@@ -60,7 +60,6 @@ class SogCLRLoss(PerSampleLoss):
         directions: of two towers.
     """
 
-    needs_index = True
     sides: tuple[_Averages, ...]
 
     def __init__(

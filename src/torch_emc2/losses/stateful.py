@@ -146,8 +146,9 @@ class StatefulLoss(ContrastiveLoss):
 
 
 class PerSampleLoss(StatefulLoss):
-    """A loss that remembers something of samples. `forget` takes samples out of it."""
+    """A loss that remembers something of samples, by their ``index``. `forget` takes samples out of it."""
 
+    needs_index = True
     sides: Sequence[SampleMemory]
 
     def forget(self, ids: Tensor, y_ids: Tensor | None = None) -> None:

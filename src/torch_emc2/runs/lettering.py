@@ -62,13 +62,16 @@ def lettered() -> Iterator[None]:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
-def fitted(text: str, inches: float, size: float) -> str:
+def fitted(text: str, inches: float, size: float, weight: str = "normal") -> str:
     """Return a text as one line of at most this width: of a longer one the middle is left out."""
     text = repr(text)[1:-1]
-    if _width(text, size) <= inches:
+    if _width(text, size, weight) <= inches:
         return text
     kept = min(len(text), 200) - 1
-    while kept > 1 and _width(shorter := f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}", size) > inches:
+    while (
+        kept > 1
+        and _width(shorter := f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}", size, weight) > inches
+    ):
         kept -= 1
     return shorter
 
@@ -85,8 +88,9 @@ def wrapped(text: str, inches: float, size: float) -> str:
     return "\n".join(fitted(line, inches, size) for line in lines)
 
 
-def _width(text: str, size: float) -> float:
-    points: float = _RULER.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0]  # type: ignore[no-untyped-call]
+def _width(text: str, size: float, weight: str = "normal") -> float:
+    font = FontProperties(size=size, weight=weight)
+    points: float = _RULER.get_text_width_height_descent(text, font, ismath=False)[0]  # type: ignore[no-untyped-call]
     return points / 72
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib import color_sequences
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -34,8 +36,11 @@ _COLOURS = [*_COLOURS[:14:2], *_COLOURS[16::2], *_COLOURS[1:14:2], *_COLOURS[17:
 _MANY = {"class": "classes", "cluster": "clusters"}
 _NONE = "#c8c8c8"
 _SIDE, _BESIDE = 8.5, (3, 0.5)  # inches: of the map's longer side, and for legend and title
-_LABEL = 0.15, 0.04  # of the map's width: the room of a group's name
-_THUMBNAIL = 0.034  # of the map's width: no two are nearer
+_LABEL = 0.17, 0.05  # of the map's longer side: the room of a group's name
+_LABEL_INCHES = 1.2
+_THUMBNAIL = 0.034  # of the map's longer side: no two are nearer
+_UNDER_LABEL = (_LABEL[0] + _THUMBNAIL) / 2, (_LABEL[1] + _THUMBNAIL) / 2
+_AROUND = np.array(sorted(product(np.arange(-5, 6) / 50, repeat=2), key=lambda by: by[0] ** 2 + by[1] ** 2))
 
 
 class Map(NamedTuple):
@@ -78,7 +83,8 @@ def map_of(source: Path, *, by: Literal["class", "cluster"] = "class", seed: int
     places = TSNE(perplexity=min(30, len(main) / 4), init="pca", random_state=seed).fit_transform(main)
     if by == "class" and any(label is not None for label in gallery.labels):
         return Map(gallery, places, gallery.labels, total, "class")
-    found = HDBSCAN(min_cluster_size=max(_LEAST, len(main) // 100), copy=True).fit_predict(main[:, :10])
+    clusters = HDBSCAN(min_cluster_size=max(_LEAST, len(main) // 100), min_samples=2, copy=True)  # more make one of all
+    found = clusters.fit_predict(main[:, :10])
     by_size = [cluster for cluster, _ in Counter(found[found >= 0].tolist()).most_common()]
     groups = [None if cluster < 0 else f"cluster {by_size.index(cluster) + 1}" for cluster in found.tolist()]
     return Map(gallery, places, groups, total, "cluster")
@@ -100,32 +106,22 @@ def draw_map(found: Map, out: Path) -> None:
     axes.scatter(places[:, 0], places[:, 1], c=colours, s=10, linewidths=0)
     axes.set_aspect("equal")
     axes.axis("off")
-    labels = _labels(places, found.groups, colour_of)
-    for i in _apart(places, [*labels.values()]):
-        if (image := found.gallery.image(i)) is not None:
+    pictures = _apart(places)
+    labels = _labels(places, found.groups, colour_of, places[pictures])
+    for i in pictures:
+        covered = any(_meet(at, places[i], _UNDER_LABEL) for at in labels.values())
+        if not covered and (image := found.gallery.image(i)) is not None:
             small = thumbnail(image)
             box = OffsetImage(small.expand(3, -1, -1).permute(1, 2, 0).numpy(), zoom=18 / max(small.shape[1:]))
             frame = {"edgecolor": colours[i], "linewidth": 1.5}
             axes.add_artist(AnnotationBbox(box, places[i], pad=0.06, bboxprops=frame))
-    for group, middle in labels.items():
+    for group, at in labels.items():
+        text = fitted(group, _LABEL_INCHES, 13, "bold")
         axes.annotate(
-            fitted(group, 1.6, 13), tuple(middle), color=colour_of[group], fontsize=13, fontweight="bold", ha="center",
-            va="center", parse_math=False, path_effects=[withStroke(linewidth=4, foreground="white")], zorder=10,
+            text, tuple(at), color=colour_of[group], fontsize=13, fontweight="bold", ha="center", va="center",
+            parse_math=False, path_effects=[withStroke(linewidth=4, foreground="white")], zorder=10,
         )  # fmt: skip
-    rest = len(sizes) - len(colour_of)
-    handles = [
-        axes.scatter([], [], c=colour, s=40, label=f"{fitted(group, 1.6, 9)} ({sizes[group]})")
-        for group, colour in colour_of.items()
-    ]
-    alone = len(found.groups) - sum(sizes[group] for group in colour_of)
-    if alone:
-        words = f"{rest} smaller {_MANY[found.kind]}" if rest else f"no {found.kind}"
-        handles.append(axes.scatter([], [], c=_NONE, s=40, label=f"{words} ({alone})"))
-    legend = figure.legend(
-        handles=handles, loc="outside right upper", fontsize=9, frameon=False, title=f"{found.kind} (images)"
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    _legend(figure, axes, found, colour_of, sizes)
     some = f"a random {len(places)} of {found.of} images" if len(places) < found.of else f"{found.of} images"
     axes.set_anchor("N")  # the title at the top, beside the legend
     axes.set_title(
@@ -135,23 +131,52 @@ def draw_map(found: Map, out: Path) -> None:
         figure.savefig(file, format="png", dpi=110)
 
 
-def _labels(places: np.ndarray, groups: Sequence[str | None], named: Iterable[str]) -> dict[str, np.ndarray]:
-    """Return where the names of groups stand, each in its group's middle; none near another's: the legend has those."""
+def _legend(figure: Figure, axes: Axes, found: Map, colour_of: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+    """Say of each colour what it stands for, and how many images have it."""
+    handles = [
+        axes.scatter([], [], c=colour, s=40, label=f"{fitted(group, 1.6, 9)} ({sizes[group]})")
+        for group, colour in colour_of.items()
+    ]
+    alone, rest = len(found.groups) - sum(sizes[group] for group in colour_of), len(sizes) - len(colour_of)
+    if alone:
+        words = f"{rest} smaller {_MANY[found.kind]}" if rest else f"no {found.kind}"
+        handles.append(axes.scatter([], [], c=_NONE, s=40, label=f"{words} ({alone})"))
+    legend = figure.legend(
+        handles=handles, loc="outside right upper", fontsize=9, frameon=False, title=f"{found.kind} (images)"
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _apart(places: np.ndarray) -> list[int]:
+    """Return some places, in no order, that are not nearer to one another than a small image is wide."""
+    kept: list[int] = []
+    for i in np.random.default_rng(0).permutation(len(places)).tolist():
+        if not kept or np.abs(places[kept] - places[i]).max(1).min() > _THUMBNAIL:
+            kept.append(i)
+    return kept
+
+
+def _labels(
+    places: np.ndarray, groups: Sequence[str | None], named: Iterable[str], pictures: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return where the names of groups stand: in the middle, or near it where there is no picture.
+
+    None lies on another; the legend has those that find no room.
+    """
     labels: dict[str, np.ndarray] = {}
     for group in named:
         own = places[[name == group for name in groups]]
+        if len(own) < _LEAST:
+            continue
         middle = own[np.abs(own - np.median(own, 0)).sum(1).argmin()]
-        if len(own) >= _LEAST and not any((np.abs(middle - other) < _LABEL).all() for other in labels.values()):
-            labels[group] = middle
+        around = (middle + _AROUND)[((middle + _AROUND >= 0) & (middle + _AROUND <= places.max(0))).all(1)]
+        alone = [at for at in around if not any(_meet(at, other, _LABEL) for other in labels.values())]
+        free = [at for at in alone if not any(_meet(at, picture, _UNDER_LABEL) for picture in pictures)]
+        if alone:
+            labels[group] = (free or alone)[0]
     return labels
 
 
-def _apart(places: np.ndarray, labels: Sequence[np.ndarray]) -> list[int]:
-    """Return some places that are not nearer to one another than a small image is wide, nor under a group's name."""
-    room = (np.array(_LABEL) + _THUMBNAIL) / 2
-    kept: list[int] = []
-    for i, place in enumerate(places):
-        free = all((np.abs(label - place) > room).any() for label in labels)
-        if free and (not kept or np.abs(places[kept] - place).max(1).min() > _THUMBNAIL):
-            kept.append(i)
-    return kept
+def _meet(one: np.ndarray, other: np.ndarray, room: tuple[float, float]) -> bool:
+    return bool((np.abs(one - other) < room).all())

@@ -13,13 +13,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch_emc2.config import Config
 from torch_emc2.files import whole_file
 
-__all__ = ["WholeCheckpoints", "checkpoints"]
+__all__ = ["KeptCheckpoints", "WholeCheckpoints", "checkpoint_callbacks"]
 
 
-def checkpoints(config: Config, folder: Path) -> list[ModelCheckpoint]:
+def checkpoint_callbacks(config: Config, folder: Path) -> list[ModelCheckpoint]:
     """Return what renews last.ckpt at the end of each epoch, and the config's own checkpoints."""
     renew = partial(ModelCheckpoint, folder, "last", enable_version_counter=False)
-    keep = partial(_KeptCheckpoints, folder, "epoch-{epoch}", save_top_k=-1, auto_insert_metric_name=False)
+    keep = partial(KeptCheckpoints, folder, "epoch-{epoch}", save_top_k=-1, auto_insert_metric_name=False)
     callbacks: list[ModelCheckpoint] = [renew(every_n_epochs=1, save_on_train_epoch_end=True)]
     if config.checkpoint_every_steps is not None:
         callbacks.append(renew(every_n_train_steps=config.checkpoint_every_steps))
@@ -28,7 +28,7 @@ def checkpoints(config: Config, folder: Path) -> list[ModelCheckpoint]:
     return callbacks
 
 
-class _KeptCheckpoints(ModelCheckpoint):
+class KeptCheckpoints(ModelCheckpoint):
     """Checkpoints beside the last one.
 
     Lightning tells callbacks apart by class and settings, and one that keeps every epoch's has those of the last one's.

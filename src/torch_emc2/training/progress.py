@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 import lightning as L
 import torch
@@ -15,7 +17,7 @@ from torch_emc2.config import Config
 from torch_emc2.data import ImageDataset
 from torch_emc2.training.step import ContrastiveModule
 
-__all__ = ["Progress", "duration", "made_of"]
+__all__ = ["Progress", "duration", "made_of", "room_of"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class Progress(L.Callback):
         if self.first and self.shown:
             _LOG.info("Going on in epoch %d of %d.", trainer.current_epoch + 1, module.config.epochs)
         if self.interactive and self.shown:
-            self.bar = tqdm(total=self.total, initial=self.first, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=self.total, initial=self.first, unit="step", **room_of(sys.stderr))
             self._describe(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -132,6 +134,15 @@ class Progress(L.Callback):
     def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def room_of(terminal: TextIO) -> dict[str, Any]:
+    """Return a bar's room as tqdm takes it; some terminals in containers say 0, in which nothing would be seen."""
+    try:
+        known = os.get_terminal_size(terminal.fileno()).columns > 0
+    except (OSError, ValueError):  # none
+        known = False
+    return {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
 
 
 def duration(seconds: float) -> str:

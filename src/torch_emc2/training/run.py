@@ -26,7 +26,7 @@ from torch_emc2.losses.registry import find
 from torch_emc2.models import build_encoder, save_encoder
 from torch_emc2.run_folder import keep_finished, prepare_folder, refuse_used, resume_command
 from torch_emc2.training.batches import ContrastiveData
-from torch_emc2.training.checkpoints import WholeCheckpoints, checkpoints
+from torch_emc2.training.checkpoints import WholeCheckpoints, checkpoint_callbacks
 from torch_emc2.training.metrics import MetricsFile, TensorBoardFile
 from torch_emc2.training.progress import Progress, made_of
 from torch_emc2.training.resume import find_checkpoint, refuse_another, validate_checkpoint
@@ -86,7 +86,7 @@ def _train(config: Config, resume: bool, callbacks: Sequence[L.Callback], stop: 
     L.seed_everything(config.seed, verbose=False)
     module = ContrastiveModule(config, images.channels, len(images))
     datamodule = _data(config, images, module)
-    trainer = _trainer(config, run, [*checkpoints(config, run / "checkpoints"), *callbacks, stop])
+    trainer = _trainer(config, run, [*checkpoint_callbacks(config, run / "checkpoints"), *callbacks, stop])
     every = min(config.log_every_steps, module.steps_per_epoch(trainer.world_size))
     trainer.log_every_n_steps = every  # type: ignore[attr-defined]  # which knows its processes only now
     value_range = images.decoding and images.decoding.value_range
