@@ -38,8 +38,8 @@ SAMPLES, DIM = 500, 32
 VIEWS = 2 * SAMPLES
 
 FURTHER = {  # settings of EMC² that are measured here alone
-    "EMC², encode, no burn-in": {"burn_in": 0.0},
-    "EMC², encode, no burn-in, 4 chains": {"burn_in": 0.0, "num_chains": 4},
+    "EMC², encode, no burn-in": {"kernel": "metropolis", "burn_in": 0.0},
+    "EMC², encode, no burn-in, 4 chains": {"kernel": "metropolis", "burn_in": 0.0, "num_chains": 4},
     "EMC², isir, 8 chains": {"kernel": "isir", "num_chains": 8},
 }
 

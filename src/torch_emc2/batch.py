@@ -268,7 +268,7 @@ def require_negatives(contrasts: Sequence[Contrast], widened: Sequence[Contrast]
             raise NoNegatives(f"a batch of {size} has no negatives: give 2 samples or more (drop_last=True helps)")
         raise NoNegatives(
             "a row has no negatives: every other sample of the batch shares its id or label, or is marked in same; "
-            "give larger batches, or take InfoNCELoss, which accepts such rows"
+            "give larger batches, or take InfoNCELoss, in which such rows have no gradient"
         )
 
 

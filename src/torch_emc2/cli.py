@@ -135,7 +135,9 @@ def _what_next(run: Path, data: str) -> str:
     lines = [f"Run: {run}. Next: emc2 evaluate {own}"]
     if data.startswith("folder:"):
         images = shlex.quote(data.removeprefix("folder:"))
-        lines.append(f"Then: emc2 embed {own} {images} -o embeddings.parquet")
+        names = ("embeddings.parquet", *(f"embeddings-{i}.parquet" for i in range(2, 1000)))
+        new = next(name for name in names if not Path(name).exists())
+        lines.append(f"Then: emc2 embed {own} {images} -o {new}")
     return "\n".join([*lines, f"Or: emc2 map {own}; emc2 duplicates {own}; emc2 neighbours {own} YOUR_IMAGE"])
 
 

@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -369,6 +370,21 @@ def test_a_batch_without_negatives_teaches_nothing(model: Any) -> None:
         loss.backward()
         assert loss == 0
         assert all(each.grad is None or not each.grad.any() for each in model.parameters())
+
+
+@pytest.mark.parametrize("own", [{}, {"towers": 2}, {"towers": 2, "directions": "x->y"}])
+@pytest.mark.parametrize("repeated", [0, 1])
+def test_a_batch_of_one_anchor_or_one_positive_is_told_of_by_every_loss(
+    own: dict[str, Any], repeated: int, model: Any
+) -> None:
+    data = texts(3, 2)
+    loss = EMC2SentenceLoss(model, InfoNCELoss(T, **own))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loss(tokens(model, data)) > 0
+    name = list(data)[repeated]
+    with pytest.warns(UserWarning, match="a batch teaches nothing: all of its anchors, or of its positives, are one"):
+        assert loss(tokens(model, {**data, name: data[name][:1] * 3})) == 0
 
 
 def test_its_state_dict_has_the_memory(model: Any) -> None:

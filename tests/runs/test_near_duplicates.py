@@ -16,6 +16,7 @@ from torch_emc2.runs import duplicates as module
 from torch_emc2.runs.duplicates import near_duplicates
 from torch_emc2.runs.gallery import Gallery
 from torch_emc2.runs.neighbours import Hit
+from torch_emc2.runs.tiles import Tile
 
 
 def by_loop(z: torch.Tensor, threshold: float) -> set[frozenset[int]]:
@@ -125,3 +126,14 @@ def test_of_many_groups_the_most_and_the_least_alike_are_drawn(tmp_path: Path, m
     draw_duplicates(found, tmp_path / "d.png")
     assert drawn[0].startswith("Near duplicates, the 6 most and the 6 least alike of 13 groups; below: cosine")
     assert drawn[1:] == [str(2 * i) for i in (*range(6), *range(7, 13))]
+
+
+def test_a_group_that_is_too_long_for_its_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[Tile]] = []
+    monkeypatch.setattr(module, "draw_rows", lambda rows, title, out: drawn.extend(rows))
+    gallery = Gallery(torch.zeros(11, 2), [str(i) for i in range(11)], [None] * 11, lambda i: None)
+    (tmp_path / "d.png").touch()
+    draw_duplicates(Duplicates(gallery, [[Hit(i, 1.0) for i in range(11)]], {1: 0}), tmp_path / "d.png")
+    (row,) = drawn
+    assert [list(tile.lines) for tile in row[:2]] == [["1.000", "0"], ["identical", "1"]]
+    assert [list(tile.lines)[2:] for tile in row] == [[]] * 7 + [["… and 3 more"]]

@@ -118,6 +118,13 @@ def test_a_table_of_another_model_is_refused(finished: Path, photos: Path, tmp_p
     message = rf"out.parquet is that of {finished}, not of {other}: emc2 embed {other} FOLDER -o ANOTHER.parquet"
     with pytest.raises(ValueError, match=message):
         find_neighbours(other, [photos], out)
+    again = tmp_path / "again.parquet"
+    embed_images(other, photos, again)
+    shutil.copy(finished / "head.safetensors", other)  # as if it had been trained on
+    with pytest.raises(ValueError, match=rf"is that of {other} before it was trained on, not of {other}"):
+        find_neighbours(other, [photos], again)
+    with pytest.raises(ValueError, match=rf"another model, that of {other} before it was trained on: give another"):
+        embed_images(other, photos, again, append=True)
 
 
 def gallery(labels: list[str | None]) -> Gallery:

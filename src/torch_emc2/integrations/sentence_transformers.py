@@ -105,7 +105,11 @@ class EMC2SentenceLoss(nn.Module):
             loss: Tensor = loss_fn(x, y, index, **further)
         except NoNegatives as error:
             warnings.warn(f"a batch teaches nothing: {error}", stacklevel=2)
-            loss = torch.stack(embeddings).sum() * 0.0  # with a graph, for what goes backward
+            return torch.stack(embeddings).sum() * 0.0  # with a graph, for what goes backward
+        if not hard and torch.stack([(each == each[0]).all() for each in ids]).any():
+            warnings.warn(
+                "a batch teaches nothing: all of its anchors, or of its positives, are one item", stacklevel=2
+            )
         return loss
 
     def _embed(self, column: dict[str, Any]) -> Tensor:

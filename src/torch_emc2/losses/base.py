@@ -240,7 +240,7 @@ class ContrastiveLoss(nn.Module, ABC):
         return scores_of(rows, rows.mask_(logits), positive, log_positive, temperature)
 
     def _value(self, rows: Rows, scores: Scores, log_mass: Tensor, estimate: Tensor) -> Tensor:
-        """(rows,) ``-β s_pos + log(κ exp(β s_pos) + Σ_j exp(β s_j))`` over the batch, less that of equal embeddings."""
+        """(rows,) ``-β s_pos + log(κ exp(β s_pos) + Σ_j exp(β s_j)) - log n``, over the batch's n negatives."""
         if not self.positive_weight:
             return estimate
         log_positive = scores.log_positive

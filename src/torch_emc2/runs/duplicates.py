@@ -139,9 +139,13 @@ def draw_duplicates(found: Duplicates, out: Path) -> None:
         tiles = []
         for row, cosine in group[:_ABREAST]:
             folder, name = os.path.split(gallery.names[row])
-            said = "identical to one before" if row in found.identical else f"{cosine:.3f}"
+            said = "identical" if row in found.identical else f"{cosine:.3f}"
             tiles.append(Tile(gallery.image(row), [said, folder, name] if folders else [said, name]))
+        if (more := len(group) - _ABREAST) > 0:
+            tiles[-1] = tiles[-1]._replace(lines=[*tiles[-1].lines, f"… and {more} more"])
         rows.append(tiles)
-    below = "cosine similarity to the group's first, " + ("folder and name" if folders else "name")
+    below = "cosine similarity to the group's first, or identical to one before it; " + (
+        "folder and name" if folders else "name"
+    )
     with whole_file(out) as file:
         draw_rows(rows, f"Near duplicates, {which}; below: {below}", file)
