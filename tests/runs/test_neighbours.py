@@ -121,9 +121,9 @@ def test_a_table_of_another_model_is_refused(finished: Path, photos: Path, tmp_p
     again = tmp_path / "again.parquet"
     embed_images(other, photos, again)
     shutil.copy(finished / "head.safetensors", other)  # as if it had been trained on
-    with pytest.raises(ValueError, match=rf"is that of {other} before it was trained on, not of {other}"):
+    with pytest.raises(ValueError, match=rf"is that of {other} before its further training, not of {other}"):
         find_neighbours(other, [photos], again)
-    with pytest.raises(ValueError, match=rf"another model, that of {other} before it was trained on: give another"):
+    with pytest.raises(ValueError, match=rf"another model, that of {other} before its further training: give another"):
         embed_images(other, photos, again, append=True)
 
 

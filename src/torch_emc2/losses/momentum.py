@@ -61,10 +61,9 @@ class MomentumLoss(PerSampleLoss):
     Notes:
         ``index`` may be left out. With it, what is queued of an item that is in the batch, or was paired with one that
         is, is no negative of any row: give it where an epoch is not much longer than the queue, or an item has several
-        partners. Of ids a
-        view, views that are not in the batch remain negatives, as in all losses. ``labels`` are refused, which are not
-        known of the queue; nor is ``same``. Of an item that was queued twice the newer counts. The first batch needs
-        negatives of its own, as for `DCLLoss`.
+        partners. Of ids a view, views that are not in the batch remain negatives, as in all losses. ``labels`` are
+        refused, which are not known of the queue; nor is ``same``. Of an item that was queued twice the newer counts.
+        The first batch needs negatives of its own, as for `DCLLoss`.
 
     Raises:
         ValueError: a call without ``slow``.

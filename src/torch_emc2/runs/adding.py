@@ -32,7 +32,7 @@ def _require_same(there: Origin | None, own: Origin, out: Path) -> None:
     if there is None:
         raise ValueError(f"{out} does not say which model it is of: give {other}")
     if there.model != own.model:
-        before = " before it was trained on" if Path(there.run).resolve() == Path(own.run).resolve() else ""
+        before = " before its further training" if Path(there.run).resolve() == Path(own.run).resolve() else ""
         raise ValueError(f"{out} is of another model, that of {there.run}{before}: give {other}")
     if there.normalized != own.normalized:
         option = "add --normalize" if there.normalized else "leave out --normalize"

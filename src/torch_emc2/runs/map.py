@@ -109,7 +109,7 @@ def draw_map(found: Map, out: Path) -> None:
     pictures = _apart(places)
     labels = _labels(places, found.groups, colour_of, places[pictures])
     for i in pictures:
-        covered = any(_meet(at, places[i], _UNDER_LABEL) for at in labels.values())
+        covered = _near(places[i], [*labels.values()], _UNDER_LABEL)
         if not covered and (image := found.gallery.image(i)) is not None:
             small = thumbnail(image)
             box = OffsetImage(small.expand(3, -1, -1).permute(1, 2, 0).numpy(), zoom=18 / max(small.shape[1:]))
@@ -171,12 +171,13 @@ def _labels(
             continue
         middle = own[np.abs(own - np.median(own, 0)).sum(1).argmin()]
         around = (middle + _AROUND)[((middle + _AROUND >= 0) & (middle + _AROUND <= places.max(0))).all(1)]
-        alone = [at for at in around if not any(_meet(at, other, _LABEL) for other in labels.values())]
-        free = [at for at in alone if not any(_meet(at, picture, _UNDER_LABEL) for picture in pictures)]
+        alone = [at for at in around if not _near(at, [*labels.values()], _LABEL)]
+        free = [at for at in alone if not _near(at, pictures, _UNDER_LABEL)]
         if alone:
             labels[group] = (free or alone)[0]
     return labels
 
 
-def _meet(one: np.ndarray, other: np.ndarray, room: tuple[float, float]) -> bool:
-    return bool((np.abs(one - other) < room).all())
+def _near(place: np.ndarray, others: Sequence[np.ndarray] | np.ndarray, room: tuple[float, float]) -> bool:
+    """Tell whether any of some places is within the room, across and up, of one."""
+    return bool((np.abs(np.reshape(others, (-1, 2)) - place) < room).all(1).any())

@@ -112,7 +112,7 @@ def _own_table(model: Model, table: EmbeddingTable, path: Path) -> Gallery:
     if table.origin is None or table.origin.model != model.identity:
         of = "does not say which model it is of" if table.origin is None else f"is that of {table.origin.run}"
         if table.origin is not None and Path(table.origin.run).resolve() == model.run.resolve():
-            of += " before it was trained on"
+            of += " before its further training"
         raise ValueError(f"{path} {of}, not of {model.run}: emc2 embed {model.run} FOLDER -o ANOTHER.parquet makes one")
     return of_table(table, path)
 
