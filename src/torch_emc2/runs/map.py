@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -38,6 +38,7 @@ _NONE = "#c8c8c8"
 _SIDE, _BESIDE = 8.5, (3, 0.5)  # inches: of the map's longer side, and for legend and title
 _LABEL = 0.17, 0.05  # of the map's longer side: the room of a group's name
 _LABEL_INCHES = 1.2
+_NAMED = 10  # groups, the largest; more names would leave no room for pictures
 _THUMBNAIL = 0.034  # of the map's longer side: no two are nearer
 _UNDER_LABEL = (_LABEL[0] + _THUMBNAIL) / 2, (_LABEL[1] + _THUMBNAIL) / 2
 _AROUND = np.array(sorted(product(np.arange(-5, 6) / 50, repeat=2), key=lambda by: by[0] ** 2 + by[1] ** 2))
@@ -162,10 +163,10 @@ def _labels(
 ) -> dict[str, np.ndarray]:
     """Return where the names of groups stand: in the middle, or near it where there is no picture.
 
-    None lies on another; the legend has those that find no room.
+    None lies on another; the legend has those that find no room, and small groups where there are many.
     """
     labels: dict[str, np.ndarray] = {}
-    for group in named:
+    for group in islice(named, _NAMED):
         own = places[[name == group for name in groups]]
         if len(own) < _LEAST:
             continue
