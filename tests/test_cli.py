@@ -17,7 +17,7 @@ from PIL import Image
 import torch_emc2
 from outcomes import break_inside
 from torch_emc2 import runs
-from torch_emc2.cli import main
+from torch_emc2.cli import _what_next, main
 from torch_emc2.config import Config, presets, read_config, to_yaml
 from torch_emc2.training import ContrastiveModule
 
@@ -467,3 +467,15 @@ def test_an_unreadable_image_is_one_line_from_a_worker_too(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("emc2: error: ")
     assert ".png" in line
+
+
+def test_what_comes_next_writes_over_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for there, new in (
+        ("a.txt", "embeddings"),
+        ("embeddings.parquet", "embeddings-2"),
+        ("embeddings-2.parquet", "embeddings-3"),
+    ):
+        Path(there).touch()
+        told = _what_next(Path("runs/x"), "folder:my photos").splitlines()
+        assert told[1] == f"Then: emc2 embed runs/x 'my photos' -o {new}.parquet"

@@ -379,10 +379,12 @@ def test_a_batch_of_one_anchor_or_one_positive_is_told_of_by_every_loss(
 ) -> None:
     data = texts(3, 2)
     loss = EMC2SentenceLoss(model, InfoNCELoss(T, **own))
+    name = list(data)[repeated]
+    with_hard = texts(3, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert loss(tokens(model, data)) > 0
-    name = list(data)[repeated]
+        assert loss(tokens(model, {**with_hard, name: with_hard[name][:1] * 3})) > 0  # which they are pushed from
     with pytest.warns(UserWarning, match="a batch teaches nothing: all of its anchors, or of its positives, are one"):
         assert loss(tokens(model, {**data, name: data[name][:1] * 3})) == 0
 

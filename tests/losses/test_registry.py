@@ -184,3 +184,7 @@ def test_a_name_that_is_none_is_told_the_names() -> None:
     for name in ("simclr", "", "EMC2", "a.b", "a:b:c", "a:", ":b", "a b:c", "a/b:c", ".a:b"):
         with pytest.raises(ValueError, match=r"loss must be one of infonce, .*emc2, or a class of your own .*, got '"):
             find(name)
+
+
+def test_losses_that_remember_an_entry_a_sample_need_its_id() -> None:
+    assert {row.name for row in ROWS if row.loss.needs_index} == {"emc2", "sogclr", "negative-cache"}

@@ -137,6 +137,10 @@ def test_a_row_without_negatives_changes_nothing() -> None:
     nobody = UniformityLoss(0.4, **settings)
     nobody(x, y, same=torch.ones(B, B, dtype=torch.bool))
     assert (float(nobody.last["normaliser_ratio"]), float(log_u(nobody)[0])) == (0, -math.inf)
+    nobody(x, y)
+    before = nobody.sides[0].numbers
+    nobody(x, y, same=torch.ones(B, B, dtype=torch.bool))
+    assert torch.equal(nobody.sides[0].numbers, before)
 
 
 def test_evaluation_reads_and_does_not_write() -> None:

@@ -13,6 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.metrics import homogeneity_score
 
 from torch_emc2.runs import draw_map, map_of
 from torch_emc2.runs import map as module
@@ -63,6 +66,14 @@ def test_what_is_near_is_near_and_has_a_group(classes: bool, by: Any, tmp_path: 
     pixels = np.array(Image.open(tmp_path / "map.png").convert("RGB")).reshape(-1, 3)
     for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)):
         assert (pixels == colour).all(1).sum() > 300
+
+
+def test_clusters_of_digits_are_of_one_digit_each() -> None:
+    pixels, digits = load_digits(return_X_y=True)
+    clusters = module._clusters(PCA(50, random_state=0).fit_transform(pixels / np.linalg.norm(pixels, axis=1)[:, None]))
+    found = clusters >= 0
+    assert found.mean() > 0.7
+    assert homogeneity_score(digits[found], clusters[found]) > 0.9
 
 
 def test_of_many_images_a_random_choice_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

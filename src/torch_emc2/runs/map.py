@@ -84,11 +84,20 @@ def map_of(source: Path, *, by: Literal["class", "cluster"] = "class", seed: int
     places = TSNE(perplexity=min(30, len(main) / 4), init="pca", random_state=seed).fit_transform(main)
     if by == "class" and any(label is not None for label in gallery.labels):
         return Map(gallery, places, gallery.labels, total, "class")
-    clusters = HDBSCAN(min_cluster_size=max(_LEAST, len(main) // 100), min_samples=2, copy=True)  # more make one of all
-    found = clusters.fit_predict(main[:, :10])
+    found = _clusters(main)
     by_size = [cluster for cluster, _ in Counter(found[found >= 0].tolist()).most_common()]
     groups = [None if cluster < 0 else f"cluster {by_size.index(cluster) + 1}" for cluster in found.tolist()]
     return Map(gallery, places, groups, total, "cluster")
+
+
+def _clusters(main: np.ndarray) -> np.ndarray:
+    """(n,) the cluster of each image, -1 for none, by its first principal components (n, k).
+
+    More than two ``min_samples`` make one cluster of nearly all: on digits' pixels it would mix their classes.
+    """
+    sizes = {"min_cluster_size": max(_LEAST, len(main) // 100), "min_samples": 2}
+    found: np.ndarray = HDBSCAN(**sizes, copy=True).fit_predict(main[:, :10])
+    return found
 
 
 @lettered()
