@@ -10,6 +10,7 @@ bias: no descent is long enough for that.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -57,22 +58,27 @@ def descend(loss_fn: ContrastiveLoss, batch_size: int, epochs: int, seed: int) -
     return exact(inputs, net)
 
 
+def makers() -> dict[str, Callable[[int], ContrastiveLoss]]:
+    """Return what makes each estimator from a seed, by its title; metropolis without burn-in."""
+    given = LossContext(2 * SAMPLES, TEMPERATURE, DIM, 2)
+    settings = {"emc2": EMC2Config(kernel="metropolis", burn_in=0.0)}
+    return {
+        method.title: row.maker(method.fields, given, settings.get(row.group))
+        for row in ESTIMATORS.values()
+        for method in row.methods
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 4, 16])
     parser.add_argument("--epochs", type=int, nargs="+", default=[8, 32, 128, 512])
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    given, settings = LossContext(2 * SAMPLES, TEMPERATURE, DIM, 2), {"emc2": EMC2Config(burn_in=0.0)}
-    makers = {
-        method.title: row.maker(method.fields, given, settings.get(row.group))
-        for row in ESTIMATORS.values()
-        for method in row.methods
-    }
     for batch_size in args.batch_sizes:
         print(f"\n| b = {batch_size} | " + " | ".join(f"{epochs} epochs" for epochs in args.epochs) + " | loss |")
         print("|---|" + "--:|" * (len(args.epochs) + 1))
-        for name, make in makers.items():
+        for name, make in makers().items():
             runs = torch.tensor(
                 [
                     [descend(make(seed), batch_size, epochs, seed) for epochs in args.epochs]
