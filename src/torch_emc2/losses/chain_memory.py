@@ -137,7 +137,7 @@ class ChainMemory(SampleMemory):
         return state
 
     def check(self, state: dict[str, Any]) -> None:
-        """See `SampleMemory.check`."""
+        """See `Memory.check`."""
         self.slots.check(state["keys"], *state["chains"].values())
         self.chains.check(state["chains"])
         if self.cached:
@@ -149,7 +149,7 @@ class ChainMemory(SampleMemory):
                 raise ValueError("the saved embeddings and what they are owed are not alike: the state is damaged")
 
     def load(self, state: dict[str, Any]) -> None:
-        """See `SampleMemory.load`."""
+        """See `Memory.load`."""
         self.embeddings = self._loaded(state, "embeddings") if self.cached else None
         self.owed = self._loaded(state, "owed") if self.deferred else None
         self.slots.load(state["keys"])
