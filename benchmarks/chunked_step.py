@@ -52,7 +52,7 @@ def step(batch_size: int, chunk_size: int | str) -> Step:
     before, start = _peak(), time.perf_counter()
     loss: Tensor
     if isinstance(chunk_size, int):
-        loss = cached_backward(loss_fn, encoder, views, index, chunk_size)
+        loss = cached_backward(loss_fn, encoder, views, index, chunk_size=chunk_size)
     else:
         loss = loss_fn(*(embeddings if chunk_size == "the loss alone" else map(encoder, views)), index)
         loss.backward()

@@ -67,7 +67,7 @@ def trained(backward: Any, name: str, chunk_size: int, *, with_encode: bool, dro
     for step in range(STEPS):
         views, index = batch(step)
         encode = (lambda ids: net(IMAGES[ids])) if with_encode else None
-        losses.append(backward(loss_fn, net, views, index, chunk_size, encode=encode))
+        losses.append(backward(loss_fn, net, views, index, chunk_size=chunk_size, encode=encode))
     return [losses, [parameter.grad for parameter in net.parameters()], loss_fn.state_dict(), torch.get_rng_state()]
 
 
@@ -101,7 +101,7 @@ def test_no_graph_is_larger_than_a_chunk() -> None:
     loss_fn = MAKERS["emc2-encode"]()
     for _ in range(2):
         sizes.clear()
-        cached_backward(loss_fn, seen, views, index, 3, encode=lambda ids: seen(IMAGES[ids]))
+        cached_backward(loss_fn, seen, views, index, chunk_size=3, encode=lambda ids: seen(IMAGES[ids]))
     first_pass, second_pass = ([size for graph, size in sizes if graph is wanted] for wanted in (False, True))
     assert max(first_pass) == 3
     assert sorted(first_pass) == sorted(second_pass)
@@ -114,7 +114,7 @@ def test_a_constant_encode() -> None:
     for backward, net in zip((cached_backward, plain_backward), nets, strict=True):
         loss_fn = MAKERS["emc2-encode"]()
         for step in range(STEPS):
-            backward(loss_fn, net, *batch(step), 3, encode=lambda ids: IMAGES[ids, :D])
+            backward(loss_fn, net, *batch(step), chunk_size=3, encode=lambda ids: IMAGES[ids, :D])
     got, want = ([parameter.grad for parameter in net.parameters()] for net in nets)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
@@ -122,7 +122,7 @@ def test_a_constant_encode() -> None:
 @pytest.mark.parametrize("backward", [cached_backward, plain_backward])
 def test_an_encoder_without_a_gradient_is_no_step(backward: Any) -> None:
     with pytest.raises(RuntimeError, match="does not require grad"):
-        backward(InfoNCELoss(0.1), lambda inputs: inputs[:, :D], *batch(0), 3)
+        backward(InfoNCELoss(0.1), lambda inputs: inputs[:, :D], *batch(0), chunk_size=3)
 
 
 def _scaled_step(backward: Any, device: str, dtype: torch.dtype) -> tuple[float, Tensor]:
@@ -135,7 +135,7 @@ def _scaled_step(backward: Any, device: str, dtype: torch.dtype) -> tuple[float,
             lambda inputs: net(inputs.float().to(device)),  # views may stay on the CPU
             views,
             index,
-            3,
+            chunk_size=3,
         )
     scaler.unscale_(torch.optim.SGD(net.parameters()))
     return float(loss) / 64, torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
@@ -162,6 +162,8 @@ def test_autocast_and_a_scaler(device: str) -> None:
         ({"encoder": nn.BatchNorm1d(6).double()}, "encoder is a batch norm"),
         ({"views": (IMAGES[:B], IMAGES[: B - 1])}, r"\(7, 5\) and \(6, 5\)"),
         ({"views": (torch.ones(()), IMAGES[:B])}, r"views must be \(b, …\), got a single number"),
+        ({"views": ({"a": IMAGES[:B], "b": IMAGES[:3]}, IMAGES[:B])}, r"tensors \(b, …\) of one length, got \[3, 7\]"),
+        ({"views": ({}, IMAGES[:B])}, "of one length, got none"),
         ({"encode": lambda ids: IMAGES[ids]}, r"encode must return"),
     ],
 )
@@ -177,10 +179,35 @@ def test_what_is_not_usable_changes_nothing(change: dict[str, Any], message: str
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
+def test_inputs_by_name_and_a_loss_of_ones_own() -> None:
+    """As a tokenizer returns them; what is no tensor goes with every chunk, and a loss gets what was given alone."""
+    views, seen, gradients = batch(0)[0], [], []
+    for chunked in (True, False):
+        net = encoder()
+        named = tuple({"pixels": view, "scale": torch.full((B, 1), 2.0).double(), "mode": "double"} for view in views)
+
+        def embed(inputs: dict[str, Any], net: nn.Module = net) -> Tensor:
+            seen.append((inputs["mode"], len(inputs["scale"])))
+            inputs["embedded"] = net(inputs["pixels"] * inputs.pop("scale"))  # as some models treat their inputs
+            embedded: Tensor = inputs["embedded"]
+            return embedded
+
+        def own_loss(x: Tensor, y: Tensor, index: None = None) -> Tensor:
+            return InfoNCELoss(0.1)(x, y)
+
+        if chunked:
+            cached_backward(own_loss, embed, named, chunk_size=3)
+        else:
+            own_loss(*map(embed, named)).backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+    assert seen == [("double", n) for n in [3, 3, 1] * 4 + [B] * 2]
+
+
 def test_batch_norm_in_evaluation_mode() -> None:
     net = nn.Sequential(nn.Linear(6, D), nn.BatchNorm1d(D)).double().eval()
     views, index = batch(0)
-    got = cached_backward(InfoNCELoss(0.1), net, views, index, 3)
+    got = cached_backward(InfoNCELoss(0.1), net, views, index, chunk_size=3)
     torch.testing.assert_close(got, InfoNCELoss(0.1)(net(views[0]), net(views[1])).detach())
 
 
@@ -201,7 +228,12 @@ def _rank(rank: int, folder: str) -> None:
                 views, index = batch(step)
                 first, second, mine = (whole.split(SIZES)[rank] for whole in (*views, index))
                 cached_backward(
-                    loss_fn, net, (first, second), mine, chunk_size, encode=lambda ids, f=net: f(IMAGES[ids])
+                    loss_fn,
+                    net,
+                    (first, second),
+                    mine,
+                    chunk_size=chunk_size,
+                    encode=lambda ids, f=net: f(IMAGES[ids]),
                 )
                 results[name, chunk_size, step] = [parameter.grad.clone() for parameter in net.parameters()]
                 net.zero_grad()
@@ -246,7 +278,13 @@ def test_two_towers_equal_the_plain_step(name: str, chunk_size: int) -> None:
             if in_chunks:
                 losses.append(
                     cached_backward(
-                        loss_fn, nets, (x, y), index, chunk_size, encode=encode, logit_scale=logit_scale.exp()
+                        loss_fn,
+                        nets,
+                        (x, y),
+                        index,
+                        chunk_size=chunk_size,
+                        encode=encode,
+                        logit_scale=logit_scale.exp(),
                     )
                 )
             else:

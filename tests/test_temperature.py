@@ -48,7 +48,6 @@ def test_what_is_learnt_is_the_logarithm_of_beta() -> None:
     assert temperature.logit_scale.shape == ()
     assert temperature.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     assert temperature().item() == pytest.approx(1 / 0.07)
-    assert not Temperature(0.07, learnable=False).logit_scale.requires_grad
 
 
 def test_a_temperature_is_clamped_where_it_is_used() -> None:

@@ -172,33 +172,39 @@ def _emc2_together(given: Given, **settings: Any) -> Step:
     return together(EMC2Loss, kernel="isir", seed=given.seed, **settings)(given)
 
 
-def _cached(given: Given) -> Step:
-    """GradCache, as sentence-transformers' CachedMultipleNegativesRankingLoss has it."""
-    x, y, loss_fn = given.x, given.y, InfoNCELoss(**given.settings)
-
-    def step(rows: Tensor) -> Tensor:
-        return cached_backward(loss_fn, (x, y), (rows, rows), x.ids[rows], given.batch_size, y_index=y.ids[rows])
-
-    return step
-
-
-def _mnrl(given: Given, **settings: Any) -> Step:
-    """By its defaults rows are the queries alone; the same item again is a negative."""
+def _ranking(given: Given, **settings: Any) -> Callable[..., Tensor]:
+    """MNRL of embeddings: by its defaults rows are the queries alone; the same item again is a negative."""
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
     ranking = MultipleNegativesRankingLoss(None, scale=1 / given.temperature, **settings)
+    return lambda x, y, index=None: ranking.compute_loss_from_embeddings([x, y], None)
+
+
+def _mnrl(given: Given, **settings: Any) -> Step:
+    ranking = _ranking(given, **settings)
 
     def step(rows: Tensor) -> Tensor:
-        loss: Tensor = ranking.compute_loss_from_embeddings([given.x(rows), given.y(rows)], None)
+        loss = ranking(given.x(rows), given.y(rows))
         loss.backward()
         return loss.detach()
 
     return step
 
 
+def _cached_mnrl(given: Given) -> Step:
+    """The gradient of CachedMultipleNegativesRankingLoss: GradCache of MNRL."""
+    ranking, encoders = _ranking(given), (given.x, given.y)
+    return lambda rows: cached_backward(ranking, encoders, (rows, rows), chunk_size=given.batch_size)
+
+
 def emc2(title: str, **settings: Any) -> Method:
     """A row of EMC² whose κ is searched."""
     return Method(title, partial(_emc2, **settings), KAPPAS)
+
+
+def _moco_zero(given: Given) -> Step:
+    """MoCo with what Momentum has of its own: no positive in the denominator, and a decay by batch size."""
+    return queued(given, decay_of(given.batch_size), positive_weight=0.0)
 
 
 METHODS = {
@@ -251,7 +257,8 @@ METHODS = {
     "mnrl": Method("sentence-transformers MNRL", _mnrl),
     "mnrl-together": Method("sentence-transformers MNRL, all directions", partial(_mnrl, directions=DIRECTIONS)),
     "gist": Method("GIST, the encoder as it comes as guide", guided),
-    "cached": Method("GradCache (cached MNRL), 8 b", _cached, batches=8),
+    "cached-mnrl": Method("sentence-transformers cached MNRL, 8 b", _cached_mnrl, batches=8),
     "cross-batch-memory": Method("cross-batch memory", partial(queued, momentum=None)),
     "moco": Method("MoCo, momentum .99", partial(queued, momentum=0.99)),
+    "moco-zero": Method("MoCo, κ = 0", _moco_zero),
 }

@@ -38,11 +38,11 @@ class _Queue:
         self.ids = ids if self.ids is None else torch.cat([self.ids, ids])[-LENGTH:]
 
 
-def queued(given: Given, momentum: float | None) -> Callable[[Tensor], Tensor]:
+def queued(given: Given, momentum: float | None, positive_weight: float = 1.0) -> Callable[[Tensor], Tensor]:
     """Train against the batch and two queues."""
     sides = given.x, given.y
     queues = [_Queue(tower, momentum) for tower in sides]
-    loss_fn = InfoNCELoss(given.temperature, towers=2, directions="x->y")
+    loss_fn = InfoNCELoss(given.temperature, positive_weight=positive_weight, towers=2, directions="x->y")
 
     def direction(rows: Tensor, own: list[Tensor], keys: list[Tensor], a: int, b: int) -> Tensor:
         queue = queues[b]

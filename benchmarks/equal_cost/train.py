@@ -102,6 +102,8 @@ def _evaluate(cell: Cell, problem: Problem, trained: tuple[Tower, Tower]) -> Res
     found: dict[str, Any] = {}
     for name, part in {"train": train[:SEEN], **parts}.items():
         queries = _embed(x, part)
+        if not queries.isfinite().all():  # which would come first of all
+            return {}
         found[name] = metrics(ranks(queries, keys, problem.positives(part, everything)))
         if name == "train":
             positives = problem.positives(part, train)

@@ -99,6 +99,8 @@ def gather_batch(
         inputs, ranks, num_hard = _agree(validate, device, alike)
     else:
         inputs = validate()
+        if not inputs.size:
+            raise NoNegatives("an empty batch has no negatives: give 2 samples or more (drop_last=True helps)")
         ranks, num_hard = Ranks((inputs.size,), 0, device), ()
     of_both = len(inputs.vectors) == 2 and directions != "x->y"
     slow = inputs.slow or (None, None)

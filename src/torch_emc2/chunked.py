@@ -7,7 +7,7 @@ then each chunk is embedded again, with graph, and its gradient goes on to the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,25 +17,26 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["cached_backward"]
+__all__ = ["Batch", "cached_backward", "in_chunks"]
+
+Batch = Tensor | Mapping[str, Any]
+"""Inputs of an encoder: (b, …), or by name, as a tokenizer returns them, each tensor (b, …)."""
 
 _RandomState = tuple[Tensor, Tensor | None]  # of the CPU, and of the current CUDA device
-
-
-_Encoder = Callable[[Tensor], Tensor]
+_Encoder = Callable[[Any], Tensor]
 
 
 def cached_backward(
     loss_fn: Callable[..., Tensor],
     encoder: _Encoder | tuple[_Encoder, _Encoder],
-    views: tuple[Tensor, Tensor],
-    index: Tensor | None,
-    chunk_size: int,
+    views: tuple[Batch, Batch],
+    index: Tensor | None = None,
     *,
+    chunk_size: int,
     encode: _Encoder | tuple[_Encoder | None, _Encoder | None] | None = None,
     **further: Any,
 ) -> Tensor:
-    """Do ``loss_fn(encoder(views[0]), encoder(views[1]), index, encode=encode).backward()`` chunk by chunk.
+    """Do ``loss_fn(encoder(views[0]), encoder(views[1]), index, …).backward()`` chunk by chunk.
 
     Gradients are added to ``.grad`` as there. Memory holds the graph of one chunk instead of the batch's, at the price
     of a second forward pass. The loss is called once, on the whole batch: its chains and averages move as in a plain
@@ -46,8 +47,9 @@ def cached_backward(
             scaler.scale(loss_fn(*args, **kwargs))``; the loss returned is then scaled too.
         encoder: inputs (n, …) -> embeddings (n, d), each row by itself. If it is wrapped in
             `DistributedDataParallel`, gradients are averaged with the last chunk only. Of two towers a pair.
-        views: the batch's first and second views, or both sides, (b, …), without graph.
-        index: (b,) or (b, 2) ids as the loss takes them, or None for a loss that needs none.
+        views: the batch's first and second views, or both sides, without graph: tensors (b, …), or dictionaries of
+            such, as a tokenizer returns them, of which the encoder is given one as large as a chunk.
+        index: (b,) or (b, 2) ids as the loss takes them; not for a loss that needs none.
         chunk_size: inputs embedded at a time, of a view or of what ``encode`` is asked for.
         encode: ids (k,) -> embeddings (k, d), as the loss takes it, of two towers a pair; embedded in chunks too.
         further: the loss's other arguments, such as ``y_index`` or ``logit_scale``.
@@ -64,21 +66,19 @@ def cached_backward(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if any(view.requires_grad for view in views):
-        raise ValueError("views must have no graph, which chunks could not share: detach() them")
-    if any(view.ndim == 0 for view in views):
-        raise ValueError("views must be (b, …), got a single number")
+    for view in views:
+        _require_chunks(view)
     encoders = encoder if isinstance(encoder, tuple) else (encoder, encoder)
     for each in encoders:
         _refuse_batch_norm(each)
     embedded: list[_Embedded] = []
 
-    def embed(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        chunks, states, parts = torch.split(inputs, chunk_size), [], []
+    def embed(function: _Encoder, inputs: Batch) -> Tensor:
+        chunks, states, parts = in_chunks(inputs, chunk_size), [], []
         with torch.no_grad():
             for chunk in chunks:
                 states.append(_random_state())
-                parts.append(function(chunk))
+                parts.append(function(_copy(chunk)))
             whole = torch.cat(parts)
         if torch.is_grad_enabled():  # a loss may ask for constants
             embedded.append(_Embedded(function, chunks, states, [len(part) for part in parts], whole.requires_grad_()))
@@ -88,8 +88,9 @@ def cached_backward(
         return None if function is None else partial(embed, function)
 
     first, second = (embed(each, view) for each, view in zip(encoders, views, strict=True))
-    in_chunks = tuple(map(embedding, encode)) if isinstance(encode, tuple) else embedding(encode)
-    loss = loss_fn(first, second, index, encode=in_chunks, **further)
+    if encode is not None:
+        further["encode"] = tuple(map(embedding, encode)) if isinstance(encode, tuple) else embedding(encode)
+    loss = loss_fn(first, second, index, **further)
     loss.backward()  # type: ignore[no-untyped-call]
 
     torch.clear_autocast_cache()  # weights that were cast without graph
@@ -102,7 +103,7 @@ def cached_backward(
             contexts.enter_context(_drawing_from(state))
             for context in waiting:
                 contexts.enter_context(context)
-            part = function(chunk)
+            part = function(_copy(chunk))
             if part.requires_grad:  # a tower, or `encode`, may be constant
                 part.backward(gradient)  # type: ignore[no-untyped-call]
                 stepped = True
@@ -111,16 +112,43 @@ def cached_backward(
     return loss.detach()
 
 
+def in_chunks(inputs: Batch, size: int) -> tuple[Batch, ...]:
+    """Split a batch; of inputs by name each tensor, while all else goes with every chunk."""
+    if isinstance(inputs, Tensor):
+        return torch.split(inputs, size)
+    rows = next(len(each) for each in inputs.values() if isinstance(each, Tensor))
+    chunks = [slice(start, start + size) for start in range(0, max(1, rows), size)]
+    return tuple(
+        {name: each[chunk] if isinstance(each, Tensor) else each for name, each in inputs.items()} for chunk in chunks
+    )
+
+
+def _copy(chunk: Batch) -> Batch:
+    """Inputs by name for one pass: what an encoder takes out of them, or puts in, is not there in the next."""
+    return chunk if isinstance(chunk, Tensor) else dict(chunk)
+
+
+def _require_chunks(view: Batch) -> None:
+    """Raise ValueError where a view cannot be split."""
+    tensors = [view] if isinstance(view, Tensor) else [each for each in view.values() if isinstance(each, Tensor)]
+    if any(each.requires_grad for each in tensors):
+        raise ValueError("views must have no graph, which chunks could not share: detach() them")
+    if any(each.ndim == 0 for each in tensors):
+        raise ValueError("views must be (b, …), got a single number")
+    if len(lengths := {len(each) for each in tensors}) != 1:
+        raise ValueError(f"a view by name must hold tensors (b, …) of one length, got {sorted(lengths) or 'none'}")
+
+
 class _Embedded(NamedTuple):
     """What one call has embedded without graph, and all that it takes to do it again."""
 
-    function: Callable[[Tensor], Tensor]
-    chunks: tuple[Tensor, ...]
+    function: _Encoder
+    chunks: tuple[Batch, ...]
     states: list[_RandomState]  # before each chunk
     sizes: list[int]  # of each chunk's embeddings
     whole: Tensor
 
-    def steps(self) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor, _RandomState, Tensor]]:
+    def steps(self) -> Iterator[tuple[_Encoder, Batch, _RandomState, Tensor]]:
         """Yield for each chunk: the function, its input, the random state before it, the gradient at its output."""
         if self.whole.grad is not None:
             gradients = torch.split(self.whole.grad, self.sizes)
@@ -143,12 +171,12 @@ def _drawing_from(state: _RandomState) -> Iterator[None]:
         yield
 
 
-def _no_sync(encoder: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+def _no_sync(encoder: _Encoder) -> AbstractContextManager[None]:
     """Keep a distributed wrapper from averaging gradients that are not complete."""
     return encoder.no_sync() if isinstance(encoder, DistributedDataParallel) else nullcontext()
 
 
-def _refuse_batch_norm(encoder: Callable[[Tensor], Tensor]) -> None:
+def _refuse_batch_norm(encoder: _Encoder) -> None:
     for name, module in encoder.named_modules() if isinstance(encoder, nn.Module) else ():
         if isinstance(module, _BatchNorm) and module.training:
             raise ValueError(

@@ -24,7 +24,6 @@ class Temperature(nn.Module):
 
     Args:
         value: to start from.
-        learnable: False keeps it.
         min: never colder than this; CLIP's is 0.01.
 
     Example::
@@ -34,12 +33,12 @@ class Temperature(nn.Module):
         ['temperature.logit_scale']
     """
 
-    def __init__(self, value: float = 0.07, *, learnable: bool = True, min: float = 0.01) -> None:
+    def __init__(self, value: float = 0.07, *, min: float = 0.01) -> None:
         super().__init__()
         value, self.min = require_temperature(value), require_temperature(min)
         if value < self.min:
             raise ValueError(f"the temperature must not be below min={min:g}, got {value:g}")
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(value)), requires_grad=learnable)
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(value)))
 
     def forward(self) -> Tensor:
         """Return β, a scalar with gradient; a parameter that an optimiser has led too far is set back first."""

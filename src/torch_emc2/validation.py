@@ -123,6 +123,11 @@ def _validate_views(x: Tensor, y: Tensor | None, towers: Towers) -> None:
             raise ValueError("towers=2 needs both sides: loss(x, y, index)")
         if x.ndim != 3 or x.shape[1] < 2:
             raise ValueError(f"x without y must be (b, views, d) with 2 views or more, got {tuple(x.shape)}")
+    elif y.ndim == 1 and not y.is_floating_point():
+        raise TypeError(
+            f"y must be embeddings, got integers {tuple(y.shape)}: labels are given by name, labels=, ids third or as "
+            "index=; two views are x and y, or x alone (b, views, d)"
+        )
     elif x.ndim != 2 or x.shape != y.shape:
         views = "; with more than two views x alone is (b, views, d): loss(x, index=index)" if x.ndim == 3 else ""
         raise ValueError(f"x and y must both be (b, d), got {tuple(x.shape)} and {tuple(y.shape)}{views}")

@@ -129,7 +129,7 @@ def test_calls(data: st.DataObject) -> None:
 
             def call(z=z, index=index, encode=encode, chunk_size=chunk_size) -> Tensor:
                 views, scale = [x.detach() for x in z], torch.ones((), dtype=torch.float64, requires_grad=True)
-                return cached_backward(loss_fn, lambda x: x * scale, views, index, chunk_size, encode=encode)
+                return cached_backward(loss_fn, lambda x: x * scale, views, index, chunk_size=chunk_size, encode=encode)
 
         loss, words = refusal("calls of losses", call)
         if words:

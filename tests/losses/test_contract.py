@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, Temperature
+from torch_emc2.batch import NoNegatives
 from torch_emc2.kernels import Metropolis
 from torch_emc2.losses import ContrastiveLoss
 from torch_emc2.losses.registry import ESTIMATORS, LossContext
@@ -251,23 +252,36 @@ def test_averages_of_another_temperature_are_refused(name: str) -> None:
     assert_same(step_of(other, 0), step_of(SogCLRLoss(M, 0.5), 0))
     step_of(loss_fn, 0)
     before = copy.deepcopy(loss_fn.state_dict())
+    refused = functools.partial(pytest.raises, ValueError)
+    z1, z2, index = batch(1, 6)
+    loss_fn.temperature = 0.5
+    with refused(match=r"are of temperature 0\.1 and cannot be converted to 0\.5: forget\(ids\)"):
+        loss_fn(z1, z2, index)
+    loss_fn.temperature = Temperature(0.5)
+    with refused(match=r"are of temperature 0\.1 and cannot be converted to 0\.5"):
+        loss_fn(z1, z2, index)
     loss_fn.temperature = 0.1  # is what it was
-    with pytest.raises(ValueError, match=r"are of temperature 0\.1 and cannot be converted to 0\.5: forget\(ids\)"):
-        loss_fn.temperature = 0.5
-    with pytest.raises(
-        ValueError, match=r"saved averages are of temperature 0\.5 and cannot be converted to temperature 0\.1"
-    ):
-        loss_fn.load_state_dict(other.state_dict())
-    if name == "sogclr-γ = 0.9":
-        learnt = SogCLRLoss(M, Temperature(0.1))
-        step_of(learnt, 0)
-        with pytest.raises(ValueError, match=r"of a learnt temperature and cannot be converted to temperature 0\.1"):
-            loss_fn.load_state_dict(learnt.state_dict())
-    assert loss_fn.temperature == 0.1
-    assert_same(loss_fn.state_dict(), before)
+    with refused(match=r"are of temperature 0\.1 and cannot be converted to 0\.01"):
+        loss_fn.eval()(z1, z2, index, logit_scale=100.0)
+    assert_same(loss_fn.train().state_dict(), before)
+    loaded = MAKERS[name]()
+    loaded.load_state_dict(other.state_dict())
+    with refused(match=r"are of temperature 0\.5 and cannot be converted to 0\.1"):
+        loaded(z1, z2, index)
+    loaded.temperature = 0.34  # near enough, as by a schedule
+    step_of(loaded, 1)
+    with refused(match=r"are of temperature 0\.34 and cannot be converted to 0\.52"):
+        loaded(z1, z2, index, logit_scale=1 / 0.52)
     loss_fn.forget(batch(0, 6)[2])  # type: ignore[operator]
     loss_fn.temperature = 0.5
     assert_same(step_of(loss_fn, 1), step_of(SogCLRLoss(M, 0.5), 1))
+
+
+@each_loss
+def test_an_empty_batch_is_refused(name: str) -> None:
+    z1, z2, index = batch(0, 6)
+    with pytest.raises(NoNegatives, match="an empty batch has no negatives"):
+        MAKERS[name]()(z1[:0], z2[:0], index[:0], encode=table().__getitem__)
 
 
 @each_loss

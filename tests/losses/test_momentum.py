@@ -175,7 +175,7 @@ def test_a_step_in_chunks_is_the_plain_step() -> None:
             with torch.no_grad():
                 given = average(views[0]), average(views[1])
             if in_chunks:
-                cached_backward(loss_fn, encoder, views, None, 2, slow=given)
+                cached_backward(loss_fn, encoder, views, chunk_size=2, slow=given)
             else:
                 loss_fn(encoder(views[0]), encoder(views[1]), slow=given).backward()
         gradients.append(encoder.weight.grad)

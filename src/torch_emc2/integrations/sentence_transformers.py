@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from torch_emc2.batch import NoNegatives
+from torch_emc2.chunked import in_chunks
 from torch_emc2.error_text import one_line
 from torch_emc2.files import whole_file
 from torch_emc2.integrations.text_ids import text_ids
@@ -123,13 +124,8 @@ class EMC2SentenceLoss(nn.Module):
         def embed(part: dict[str, Any]) -> Tensor:  # by whose tensors torch knows of which device to keep the chances
             return cast(Tensor, self.model(dict(part))["sentence_embedding"])
 
-        rows = next(len(part) for part in column.values() if isinstance(part, Tensor))
-        chunks = [slice(start, start + self.mini_batch_size) for start in range(0, rows, self.mini_batch_size)]
-        parts = (
-            {name: each[chunk] if isinstance(each, Tensor) else each for name, each in column.items()}
-            for chunk in chunks
-        )
-        return torch.cat([checkpoint(embed, part, use_reentrant=False) for part in parts])
+        chunks = in_chunks(column, self.mini_batch_size)
+        return torch.cat([checkpoint(embed, chunk, use_reentrant=False) for chunk in chunks])
 
     def _ids_of_labels(self, labels: Tensor | None, columns: int) -> list[Tensor]:
         if labels is None or labels.is_floating_point() or labels.shape[1:] not in ((), (columns,)):

@@ -90,13 +90,10 @@ class ContrastiveLoss(nn.Module, ABC):
     def __setattr__(self, name: str, value: Any) -> None:
         """Validate a temperature; not by a property, which a `Parameter` would not be asked for."""
         if name == "temperature":
-            value = self._accept_temperature(value)
+            value = value if isinstance(value, Temperature) else require_temperature(value)
             if not isinstance(value, nn.Module):
                 self._modules.pop("temperature", None)
         super().__setattr__(name, value)
-
-    def _accept_temperature(self, value: Any) -> float | Temperature:
-        return value if isinstance(value, Temperature) else require_temperature(value)
 
     def forward(
         self,

@@ -125,9 +125,10 @@ class EMC2Loss(PerSampleLoss):
 
     @property
     def chains(self) -> ChainTable:
-        """The chains of one tower."""
-        (side,) = self.sides
-        return side.chains
+        """The chains of one tower; of two see ``sides[0].chains`` and ``sides[1].chains``."""
+        if self.towers == 2:
+            raise ValueError("with towers=2 each side has chains of its own: sides[0].chains, sides[1].chains")
+        return self.sides[0].chains
 
     def extra_repr(self) -> str:
         """Show the settings."""

@@ -100,6 +100,10 @@ class NegativeCacheLoss(PerSampleLoss):
             raise ValueError(f"{contrast.row_views} views of a sample: build the loss with as many views_per_sample")
         return _DrawnFromCache(self, contrast, encode)
 
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return f"{super().extra_repr()}, dim={self.dim}, refresh_fraction={self.refresh_fraction:g}"
+
     def _position(self) -> dict[str, Any]:
         return {**super()._position(), "seed": self.seed}
 

@@ -20,7 +20,7 @@ from torch_emc2.memory.slots import Slots
 from torch_emc2.memory.tables import SampleTable
 from torch_emc2.rows import Rows
 from torch_emc2.settings.losses import PositiveWeight
-from torch_emc2.temperature import Temperature
+from torch_emc2.temperature import Temperature, require_temperature
 from torch_emc2.validation import Towers
 
 __all__ = ["SogCLRLoss", "cosine_gamma"]
@@ -48,10 +48,9 @@ class SogCLRLoss(PerSampleLoss):
     Args:
         num_samples: size of the data set: ids are below it. None: ids are any int64 but -1, and the table grows. With
             ``towers=2`` of both sides, or a pair.
-        temperature: 1 / β. Averages of exp(β s) are valid at one β only: once there are some, to assign another number,
-            or to load their state at one, raises ValueError. For a schedule `forget` all ids at each change, after
-            which a first visit is DCL's, or take EMC² or Negative Cache. A `Temperature`, which is learnt and moves
-            little between two visits, leaves the averages as they are (as FastCLIP does).
+        temperature: 1 / β. Averages of exp(β s) are valid near one β only. One that is learnt or follows a schedule
+            leaves them as they are (as FastCLIP does); a call at 1.5 times the last one's, or less than its 1.5th
+            part, raises ValueError: `forget` all ids before, after which a first visit is DCL's, or take another loss.
         gamma: γ in (0, 1], the weight of the present batch; 1 is DCL. Or a function of the number of the call, such as
             `cosine_gamma`.
         views: of a sample, where they share an id.
@@ -73,7 +72,6 @@ class SogCLRLoss(PerSampleLoss):
         towers: Towers = 1,
         directions: Directions = "both",
     ) -> None:
-        self.sides = ()
         super().__init__(
             temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
         )
@@ -90,52 +88,27 @@ class SogCLRLoss(PerSampleLoss):
             raise ValueError(f"gamma must be in (0, 1], got {gamma}")
         return float(gamma)
 
-    def _accept_temperature(self, value: Any) -> float | Temperature:
-        temperature = super()._accept_temperature(value)
-        own = getattr(self, "temperature", temperature)  # at first there is none
-        learnt = isinstance(temperature, Temperature)
-        if temperature != own and not learnt and any(side.visited(side.log_u.data) for side in self.sides):
-            raise ValueError(
-                f"SogCLR's averages are of temperature {own} and cannot be converted to {temperature}: forget(ids) "
-                "of all samples first, or build a new loss"
-            )
-        return temperature
-
     def _alike(self, device: str) -> dict[str, object]:
         return {**super()._alike(device), "gamma": self._gamma}
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
         averages = self.sides[contrast.anchors]
+        averages.require_near(float(temperature))
         views = averages.log_u.data.shape[1]
         if contrast.shared_chains and contrast.row_views != views:
             raise ValueError(f"{contrast.row_views} views share an id: build the loss with views={contrast.row_views}")
         return _Averaged(
-            contrast, averages, self._gamma, weighs_positive=self.positive_weight != 0, writes=self.training
+            contrast,
+            averages,
+            self._gamma,
+            float(temperature),
+            weighs_positive=self.positive_weight != 0,
+            writes=self.training,
         )
 
-    def _position(self) -> dict[str, Any]:
-        return {**super()._position(), "temperature": self._number()}
-
-    def _number(self) -> float:
-        """The temperature; of a learnt one, which is another at each step, `_LEARNT`."""
-        return _LEARNT if isinstance(self.temperature, Temperature) else self.temperature
-
-    def _take_position(self, state: dict[str, Any]) -> None:
-        saved = (state,) if self.towers == 1 else (state["x"], state["y"])
-        visited = any(_Averages.visited(memory["log_u"]) for memory in saved)
-        if visited and state["temperature"] != self._number():
-            raise ValueError(
-                f"the saved averages are of {_named(state['temperature'])} and cannot be converted to "
-                f"{_named(self._number())}: build the loss with what it was saved with"
-            )
-        super()._take_position(state)
-
-
-_LEARNT = 0.0
-
-
-def _named(temperature: float) -> str:
-    return "a learnt temperature" if temperature == _LEARNT else f"temperature {temperature:g}"
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return f"{super().extra_repr()}, gamma={self.gamma}"
 
 
 class _Averaged(Weighing):
@@ -145,15 +118,24 @@ class _Averaged(Weighing):
         contrast: the direction.
         averages: of its anchors.
         gamma: share of this batch in the average.
+        temperature: 1 / β.
         weighs_positive: whether the positive has a mass.
         writes: whether the averages are to be remembered.
     """
 
     def __init__(
-        self, contrast: Contrast, averages: _Averages, gamma: float, *, weighs_positive: bool, writes: bool
+        self,
+        contrast: Contrast,
+        averages: _Averages,
+        gamma: float,
+        temperature: float,
+        *,
+        weighs_positive: bool,
+        writes: bool,
     ) -> None:
         super().__init__(contrast)
-        self.averages, self.gamma, self.weighs_positive, self.writes = averages, gamma, weighs_positive, writes
+        self.averages, self.gamma, self.temperature = averages, gamma, temperature
+        self.weighs_positive, self.writes = weighs_positive, writes
         ids = contrast.chain_ids
         self.slots = averages.slots.place(ids) if writes else averages.slots.find(ids)
         # A number a view, or of one alone the first.
@@ -183,22 +165,33 @@ class _Averaged(Weighing):
             after = after.view(entry.shape[1], -1).T
         else:
             after = torch.cat([after[:, None], entry[:, 1:]], 1)
-        return Conclusion(write=averages.writing(contrast.chain_ids, self.slots, after, contrast.first_anchors))
+        write = averages.writing(contrast.chain_ids, self.slots, after, contrast.first_anchors, self.temperature)
+        return Conclusion(write=write)
+
+
+_REACH = 1.5  # by which the temperature may grow or fall from one call to the next
 
 
 class _Averages(SampleMemory):
-    """Logarithms of the averages, a number a view; -inf where there was no visit."""
+    """Logarithms of the averages, a number a view, -inf where there was no visit; and their last temperature."""
 
     def __init__(self, num_samples: int | None, views: int) -> None:
         self.slots = Slots(num_samples)
         self.log_u = SampleTable(num_samples, (views,), torch.float32, -torch.inf)
+        self.temperature = 1.0  # before the first call it means nothing
 
-    @staticmethod
-    def visited(log_u: Tensor) -> bool:
-        """Tell whether there is an average."""
-        return bool((log_u > -torch.inf).any())
+    def require_near(self, temperature: float) -> None:
+        """Raise ValueError where there are averages, of another temperature."""
+        near = self.temperature / _REACH <= temperature <= self.temperature * _REACH
+        if not near and bool((self.log_u.data > -torch.inf).any()):
+            raise ValueError(
+                f"SogCLR's averages are of temperature {self.temperature:g} and cannot be converted to "
+                f"{temperature:g}: forget(ids) of all samples first, or build a new loss"
+            )
 
-    def writing(self, ids: Tensor, slots: Tensor, log_u: Tensor, first: Tensor | None) -> Callable[[], None]:
+    def writing(
+        self, ids: Tensor, slots: Tensor, log_u: Tensor, first: Tensor | None, temperature: float
+    ) -> Callable[[], None]:
         """Be ready to write the averages of ``ids`` (k,), of each one that it meets ``first``."""
         if first is not None:
             ids, slots, log_u = ids[first], slots[first], log_u[first]
@@ -207,20 +200,23 @@ class _Averages(SampleMemory):
         def write() -> None:
             self.slots.keep(ids, slots)
             self.log_u.write(slots, log_u)
+            self.temperature = temperature
 
         return write
 
     def state(self) -> dict[str, Any]:
         keys, slots = self.slots.keys()
-        return {"keys": keys, "log_u": self.log_u.state(slots)}
+        return {"keys": keys, "log_u": self.log_u.state(slots), "temperature": self.temperature}
 
     def check(self, state: dict[str, Any]) -> None:
         self.slots.check(state["keys"], state["log_u"])
         self.log_u.check(state["log_u"])
+        require_temperature(state["temperature"])
 
     def load(self, state: dict[str, Any]) -> None:
         self.log_u.load(state["log_u"])
         self.slots.load(state["keys"])
+        self.temperature = state["temperature"]
 
     def forget(self, ids: Tensor) -> None:
         self.log_u.erase(self.slots.forget(ids))
