@@ -18,6 +18,7 @@ import torch_emc2
 from outcomes import break_inside
 from torch_emc2 import runs
 from torch_emc2.cli import _what_next, main
+from torch_emc2.cli_arguments import Parser
 from torch_emc2.config import Config, presets, read_config, to_yaml
 from torch_emc2.training import ContrastiveModule
 
@@ -479,3 +480,8 @@ def test_what_comes_next_writes_over_nothing(tmp_path: Path, monkeypatch: pytest
         Path(there).touch()
         told = _what_next(Path("runs/x"), "folder:my photos").splitlines()
         assert told[1] == f"Then: emc2 embed runs/x 'my photos' -o {new}.parquet"
+
+
+def test_an_empty_word_too_many_is_told_of() -> None:
+    with pytest.raises(ValueError, match=r"unrecognized arguments: an empty word \(see p --help\)"):
+        Parser(prog="p").parse_args([""])

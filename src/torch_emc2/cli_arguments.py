@@ -39,8 +39,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise it as the user's to mend."""
-        words = message.removeprefix("unrecognized arguments: ").split()
-        meant = did_you_mean(words[0], [*self._option_string_actions]) if words[0].startswith("--") else ""
+        word = message.removeprefix("unrecognized arguments: ")
+        if not word.strip():
+            message += "an empty word"
+        meant = did_you_mean(word.split()[0], [*self._option_string_actions]) if word.startswith("--") else ""
         raise ValueError(f"{message}{meant} (see {self.prog} --help)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -28,7 +28,7 @@ from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, Temperature
+from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, Temperature, UniformityLoss
 from torch_emc2.batch import NoNegatives
 from torch_emc2.kernels import Metropolis
 from torch_emc2.losses import ContrastiveLoss
@@ -268,13 +268,36 @@ def test_averages_of_another_temperature_are_refused(name: str) -> None:
     loaded.load_state_dict(other.state_dict())
     with refused(match=r"are of temperature 0\.5 and cannot be converted to 0\.1"):
         loaded(z1, z2, index)
-    loaded.temperature = 0.34  # near enough, as by a schedule
+    loaded.temperature = 0.2  # near enough, as one that is learnt
     step_of(loaded, 1)
-    with refused(match=r"are of temperature 0\.34 and cannot be converted to 0\.52"):
-        loaded(z1, z2, index, logit_scale=1 / 0.52)
+    with refused(match=r"are of temperature 0\.2 and cannot be converted to 0\.64"):
+        loaded(z1, z2, index, logit_scale=1 / 0.64)
     loss_fn.forget(batch(0, 6)[2])  # type: ignore[operator]
     loss_fn.temperature = 0.5
     assert_same(step_of(loss_fn, 1), step_of(SogCLRLoss(M, 0.5), 1))
+
+
+@pytest.mark.parametrize("make", [functools.partial(SogCLRLoss, M), UniformityLoss])
+def test_averages_with_another_weight_of_the_positive_are_refused(make: Any) -> None:
+    saved = make(positive_weight=1.0)
+    step_of(saved, 0)
+    for other in (0.0, "global"):
+        loss_fn = make(positive_weight=other, **({"num_samples": M} if make is UniformityLoss else {}))
+        before = copy.deepcopy(loss_fn.state_dict())
+        with pytest.raises(ValueError, match=rf"averages are of positive_weight=1\.0, this loss has {other}"):
+            loss_fn.load_state_dict(saved.state_dict())
+        assert_same(loss_fn.state_dict(), before)
+
+
+def test_chains_hold_ids_of_the_other_side_however_large() -> None:
+    loss_fn = EMC2Loss((100, None), 0.5, towers=2)
+    far, x = 2**40 + torch.arange(6), torch.eye(6)
+    for _ in range(3):
+        loss_fn(x, x, torch.arange(6), y_index=far)
+    of_x, of_y = (side.chains.ids.data for side in loss_fn.sides)
+    assert set(of_x[:6].flatten().tolist()) <= set(far.tolist())
+    assert of_x[:6].ne(-1).any()
+    assert of_y.dtype == torch.int32
 
 
 @each_loss

@@ -46,16 +46,19 @@ def test_shared_memory_stays_shared_over_writes_and_loads() -> None:
 
 
 def test_ids_are_narrow_until_they_must_not_be() -> None:
-    assert ChainTable(10, 1).ids.data.dtype == torch.int32
-    assert ChainTable(None, 1).ids.data.dtype == torch.int64
-    assert ChainTable(10, 1).ids.data.element_size() + ChainTable(10, 1).similarities.data.element_size() == 8
+    assert ChainTable(10, 1, num_negatives=10).ids.data.dtype == torch.int32
+    assert ChainTable(10, 1, num_negatives=None).ids.data.dtype == torch.int64  # of the other side
+    assert ChainTable(None, 1, num_negatives=10).ids.data.dtype == torch.int32
+    table = ChainTable(10, 1, num_negatives=10)
+    assert table.ids.data.element_size() + table.similarities.data.element_size() == 8
 
 
 def test_ids_beyond_int32_are_wide() -> None:
     with torch.device("meta"):  # no memory
-        tables = {size: ChainTable(size, 1).ids.data for size in (2**31 - 1, 2**31 + 1)}  # the largest id is one less
+        sizes = 2**31 - 1, 2**31 + 1  # the largest id is one less
+        tables = {size: ChainTable(3, 1, num_negatives=size).ids.data for size in sizes}
     assert {size: data.dtype for size, data in tables.items()} == {2**31 - 1: torch.int32, 2**31 + 1: torch.int64}
-    chains, carried = ChainTable(None, 1), torch.tensor([[2**31], [-(2**62)]])
+    chains, carried = ChainTable(None, 1, num_negatives=None), torch.tensor([[2**31], [-(2**62)]])
     chains.write(torch.tensor([0, 1]), carried, torch.zeros(2, 1))
     assert torch.equal(chains.ids.read(torch.tensor([0, 1])), carried)
 
@@ -100,7 +103,7 @@ def test_loading_copies(num_samples: int | None) -> None:
 
 
 def test_where_there_is_no_memory_nothing_changes() -> None:
-    chains = ChainTable(None, 2)
+    chains = ChainTable(None, 2, num_negatives=None)
     chains.write(torch.tensor([1]), torch.tensor([[3, 4]]), torch.zeros(1, 2))
     before = {name: data.clone() for name, data in chains.state().items()}
     with pytest.raises(RuntimeError, match="memory"):

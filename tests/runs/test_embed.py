@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from torch_emc2.data import (
     evaluation_transform,
 )
 from torch_emc2.models import load_encoder, save_encoder
-from torch_emc2.runs import Model, embed_images, evaluate_run, find_neighbours, read_table
+from torch_emc2.runs import (
+    Model,
+    embed_images,
+    evaluate_run,
+    find_duplicates,
+    find_neighbours,
+    map_of,
+    read_table,
+)
 from torch_emc2.runs.table import write_table
 
 
@@ -108,6 +117,27 @@ def test_embedding_follows_the_run_and_takes_single_files(finished: Path, photos
         BadImageError, match=r"1 image cannot be read: .*bad\.png' \(empty\): .*; 1 image with 16-bit val"
     ):
         embed_images(run, paths, tmp_path / "another.parquet", on_bad_image="raise")
+
+
+def test_a_table_that_has_lost_all_its_rows(finished: Path, photos: Path) -> None:
+    out, image = photos.parent / "out.parquet", photos / "a.jpg"
+    width = embed_images(finished, image, out).embedded and read_table(out).embeddings.shape[1]
+    whole = image.read_bytes()
+    image.write_bytes(b"broken")
+    assert embed_images(finished, image, out, append=True, on_bad_image="skip").embedded == 0
+    assert read_table(out).embeddings.shape == (0, width)
+    for use in (map_of, partial(find_duplicates, threshold=0.9), lambda of: find_neighbours(finished, [photos], of)):
+        with pytest.raises(ValueError, match=r"out\.parquet has no images: add some by emc2 embed --append"):
+            use(out)
+    image.write_bytes(whole)
+    assert embed_images(finished, image, out, append=True).embedded == 1
+    assert read_table(out).embeddings.shape == (1, width)
+
+
+def test_embedding_leaves_torchs_random_state_alone(finished: Path, photos: Path) -> None:
+    model, before = Model(finished), torch.get_rng_state()
+    model.embed([photos])
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_there_must_be_images_and_a_run(finished: Path, photos: Path) -> None:

@@ -49,7 +49,9 @@ def extract_features(
     Returns:
         Features (n, d), float32, on the CPU, row i for image i.
     """
-    batches = DataLoader(_Transformed(dataset, transform), batch_size=batch_size, num_workers=num_workers)
+    own = torch.Generator()  # a loader seeds its workers with a draw, which is not to be the caller's
+    images = _Transformed(dataset, transform)
+    batches = DataLoader(images, batch_size=batch_size, num_workers=num_workers, generator=own)
     with _evaluating(encode):
         shown = tqdm(batches, "Embedding", leave=False, delay=1, disable=None if progress else True)
         return torch.cat([encode(images.to(device)).float().cpu() for images in shown])

@@ -23,6 +23,7 @@ class ChainMemory(SampleMemory):
     Args:
         num_samples: size of the side, or None for a memory that grows.
         num_chains: chains a sample.
+        num_negatives: size of the side that its negatives are of, likewise.
         scored: keep the similarity of each carried negative.
         cached: keep embeddings.
         deferred: and the gradient that they are owed.
@@ -34,10 +35,19 @@ class ChainMemory(SampleMemory):
         owed: (num_samples, d) gradient at them that waits for their next visit; None before the first.
     """
 
-    def __init__(self, num_samples: int | None, num_chains: int, *, scored: bool, cached: bool, deferred: bool) -> None:
+    def __init__(
+        self,
+        num_samples: int | None,
+        num_chains: int,
+        *,
+        num_negatives: int | None,
+        scored: bool,
+        cached: bool,
+        deferred: bool,
+    ) -> None:
         self.num_samples, self.cached, self.deferred = num_samples, cached, deferred
         self.slots = Slots(num_samples)
-        self.chains = ChainTable(num_samples, num_chains, scored=scored)
+        self.chains = ChainTable(num_samples, num_chains, num_negatives=num_negatives, scored=scored)
         self.embeddings: SampleTable | None = None
         self.owed: SampleTable | None = None
 

@@ -121,7 +121,10 @@ class EMC2Loss(PerSampleLoss):
             "cached": carry in ("cache", "defer") or self.num_remembered > 0,
             "deferred": carry == "defer",
         }
-        self.sides = tuple(ChainMemory(size, self.num_chains, **stored) for size in self.sizes)
+        self.sides = tuple(
+            ChainMemory(size, self.num_chains, num_negatives=others, **stored)
+            for size, others in zip(self.sizes, reversed(self.sizes), strict=True)
+        )
 
     @property
     def chains(self) -> ChainTable:

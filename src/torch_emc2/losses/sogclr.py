@@ -49,8 +49,8 @@ class SogCLRLoss(PerSampleLoss):
         num_samples: size of the data set: ids are below it. None: ids are any int64 but -1, and the table grows. With
             ``towers=2`` of both sides, or a pair.
         temperature: 1 / β. Averages of exp(β s) are valid near one β only. One that is learnt or follows a schedule
-            leaves them as they are (as FastCLIP does); a call at 1.5 times the last one's, or less than its 1.5th
-            part, raises ValueError: `forget` all ids before, after which a first visit is DCL's, or take another loss.
+            leaves them as they are (as FastCLIP does); a call at more than 3 times the last one's, or less than its
+            third, raises ValueError: `forget` all ids before, after which a first visit is DCL's, or take another loss.
         gamma: γ in (0, 1], the weight of the present batch; 1 is DCL. Or a function of the number of the call, such as
             `cosine_gamma`.
         views: of a sample, where they share an id.
@@ -59,6 +59,7 @@ class SogCLRLoss(PerSampleLoss):
         directions: of two towers.
     """
 
+    remembers_positive = True
     sides: tuple[_Averages, ...]
 
     def __init__(
@@ -169,7 +170,7 @@ class _Averaged(Weighing):
         return Conclusion(write=write)
 
 
-_REACH = 1.5  # by which the temperature may grow or fall from one call to the next
+_REACH = 3.0  # by which the temperature may grow or fall from one call to the next
 
 
 class _Averages(SampleMemory):

@@ -60,6 +60,8 @@ class StatefulLoss(ContrastiveLoss):
     """
 
     sides: Sequence[Memory]
+    remembers_positive = False
+    """Whether what is remembered holds the positive with its weight κ, and so is of one κ alone."""
 
     def __init__(
         self,
@@ -90,7 +92,12 @@ class StatefulLoss(ContrastiveLoss):
 
     def _position(self) -> dict[str, Any]:
         """Return the numbers, beside the memory, that the next call depends on."""
-        return {"calls": self._calls}
+        return {"calls": self._calls, **({"positive_weight": self._kappa} if self.remembers_positive else {})}
+
+    @property
+    def _kappa(self) -> float:
+        """κ as a number; `_GLOBAL` for "global"."""
+        return _GLOBAL if self.positive_weight == "global" else float(self.positive_weight)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the memory, for ``state_dict()``; DDP does not broadcast it and ``.half()`` does not touch it."""
@@ -138,11 +145,20 @@ class StatefulLoss(ContrastiveLoss):
         """Take over the numbers of `_position`, or raise ValueError."""
         if state["calls"] < 0:
             raise ValueError(f"the saved state is damaged: it is of {state['calls']} calls")
+        if self.remembers_positive and state["positive_weight"] != self._kappa:
+            saved = "global" if state["positive_weight"] == _GLOBAL else state["positive_weight"]
+            raise ValueError(
+                f"the saved averages are of positive_weight={saved}, this loss has {self.positive_weight}: build it "
+                "with what they were saved with"
+            )
         self._calls = state["calls"]
 
     def extra_repr(self) -> str:
         """Show size and settings."""
         return f"num_samples={self.num_samples}, {super().extra_repr()}"
+
+
+_GLOBAL = -1.0  # in a saved state, for κ = n / N
 
 
 class PerSampleLoss(StatefulLoss):

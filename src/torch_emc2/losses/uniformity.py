@@ -58,6 +58,7 @@ class UniformityLoss(StatefulLoss):
         >>> loss = loss_fn(torch.randn(4, 128), torch.randn(4, 128))
     """
 
+    remembers_positive = True
     sides: tuple[_Remembered, ...]
 
     def __init__(

@@ -14,13 +14,14 @@ _CHUNK = 1 << 20  # samples whose chains are looked through at once
 
 
 class ChainTable:
-    """Carried negative of every chain, 4 bytes (8 where ids may exceed int32), and where ``scored`` its similarity, 4.
+    """Carried negative of every chain, 4 bytes (8 where an id may exceed int32), and if ``scored`` its similarity, 4.
 
     A log score is the similarity divided by the temperature, which may have changed by the next visit.
 
     Args:
         num_samples: number of samples, or None for a table that grows.
         num_chains: chains a sample.
+        num_negatives: what the ids that chains sit at are below, those of the other side where there is one; or None.
         scored: keep similarities.
 
     Attributes:
@@ -29,8 +30,10 @@ class ChainTable:
             where they are not kept.
     """
 
-    def __init__(self, num_samples: int | None, num_chains: int, *, scored: bool = True) -> None:
-        long = num_samples is None or num_samples > torch.iinfo(torch.int32).max
+    def __init__(
+        self, num_samples: int | None, num_chains: int, *, num_negatives: int | None, scored: bool = True
+    ) -> None:
+        long = num_negatives is None or num_negatives > torch.iinfo(torch.int32).max
         self.ids = SampleTable(num_samples, (num_chains,), torch.int64 if long else torch.int32, EMPTY)
         self.similarities: SampleTable | None = None
         if scored:

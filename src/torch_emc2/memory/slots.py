@@ -34,9 +34,9 @@ class Slots:
         """Draw ids (count,) with replacement: of a table of known size any, else of those that have slots."""
         most = len(self._keys) if self._num_samples is None else self._num_samples
         if most == 0:
-            return torch.full((count,), UNKNOWN)
-        drawn = torch.randint(most, (count,), generator=generator)
-        return drawn if self.fixed else torch.tensor([self._keys[place] for place in drawn.tolist()])
+            return torch.full((count,), UNKNOWN, device="cpu")  # whatever the default device is
+        drawn = torch.randint(most, (count,), generator=generator, device="cpu")
+        return drawn if self.fixed else torch.tensor([self._keys[place] for place in drawn.tolist()], device="cpu")
 
     def find(self, ids: Tensor) -> Tensor:
         """Return the slots of ``ids`` (k,), `UNKNOWN` where a key has none."""

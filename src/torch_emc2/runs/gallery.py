@@ -78,6 +78,8 @@ def of_run(model: Model) -> Gallery:
 def of_table(table: EmbeddingTable, name: Path) -> Gallery:
     """Give the images of a table whose files are there; where none is, all of them, by their names alone."""
     paths = table.paths
+    if not paths:
+        raise ValueError(f"{name} has no images: add some by emc2 embed --append")
     gallery = Gallery(
         table.embeddings,
         [_from_here(path) for path in paths],
