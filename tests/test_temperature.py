@@ -50,6 +50,12 @@ def test_what_is_learnt_is_the_logarithm_of_beta() -> None:
     assert temperature().item() == pytest.approx(1 / 0.07)
 
 
+@pytest.mark.parametrize("make", [InfoNCELoss, lambda temperature: EMC2Loss(9, temperature)])
+def test_a_scale_in_the_place_of_a_temperature_is_told_of(make: Callable[[float], ContrastiveLoss]) -> None:
+    with pytest.warns(UserWarning, match=r"temperature is 1 / scale: 20 tells nothing apart, 0\.05 may be meant"):
+        make(20)
+
+
 def test_a_temperature_is_clamped_where_it_is_used() -> None:
     temperature = Temperature(0.02, min=0.01)
     with torch.no_grad():

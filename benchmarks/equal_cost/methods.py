@@ -26,8 +26,8 @@ from torch_emc2 import (
     SogCLRLoss,
     UniformityLoss,
     cached_backward,
+    ema_decay,
 )
-from torch_emc2.losses.momentum import decay_of
 from torch_emc2.losses.sogclr import cosine_gamma
 
 __all__ = ["KAPPAS", "METHODS", "Given", "Method"]
@@ -140,7 +140,7 @@ def together(loss: Callable[..., Any], **settings: Any) -> Callable[[Given], Ste
 def with_momentum(given: Given, momentum: float | None = None, **settings: Any) -> Step:
     """Train with a momentum encoder a side, by default of the library's decay; both towers' embeddings are views."""
     x, y, (queries, _) = given.x, given.y, given.sizes
-    momentum = momentum or decay_of(given.batch_size)
+    momentum = momentum or ema_decay(given.batch_size)
     loss_fn = MomentumLoss(given.temperature, positive_weight=given.kappa or 0.0, **settings)
     slow_x = Slow(x, momentum)
     slow_y = Slow(y, momentum, slow_x)
@@ -204,7 +204,7 @@ def emc2(title: str, **settings: Any) -> Method:
 
 def _moco_zero(given: Given) -> Step:
     """MoCo with what Momentum has of its own: no positive in the denominator, and a decay by batch size."""
-    return queued(given, decay_of(given.batch_size), positive_weight=0.0)
+    return queued(given, ema_decay(given.batch_size), positive_weight=0.0)
 
 
 METHODS = {

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         NegativeCacheLoss,
         SogCLRLoss,
         UniformityLoss,
+        ema_decay,
     )
     from torch_emc2.runs.model import Model
     from torch_emc2.temperature import Temperature
@@ -40,6 +41,7 @@ __all__ = [
     "Temperature",
     "UniformityLoss",
     "cached_backward",
+    "ema_decay",
     "exact",
     "load",
     "metropolis",

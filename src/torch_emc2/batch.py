@@ -67,13 +67,13 @@ class _Hard(NamedTuple):
 
     shared: Tensor | None
     shared_ids: Tensor
-    own: Tensor | None
-    own_ids: Tensor | None
+    private: Tensor | None
+    private_ids: Tensor | None
 
     @property
     def given(self) -> bool:
         """Whether there are any."""
-        return self.own is not None or len(self.shared_ids) > 0
+        return self.private is not None or len(self.shared_ids) > 0
 
 
 def gather_batch(
@@ -202,7 +202,7 @@ def _no_ids(device: torch.device) -> Tensor:
 def _validate_hard_ids(hard: _Hard, ranks: Ranks, num_samples: int | None) -> None:
     """Raise IndexError, on all ranks, where an id of a hard negative cannot be one; `NO_ID` is none."""
     if hard.given and num_samples is not None:
-        ids = hard.shared_ids if hard.own_ids is None else ranks.gather(hard.own_ids)
+        ids = hard.shared_ids if hard.private_ids is None else ranks.gather(hard.private_ids)
         numbers = [number for number in ids.flatten().tolist() if number != NO_ID]
         validate_range("hard_index", numbers or [0], num_samples)
 
@@ -230,9 +230,9 @@ def _contrast(
     if same is not None or labels is not None or anchor.repeated or candidate.repeated:
         again = None if candidate.repeated_ids is None else later(candidate.repeated_ids)
         known = Known(anchor.repeated_ids, candidate.repeated_ids, same, labels, again)
-    columns, shared_copies, own_copies = candidate.whole, None, None
+    columns, shared_copies, private_copies = candidate.whole, None, None
     if hard.given:
-        shared_copies, own_copies = copies(candidate.ids, hard.shared_ids, hard.own_ids)
+        shared_copies, private_copies = copies(candidate.ids, hard.shared_ids, hard.private_ids)
         columns = columns if hard.shared is None else torch.cat([columns, hard.shared])
     one_tower = anchor is candidate
     return Contrast(
@@ -245,11 +245,11 @@ def _contrast(
         candidate_ids=candidate.ids,
         first_anchors=anchor.first,
         first_candidates=candidate.first,
-        own=None if hard.own is None else hard.own.repeat(row_views, 1, 1),
-        own_ids=None if hard.own_ids is None else hard.own_ids.repeat(row_views, 1),
+        private=None if hard.private is None else hard.private.repeat(row_views, 1, 1),
+        private_ids=None if hard.private_ids is None else hard.private_ids.repeat(row_views, 1),
         shared_ids=hard.shared_ids,
         shared_copies=shared_copies,
-        own_copies=None if own_copies is None else own_copies.repeat(row_views, 1),
+        private_copies=None if private_copies is None else private_copies.repeat(row_views, 1),
         layout=layout_of(ranks, row_views, column_views, one_tower, anchor.whole.dtype, anchor.whole.device),
         known=known,
         slow=candidate.slow,
@@ -262,7 +262,7 @@ def require_negatives(contrasts: Sequence[Contrast], widened: Sequence[Contrast]
     Args:
         contrasts: the directions of a batch.
         widened: the same with what else their rows are compared with.
-        of_every_row: rows that ids or labels leave without negatives are refused, too, and not a batch of one alone.
+        of_every_row: refuse a batch where any row has none; False: only a batch of one sample.
     """
     size = contrasts[0].ranks.size
     if (of_every_row or size < 2) and _lack_negatives(contrasts) and _lack_negatives(widened):

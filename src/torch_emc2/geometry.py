@@ -25,12 +25,12 @@ class Layout(NamedTuple):
     """Where a row's own columns are.
 
     Attributes:
-        own_columns: (rows, column views) of the row's own sample, itself first if it is one: they are no negatives.
+        sample_columns: (rows, column views) of the row's own sample, itself first if it is one: they are no negatives.
         positives: (rows, P) a row's positives among these.
         weights: (rows, P) of each in the positive term, summing to one.
     """
 
-    own_columns: Tensor
+    sample_columns: Tensor
     positives: Tensor
     weights: Tensor
 
@@ -54,7 +54,7 @@ class Contrast:
     """One direction of a batch, of all ranks: this rank's rows against all columns.
 
     Rows and columns come view by view. Columns are first the samples' (views · size), then hard negatives that all rows
-    share, then what is remembered; logits (rows, C + k) have a row's own k hard negatives after its C columns.
+    share, then what is remembered or queued; logits (rows, C + k) have a row's k private columns after these C.
 
     Attributes:
         ranks: how the batch is spread.
@@ -66,12 +66,13 @@ class Contrast:
         candidate_ids: (size,) or (size, column views) of those behind the columns.
         first_anchors: (len(chain_ids),) which of `chain_ids` are met for the first time; None for all.
         first_candidates: the same of `item_ids`.
-        own: (rows, k, d) hard negatives of each row alone, with gradient; or None.
-        own_ids: (rows, k) their ids on the candidates' side, `NO_ID` for none; or None.
+        private: (rows, k, d) further columns of each row alone, its hard negatives or a slow positive, with gradient;
+            or None.
+        private_ids: (rows, k) their ids on the candidates' side, `NO_ID` for none; or None.
         shared_ids: (C - views · size,) the same of the columns that are not the samples'.
         shared_copies: (C - views · size,) which of them are left out, since they stand for an item a second time or for
             none; None without any.
-        own_copies: (rows, k) the same of ``own``.
+        private_copies: (rows, k) the same of ``private``.
         layout: where a row's own columns are.
         known: what is known of the samples beyond that; None for nothing.
         num_remembered: how many of the last columns are remembered.
@@ -87,11 +88,11 @@ class Contrast:
     candidate_ids: Tensor | None
     first_anchors: Tensor | None
     first_candidates: Tensor | None
-    own: Tensor | None
-    own_ids: Tensor | None
+    private: Tensor | None
+    private_ids: Tensor | None
     shared_ids: Tensor
     shared_copies: Tensor | None
-    own_copies: Tensor | None
+    private_copies: Tensor | None
     layout: Layout
     known: Known | None
     num_remembered: int = 0
@@ -117,7 +118,7 @@ class Contrast:
         """Draw the rows to their positives' slow vectors, and compare them with a queue.
 
         What is in the batch is left out: there it is fresher, and may be the row's own; what is paired with what is in
-        the batch; and what was queued again since. The positives are among what is the row's own.
+        the batch; and what was queued again since.
 
         Args:
             ids: (k,) of candidates, newest first, some `NO_ID`.
@@ -131,24 +132,30 @@ class Contrast:
             met |= torch.isin(ids, ids[met & (ids != NO_ID)])  # which is one item, whatever else it came with
         once = self.column_views if self.candidate_ids is not None and self.candidate_ids.ndim == 1 else 1
         met |= ~first_of(ids, once) & (ids != NO_ID)  # each view, where these have one id
-        positives, shape = self.slow[self.layout.positives], self.layout.positives.shape
-        none, left_out = ids.new_full(shape, NO_ID), torch.ones(shape, dtype=torch.bool, device=ids.device)
-        columns, own, own_ids, own_copies = self.candidate_vectors, positives, none, left_out
-        if self.own is not None and self.own_ids is not None and self.own_copies is not None:
-            own = torch.cat([self.own, positives], 1)
-            own_ids, own_copies = torch.cat([self.own_ids, none], 1), torch.cat([self.own_copies, left_out], 1)
-        first = len(columns) + len(ids) + own.shape[1] - shape[1]
-        return replace(
+        columns = torch.cat([self.candidate_vectors, vectors]) if len(ids) else self.candidate_vectors
+        with_queue = replace(
             self,
-            candidate_vectors=torch.cat([columns, vectors]) if len(ids) else columns,
-            own=own,
-            own_ids=own_ids,
-            own_copies=own_copies,
+            candidate_vectors=columns,
             shared_ids=torch.cat([self.shared_ids, ids]),
             shared_copies=met if self.shared_copies is None else torch.cat([self.shared_copies, met]),
-            layout=self.layout._replace(
-                positives=torch.arange(first, first + shape[1], device=ids.device).expand(shape)
-            ),
+        )
+        return with_queue._with_positives(self.slow[self.layout.positives])
+
+    def _with_positives(self, vectors: Tensor) -> Contrast:
+        """Put positives (rows, P, d) in the place of the samples' own: private columns, which are no negatives."""
+        private, shape = vectors, vectors.shape[:2]
+        ids, no_negatives = self.shared_ids.new_full(shape, NO_ID), self.shared_ids.new_ones(shape, dtype=torch.bool)
+        if self.private is not None and self.private_ids is not None and self.private_copies is not None:
+            private = torch.cat([self.private, private], 1)
+            ids, no_negatives = torch.cat([self.private_ids, ids], 1), torch.cat([self.private_copies, no_negatives], 1)
+        last = len(self.candidate_vectors) + private.shape[1]
+        positives = torch.arange(last - shape[1], last, device=ids.device).expand(shape)
+        return replace(
+            self,
+            private=private,
+            private_ids=ids,
+            private_copies=no_negatives,
+            layout=self.layout._replace(positives=positives),
         )
 
     def partners(self) -> Tensor:
@@ -167,8 +174,8 @@ class Contrast:
         items = [self.shared_ids]
         if self.candidate_ids is not None:
             items.append(self.item_ids)
-        if self.own_ids is not None:  # the views of a sample have the same
-            items.append(self.ranks.gather(self.own_ids[: self.ranks.local]).flatten())
+        if self.private_ids is not None:  # the views of a sample have the same
+            items.append(self.ranks.gather(self.private_ids[: self.ranks.local]).flatten())
         return torch.cat(items)
 
     @cached_property
@@ -199,7 +206,7 @@ class Contrast:
     @property
     def num_further(self) -> int:
         """What a row meets beside the samples' columns."""
-        return len(self.shared_ids) + (0 if self.own is None else self.own.shape[1])
+        return len(self.shared_ids) + (0 if self.private is None else self.private.shape[1])
 
     @property
     def num_hard(self) -> int:
@@ -237,7 +244,7 @@ class Contrast:
     @cached_property
     def partner_ids(self) -> Tensor:
         """(rows,) id of the first of each row's own columns: its partner, or with one tower itself."""
-        return self.column_ids[self.layout.own_columns[:, 0]]
+        return self.column_ids[self.layout.sample_columns[:, 0]]
 
     @cached_property
     def copies(self) -> Tensor:
@@ -257,10 +264,10 @@ class Contrast:
         hard = slice(len(vectors) - len(self.shared_ids), self.remembered.start)
         vectors = torch.cat([vectors[: len(ids)], vectors[hard]])
         ids = torch.cat([ids, self.column_ids[hard]])
-        if self.own is not None and self.own_ids is not None:
+        if self.private is not None and self.private_ids is not None:
             local = self.ranks.local  # the views of a sample have the same
-            ids = torch.cat([ids, self.ranks.gather(self.own_ids[:local]).flatten()])
-            vectors = torch.cat([vectors, self.ranks.gather(self.own[:local].detach()).flatten(0, 1)])
+            ids = torch.cat([ids, self.ranks.gather(self.private_ids[:local]).flatten()])
+            vectors = torch.cat([vectors, self.ranks.gather(self.private[:local].detach()).flatten(0, 1)])
         kept = first_of(ids) & (ids != NO_ID)
         return ids[kept], vectors[kept]
 

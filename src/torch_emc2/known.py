@@ -117,25 +117,25 @@ def first_of(ids: Tensor, times: int = 1) -> Tensor:
     return torch.empty_like(new).scatter_(0, place, new)
 
 
-def copies(ids: Tensor | None, shared_ids: Tensor, own_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def copies(ids: Tensor | None, shared_ids: Tensor, private_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(K,) and (local, k) hard negatives that are in the batch already, or given before.
 
     Args:
         ids: of the batch's candidates.
         shared_ids: (K,) of hard negatives for all rows.
-        own_ids: (local, k) of a sample's.
+        private_ids: (local, k) of a sample's.
     """
     items = shared_ids[:0] if ids is None else ids.flatten()
     shared = ~first_of(torch.cat([items, shared_ids]))[len(items) :] & (shared_ids != NO_ID)
-    if own_ids is None:
+    if private_ids is None:
         return shared, None
-    again = (own_ids[:, :, None] == own_ids[:, None]).tril(-1).any(2)
-    return shared, (torch.isin(own_ids, torch.cat([items, shared_ids])) | again) & (own_ids != NO_ID)
+    again = (private_ids[:, :, None] == private_ids[:, None]).tril(-1).any(2)
+    return shared, (torch.isin(private_ids, torch.cat([items, shared_ids])) | again) & (private_ids != NO_ID)
 
 
-def with_further(positives: Tensor, further: Tensor, own_columns: Tensor) -> tuple[Tensor, Tensor]:
+def with_further(positives: Tensor, further: Tensor, sample_columns: Tensor) -> tuple[Tensor, Tensor]:
     """Add ``further`` positives (rows, columns) to a row's own (rows, P): their columns, and weights, zero for none."""
-    mask = further.scatter(1, own_columns, False).scatter(1, positives, True)
+    mask = further.scatter(1, sample_columns, False).scatter(1, positives, True)
     count = mask.sum(1, keepdim=True)
     columns = mask.long().argsort(dim=1, descending=True, stable=True)[:, : int(count.max())]
     return columns, mask.gather(1, columns).double() / count

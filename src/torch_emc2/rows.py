@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_emc2.geometry import Contrast
 from torch_emc2.known import NO_ID, Relations, with_further
 
-__all__ = ["Positive", "RowBuffer", "Rows", "known_own", "parts"]
+__all__ = ["Positive", "RowBuffer", "Rows", "known_related", "parts"]
 
 _AT_ONCE = {"cpu": 1 << 20}
 _AT_ONCE_ELSEWHERE = 1 << 26
@@ -67,20 +67,20 @@ class Rows:
         return self.contrast.columns
 
     @cached_property
-    def own(self) -> Tensor | None:
-        """(rows, k, d) hard negatives of each row alone, without gradient; or None."""
-        return None if self.contrast.own is None else self.of(self.contrast.own.detach())
+    def private(self) -> Tensor | None:
+        """(rows, k, d) columns of each row alone, without gradient; or None."""
+        return None if self.contrast.private is None else self.of(self.contrast.private.detach())
 
     @cached_property
-    def own_columns(self) -> Tensor:
+    def sample_columns(self) -> Tensor:
         """(rows, column views) columns of the row's own sample."""
-        return self.of(self.contrast.layout.own_columns)
+        return self.of(self.contrast.layout.sample_columns)
 
     @cached_property
     def samples(self) -> Tensor:
         """(rows,) the row's sample in the whole batch."""
         ranks = self.contrast.ranks
-        rows = torch.arange(self.span.start, self.span.stop, device=self.own_columns.device)
+        rows = torch.arange(self.span.start, self.span.stop, device=self.sample_columns.device)
         return rows % ranks.local + ranks.start
 
     @cached_property
@@ -94,7 +94,7 @@ class Rows:
         positives, weights = self.of(contrast.layout.positives), self.of(contrast.layout.weights)
         if self.relations is None or self.relations.further is None:
             return positives, weights
-        positives, weights = with_further(positives, self._in_columns(self.relations.further), self.own_columns)
+        positives, weights = with_further(positives, self._in_columns(self.relations.further), self.sample_columns)
         return positives, weights.to(contrast.rows.dtype)
 
     @property
@@ -109,13 +109,13 @@ class Rows:
 
     @cached_property
     def no_negatives(self) -> Tensor | None:
-        """(rows, C + k) columns that are no negatives, beside ``own_columns``; None for none."""
+        """(rows, C + k) columns that are no negatives, beside ``sample_columns``; None for none."""
         contrast = self.contrast
         if self.relations is None and not contrast.num_further:
             return None
         hard = [] if contrast.shared_copies is None else [contrast.shared_copies.expand(len(self.vectors), -1)]
-        if contrast.own_copies is not None:
-            hard.append(self.of(contrast.own_copies))
+        if contrast.private_copies is not None:
+            hard.append(self.of(contrast.private_copies))
         if self.relations is None:
             views = contrast.column_views * contrast.ranks.size
             nothing = torch.zeros(len(self.vectors), views, dtype=torch.bool, device=self.vectors.device)
@@ -132,7 +132,7 @@ class Rows:
         contrast = self.contrast
         if self.no_negatives is None or (contrast.known is None and not contrast.num_hard):
             return len(self.columns) - contrast.num_remembered - contrast.column_views
-        none = self.no_negatives.scatter(1, self.own_columns, True)
+        none = self.no_negatives.scatter(1, self.sample_columns, True)
         none[:, contrast.remembered] = True
         return none.shape[1] - none.sum(1)
 
@@ -154,15 +154,17 @@ class Rows:
 
     def log_mass_in_batch(self, logits: Tensor) -> Tensor:
         """(rows,) log Σ exp of the negatives that are not remembered, among logits (rows, C + k), which are masked."""
-        remembered, own = self.contrast.remembered, logits[:, len(self.columns) :]
+        remembered, private = self.contrast.remembered, logits[:, len(self.columns) :]
         among = logits[:, : remembered.start]
-        return (torch.cat([among, own], 1) if own.shape[1] else among).logsumexp(1)
+        return (torch.cat([among, private], 1) if private.shape[1] else among).logsumexp(1)
 
     def similarities(self, scale: float | Tensor = 1.0) -> Tensor:
-        """Compare rows and columns, and what is the row's own: (rows, C + k), times ``scale``."""
+        """Compare rows with the columns, and with their private ones: (rows, C + k), times ``scale``."""
         rows = self.vectors * scale
         shared = (self.columns @ rows.T).T  # a column's similarities are neighbours in memory: chains walk abreast
-        return shared if self.own is None else torch.cat([shared, torch.bmm(self.own, rows[:, :, None])[:, :, 0]], 1)
+        if self.private is None:
+            return shared
+        return torch.cat([shared, torch.bmm(self.private, rows[:, :, None])[:, :, 0]], 1)
 
     def positive(self, logits: Tensor) -> Positive:
         """Look at the positives among logits (rows, C + k)."""
@@ -177,38 +179,38 @@ class Rows:
         """Set to -inf what is no negative in logits (rows, C + k)."""
         if self.no_negatives is not None:
             logits.masked_fill_(self.no_negatives, -torch.inf)
-        return logits.scatter_(1, self.own_columns, -torch.inf)
+        return logits.scatter_(1, self.sample_columns, -torch.inf)
 
-    def known_own(self, ids: Tensor) -> Tensor:
+    def known_related(self, ids: Tensor) -> Tensor:
         """(rows, j) which of candidates' ``ids`` (rows, j) are known to be the row's own, no negatives."""
         contrast = self.contrast
         if self.relations is None and contrast.item_ids.shape == (contrast.ranks.size,):
             return ids == self.of(contrast.partner_ids)[:, None]  # which is never `NO_ID`
-        own = contrast.column_ids[self.own_columns]
+        own = contrast.column_ids[self.sample_columns]
         if self.relations is not None:
             views = len(contrast.item_ids) // contrast.ranks.size
             own = torch.cat([own, contrast.item_ids.where(self.relations.related.repeat(1, views), NO_ID)], 1)
         return (ids[:, :, None] == own[:, None]).any(2) & (ids != NO_ID)
 
-    def ids_at(self, columns: Tensor, *, own: bool) -> Tensor:
+    def ids_at(self, columns: Tensor, *, hide_sample: bool) -> Tensor:
         """Return the ids (rows, j) at some of each row's columns; `NO_ID` at its own sample's, if some may be."""
-        ids, own_ids = self.contrast.column_ids, self.contrast.own_ids
-        if own_ids is None:
+        ids, private_ids = self.contrast.column_ids, self.contrast.private_ids
+        if private_ids is None:
             at = ids[columns]
         else:
-            own_ids = self.of(own_ids)
-            at = torch.cat([ids.expand(len(columns), -1), own_ids], 1).gather(1, columns)
-        if not own:
+            private_ids = self.of(private_ids)
+            at = torch.cat([ids.expand(len(columns), -1), private_ids], 1).gather(1, columns)
+        if not hide_sample:
             return at
-        return at.masked_fill_((columns[:, :, None] == self.own_columns[:, None]).any(2), NO_ID)
+        return at.masked_fill_((columns[:, :, None] == self.sample_columns[:, None]).any(2), NO_ID)
 
     @property
-    def own_proposal_ids(self) -> Tensor | None:
+    def private_proposal_ids(self) -> Tensor | None:
         """(rows, k) ids of the row's own hard negatives, `NO_ID` where there is none or one that is no negative."""
-        own_ids, none = self.contrast.own_ids, self.no_negatives
-        if own_ids is None or none is None:
+        private_ids, none = self.contrast.private_ids, self.no_negatives
+        if private_ids is None or none is None:
             return None
-        return self.of(own_ids).masked_fill(none[:, len(self.columns) :], NO_ID)
+        return self.of(private_ids).masked_fill(none[:, len(self.columns) :], NO_ID)
 
 
 def parts(contrast: Contrast, width: int = 0) -> Iterator[Rows]:
@@ -219,11 +221,11 @@ def parts(contrast: Contrast, width: int = 0) -> Iterator[Rows]:
         yield Rows(contrast, slice(start, min(start + step, len(contrast.rows))))
 
 
-def known_own(contrast: Contrast, ids: Tensor) -> Tensor:
+def known_related(contrast: Contrast, ids: Tensor) -> Tensor:
     """(rows, j) which of candidates' ``ids`` (rows, j), of all rows, are known to be the row's own."""
     known = RowBuffer()
     for part in parts(contrast):
-        known.add(part, part.known_own(part.of(ids)))
+        known.add(part, part.known_related(part.of(ids)))
     return known.tensors[0]
 
 

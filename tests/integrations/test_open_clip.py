@@ -1,7 +1,10 @@
 """In open_clip's own training step, with a CLIP of a few weights."""
 
 import argparse
+import copy
 import datetime
+import gc
+import io
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +153,31 @@ def test_evaluation_moves_nothing() -> None:
     assert {*before} == {"loss._extra_state"}
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: _reloaded(model)])
+def test_a_copy_of_the_model_knows_nothing_of_the_loss(copied: Callable[[Any], Any]) -> None:
+    """As the average of its weights: a pass of it is none that the loss must have seen."""
+    model, ((images, texts),) = clip(), batches(1)
+    loss = EMC2ClipLoss(model)
+    twin = copied(model)
+    out = model(images, texts)
+    twin.eval()(images[:2], texts[:2].flip(0))
+    loss(**out)
+    assert set(loss.loss.sides[0].chains.ids.data[:6].flatten().tolist()) <= set(text_ids(texts).tolist())
+    assert loss.loss.get_extra_state()["calls"] == 1
+    (held,) = twin._forward_pre_hooks.values()
+    assert held._loss is None
+    del loss
+    gc.collect()
+    assert not model._forward_pre_hooks
+
+
+def _reloaded(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 def test_the_pages_code() -> None:
     (batch,) = batches(1)
     names = dict(zip(("images", "texts"), batch, strict=True), clip=clip())
@@ -163,8 +191,12 @@ def test_what_is_wrong_is_named() -> None:
     for loss in (InfoNCELoss(), EMC2Loss(100, towers=2)):
         with pytest.raises(ValueError, match="images and texts are two towers, with hashes for ids; got"):
             EMC2ClipLoss(model, loss)
-    with pytest.raises(ValueError, match="the training step has no momentum encoder, as MomentumLoss needs: write one"):
+    with pytest.raises(ValueError, match="the trainer has no momentum encoder, as MomentumLoss needs: write a loop of"):
         EMC2ClipLoss(model, MomentumLoss(towers=2))
+    with pytest.raises(TypeError, match=r"loss must be a loss of torch_emc2, .* got the class InfoNCELoss"):
+        EMC2ClipLoss(model, InfoNCELoss)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='as carry="encode" needs: build with "cache"'):
+        EMC2ClipLoss(model, EMC2Loss(None, towers=2, carry="encode"))
     for settings in ({"use_horovod": True}, {"world_size": 2}):
         with pytest.raises(ValueError, match=r"gathers by torch\.distributed, whose process group"):
             EMC2ClipLoss(model, **settings)

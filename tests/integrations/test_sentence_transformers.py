@@ -441,8 +441,6 @@ def test_what_is_wrong_is_named(model: Any, folder: Path, tmp_path: Path) -> Non
         EMC2SentenceLoss(model, EMC2Loss(None, T, carry="encode"))
     with pytest.raises(ValueError, match="the trainer has no momentum encoder, as MomentumLoss needs: write a loop of"):
         EMC2SentenceLoss(model, MomentumLoss(T))
-    with pytest.warns(UserWarning, match=r"temperature is 1 / scale: 20 .* 0\.05 may be meant"):
-        EMC2SentenceLoss(model, InfoNCELoss(20.0))
     with pytest.raises(TypeError, match=r"x must be embeddings, a tensor \(b, d\), got list"):
         InfoNCELoss(T)(features)  # type: ignore[arg-type]
     train(folder, tmp_path, num_train_epochs=1, remember=False)

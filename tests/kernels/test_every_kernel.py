@@ -56,7 +56,7 @@ def visits(draw: st.DrawFn) -> Visit:
     no_proposal[:, :, 0] = False
     scores[:, : sets * shared][no_proposal.flatten(1)] = -torch.inf
     column_ids = torch.randperm(sets * shared, generator=generator)
-    own_ids = 100 + torch.arange(rows * own).view(rows, own)
+    private_ids = 100 + torch.arange(rows * own).view(rows, own)
 
     carried_ids = torch.full((rows, chains), EMPTY)
     carried_score = torch.full((rows, chains), -torch.inf, dtype=torch.float64)
@@ -73,12 +73,12 @@ def visits(draw: st.DrawFn) -> Visit:
                 continue
             column = s * shared + k if k < shared else sets * shared + k - shared
             if 0 < kinds[row, chain] < 3 and k >= with_positive and scores[row, column] > -torch.inf:
-                carried_ids[row, chain] = column_ids[column] if k < shared else own_ids[row, k - shared]
+                carried_ids[row, chain] = column_ids[column] if k < shared else private_ids[row, k - shared]
                 carried_score[row, chain] = scores[row, column]
     keep_in = torch.randint(sets, (rows, chains), generator=generator)
     everywhere = sets * shared + torch.arange(own).expand(sets, -1)
     in_sets = torch.cat([columns, everywhere], 1)[:, torch.randperm(shared + own, generator=generator)]
-    return Visit(scores, in_sets, carried_score, keep_in, carried_ids, column_ids, own_ids if own else None)
+    return Visit(scores, in_sets, carried_score, keep_in, carried_ids, column_ids, private_ids if own else None)
 
 
 @pytest.mark.parametrize("name", EVERY)

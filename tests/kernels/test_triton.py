@@ -80,7 +80,7 @@ from torch_emc2.kernels import _triton
 
 KINDS = {
     "*kind": "logits weights carried_score carried_steps counted accepted_steps all_steps carried_weights acceptance",
-    "*i64": "sets place coins keep_in carried_ids column_ids own_ids state",
+    "*i64": "sets place coins keep_in carried_ids column_ids private_ids state",
     "*fp32": "out",
 }
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}

@@ -296,9 +296,9 @@ class InBatch(Slow):
 class Momentum(InBatch):
     """The softmax over the batch and a list of the last slow embeddings; a row's positives are slow ones."""
 
-    def __init__(self, num_queued: int, **settings: Any) -> None:
+    def __init__(self, queue_size: int, **settings: Any) -> None:
         super().__init__(**settings)
-        self.num_queued = num_queued
+        self.queue_size = queue_size
         # By direction, newest first: a candidate's id, those of what it came with, and its vector.
         self.queues: dict[int, list[tuple[int | None, set[int | None], Tensor]]] = {0: [], 1: []}
 
@@ -337,7 +337,7 @@ class Momentum(InBatch):
             j = view * self.size + sample
             others = [row for row in rows if row.sample == sample and not (self.towers == 1 and row.view == view)]
             new.append((rows[0].ids[j], {row.id for row in others}, self.slow[j].float().double()))
-        self.queues[number] = (new + self.queues[number])[: self.num_queued]
+        self.queues[number] = (new + self.queues[number])[: self.queue_size]
 
 
 class Uniformity(Slow):

@@ -577,7 +577,7 @@ SETTINGS = {  # and what rank 1 has otherwise
     "gamma": 0.5,
     "refresh_fraction": 0.3,
     "views_per_sample": 3,
-    "num_queued": 9,
+    "queue_size": 9,
 }
 HISTORIES = {  # what rank 1 alone has done, and in what it is then said to differ
     "called": "number of the call: rank 0 has 1, rank 1 2",

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, MomentumLoss, UniformityLoss, cached_backward
 from torch_emc2.diagnostics import at_rest, gradient_error
 from torch_emc2.losses import ContrastiveLoss
-from torch_emc2.losses.momentum import decay_of
+from torch_emc2.losses.momentum import ema_decay
 
 B, D = 6, 5
 
@@ -31,7 +31,7 @@ def slow(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("towers", [1, 2])
 def test_without_ids_all_that_is_queued_is_a_negative(towers: Any) -> None:
     batches = [Batch(x, y, slow=slow(x, y)) for x, y in map(batch, range(4))]
-    fast, loops = MomentumLoss(0.2, num_queued=17, towers=towers), Momentum(17, towers=towers)
+    fast, loops = MomentumLoss(0.2, queue_size=17, towers=towers), Momentum(17, towers=towers)
     follow(fast, loops, batches)
     check_memory(fast, loops)
 
@@ -40,7 +40,7 @@ def test_it_is_dcl_or_infonce_where_slow_is_the_batch_s_own_and_nothing_is_queue
     """In value; of the gradient the positives' own part is missing, which are constants."""
     x, y = batch(0)
     for kappa, plain in ((0.0, DCLLoss(0.3)), (1.0, InfoNCELoss(0.3))):
-        loss_fn = MomentumLoss(0.3, num_queued=0, positive_weight=kappa)
+        loss_fn = MomentumLoss(0.3, queue_size=0, positive_weight=kappa)
         for _ in range(2):
             torch.testing.assert_close(loss_fn(x, y, slow=(x, y)), plain(x, y))
 
@@ -48,7 +48,7 @@ def test_it_is_dcl_or_infonce_where_slow_is_the_batch_s_own_and_nothing_is_queue
 def test_a_queue_of_everything_is_the_softmax_over_everything() -> None:
     """At an encoder that does not move a batch of 2 has the weights of all, by the exact sum."""
     z = torch.nn.functional.normalize(torch.randn(20, 2, D, dtype=torch.float64), dim=2)
-    loss_fn = MomentumLoss(0.5, num_queued=40)
+    loss_fn = MomentumLoss(0.5, queue_size=40)
     for index in torch.arange(20).split(2):
         loss_fn(z[index, 0], z[index, 1], index, slow=(z[index, 0], z[index, 1]))
     found = loss_fn.eval()(z[:2, 0], z[:2, 1], torch.arange(2), slow=(z[:2, 0], z[:2, 1]))
@@ -61,12 +61,12 @@ def test_a_queue_of_everything_is_the_softmax_over_everything() -> None:
 
 
 def test_a_queue_keeps_the_last_ones_across_a_save() -> None:
-    whole, first = MomentumLoss(0.2, num_queued=20), MomentumLoss(0.2, num_queued=20)
+    whole, first = MomentumLoss(0.2, queue_size=20), MomentumLoss(0.2, queue_size=20)
     for step in range(3):
         x, y = batch(step)
         whole(x, y, torch.arange(B) + 3 * step, slow=slow(x, y))
         first(x, y, torch.arange(B) + 3 * step, slow=slow(x, y))
-    second = MomentumLoss(0.2, num_queued=20)
+    second = MomentumLoss(0.2, queue_size=20)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     x, y = batch(3)
     for loss_fn in (whole, second):
@@ -75,8 +75,8 @@ def test_a_queue_keeps_the_last_ones_across_a_save() -> None:
     empty = first.get_extra_state() | {"ids": torch.empty(20, 0, dtype=torch.int64)}
     with pytest.raises(ValueError, match=r"the saved queue is damaged: it needs ids \(k, 1 \+ p\)"):
         second.load_state_dict({"_extra_state": empty})
-    with pytest.raises(ValueError, match="the saved queue has 20 embeddings, this loss num_queued=8"):
-        MomentumLoss(0.2, num_queued=8).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="the saved queue has 20 embeddings, this loss queue_size=8"):
+        MomentumLoss(0.2, queue_size=8).load_state_dict(first.state_dict())
 
 
 def test_what_is_forgotten_leaves_the_queue() -> None:
@@ -141,10 +141,10 @@ def test_other_losses_have_no_use_for_slow_embeddings() -> None:
 
 
 def test_what_cannot_be_set_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_queued must be at least 0, got -1"):
-        MomentumLoss(num_queued=-1)
-    with pytest.raises(TypeError, match=r"num_queued must be an int, got 2\.5"):
-        MomentumLoss(num_queued=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="queue_size must be at least 0, got -1"):
+        MomentumLoss(queue_size=-1)
+    with pytest.raises(TypeError, match=r"queue_size must be an int, got 2\.5"):
+        MomentumLoss(queue_size=2.5)  # type: ignore[arg-type]
     x, y = batch(0)
     with pytest.raises(ValueError, match="labels are not known of what is queued"):
         MomentumLoss()(x, y, slow=(x, y), labels=torch.arange(B))
@@ -223,7 +223,7 @@ def test_slow_embeddings_keep_their_precision_beside_an_encoder_of_half_of_it() 
 
 def test_a_queue_is_no_longer_than_it_is_said_to_be() -> None:
     for length in (0, 4, 12, 15):
-        loss_fn = MomentumLoss(0.2, num_queued=length)
+        loss_fn = MomentumLoss(0.2, queue_size=length)
         for step in range(3):
             x, y = batch(step)
             loss_fn(x, y, slow=slow(x, y))
@@ -255,22 +255,22 @@ def test_an_item_of_several_anchors_is_no_negative_of_any_of_them(towers: Any) -
     torch.testing.assert_close(found, call(used_without, [1, 3, 4, 5, 6, 7], keys, last))
 
 
-@pytest.mark.parametrize("num_queued", [7, 12, 20])
-def test_the_views_are_queued_alike(num_queued: int) -> None:
-    loss_fn, ids = MomentumLoss(0.2, num_queued=num_queued), torch.arange(2 * B).view(B, 2)
+@pytest.mark.parametrize("queue_size", [7, 12, 20])
+def test_the_views_are_queued_alike(queue_size: int) -> None:
+    loss_fn, ids = MomentumLoss(0.2, queue_size=queue_size), torch.arange(2 * B).view(B, 2)
     for step in range(3):
         x, y = batch(step)
         loss_fn(x, y, ids + 2 * B * step, slow=(x, y))
     kept = loss_fn.sides[0].ids[:, 0]
-    assert len(kept) == num_queued
-    assert abs(2 * int((kept % 2 == 0).sum()) - num_queued) <= 1
+    assert len(kept) == queue_size
+    assert abs(2 * int((kept % 2 == 0).sum()) - queue_size) <= 1
 
 
 @pytest.mark.parametrize("towers", [1, 2])
 @pytest.mark.parametrize("by_view", [False, True])
 def test_of_what_is_queued_twice_the_newer_counts(towers: Any, by_view: bool) -> None:
     """A queue longer than the data holds no item more than once: κ = n / N stays at most 1."""
-    generator, loss_fn = torch.Generator().manual_seed(0), MomentumLoss(0.3, num_queued=100, towers=towers)
+    generator, loss_fn = torch.Generator().manual_seed(0), MomentumLoss(0.3, queue_size=100, towers=towers)
     last: dict[int, tuple[Tensor, Tensor]] = {}
     for step in range(7):
         samples = torch.randperm(10, generator=generator)[:4]
@@ -299,7 +299,7 @@ def test_a_queue_gives_negatives_to_a_batch_without_any(towers: Any) -> None:
     x, y = batch(0)
     last_x, last_y = (nn.functional.normalize(each, dim=1) for each in batch(1))
     for size, index in ((1, [9]), (2, [9, 9])):
-        loss_fn = MomentumLoss(0.3, num_queued=20, towers=towers)
+        loss_fn = MomentumLoss(0.3, queue_size=20, towers=towers)
         z1, z2 = x[:size], y[:size]
         with pytest.raises(ValueError, match=r"a batch of 1 has no negatives|a row has no negatives"):
             loss_fn(z1, z2, torch.tensor(index), slow=(z1, z2))
@@ -329,5 +329,5 @@ def test_last_says_how_far_the_slow_encoder_is(towers: Any) -> None:
 def test_the_decay_averages_so_many_samples() -> None:
     """A hundred steps, or 3,200 samples where those are fewer."""
     for batch_size in (4, 32, 64, 128, 256, 512):
-        assert 1 / (1 - decay_of(batch_size)) == pytest.approx(min(100, 3200 / batch_size))
-    assert decay_of(10_000) == 0.5
+        assert 1 / (1 - ema_decay(batch_size)) == pytest.approx(min(100, 3200 / batch_size))
+    assert ema_decay(10_000) == 0.5

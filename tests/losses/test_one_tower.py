@@ -97,7 +97,7 @@ def test_in_batch(kind: str, kappa: Any) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "labels"])
 def test_momentum(kind: str, kappa: Any) -> None:
     given, settings = settings_of(kind, kappa)
-    compare(MomentumLoss(num_queued=13, **given), Momentum(13, **settings), kind)
+    compare(MomentumLoss(queue_size=13, **given), Momentum(13, **settings), kind)
 
 
 @each_kind

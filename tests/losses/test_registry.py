@@ -109,7 +109,7 @@ def test_what_settings_refuse_the_loss_refuses_too() -> None:
         ("emc2", {"burn_in": 1.0}),
         ("emc2", {"burn_in": 0.5, "kernel": "isir"}),
         ("emc2", {"num_chains": 0}),
-        ("momentum", {"num_queued": -1}),
+        ("momentum", {"queue_size": -1}),
         ("uniformity", {"gamma": 0.0}),
         ("sogclr", {"gamma": 0.0}),
         ("negative-cache", {"refresh_fraction": 1.1}),

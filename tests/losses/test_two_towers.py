@@ -88,7 +88,7 @@ def test_in_batch(kind: str, directions: Any, kappa: Any) -> None:
 @pytest.mark.parametrize(("kind", "directions"), [case for case in CASES if case[0] != "labels"])
 def test_momentum(kind: str, directions: Any, kappa: Any) -> None:
     settings = settings_of(kappa, directions)
-    compare(MomentumLoss(num_queued=9, **settings), Momentum(9, **settings), kind)
+    compare(MomentumLoss(queue_size=9, **settings), Momentum(9, **settings), kind)
 
 
 @pytest.mark.parametrize("growth", [1.04, 1.5], ids=["β moves", "β leaps"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_emc2.integrations.checks import require_loss
 from torch_emc2.integrations.text_ids import text_ids
 from torch_emc2.losses import ContrastiveLoss, EMC2Loss
 from torch_emc2.ranks import several_ranks
@@ -52,14 +54,11 @@ class EMC2ClipLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.loss = EMC2Loss(None, towers=2) if loss is None else loss
+        require_loss(self.loss)
         if self.loss.towers != 2 or any(size is not None for size in self.loss.sizes):
             raise ValueError(
                 f"images and texts are two towers, with hashes for ids; got {self.loss}: build it with towers=2 and "
                 "num_samples=None"
-            )
-        if self.loss.needs_slow:
-            raise ValueError(
-                f"the training step has no momentum encoder, as {type(self.loss).__name__} needs: write one of your own"
             )
         if use_horovod or (world_size > 1 and not several_ranks()):
             raise ValueError(
@@ -68,11 +67,12 @@ class EMC2ClipLoss(nn.Module):
             )
         self._texts: Tensor | None = None
         self._training = True
-        model.register_forward_pre_hook(self._look, with_kwargs=True)
+        hook = model.register_forward_pre_hook(_Look(self), with_kwargs=True)
+        weakref.finalize(self, hook.remove)
 
-    def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._texts = kwargs["text"] if "text" in kwargs else args[1] if len(args) > 1 else None
-        self._training = model.training
+    def look(self, texts: Tensor | None, *, training: bool) -> None:
+        """Take what the model's forward pass is given."""
+        self._texts, self._training = texts, training
 
     def forward(
         self,
@@ -92,3 +92,19 @@ class EMC2ClipLoss(nn.Module):
         self.loss.train(self._training and torch.is_grad_enabled())
         loss: Tensor = self.loss(image_features, text_features, text_ids(self._texts), logit_scale=logit_scale)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class _Look:
+    """A hook that shows a loss the texts, and does not hold it; in a copy of the model it does nothing."""
+
+    def __init__(self, loss: EMC2ClipLoss | None = None) -> None:
+        self._loss = None if loss is None else weakref.ref(loss)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        loss = None if self._loss is None else self._loss()
+        if loss is not None:
+            texts = kwargs["text"] if "text" in kwargs else args[1] if len(args) > 1 else None
+            loss.look(texts, training=model.training)
+
+    def __reduce__(self) -> tuple[type[_Look], tuple[()]]:
+        return _Look, ()

@@ -18,6 +18,7 @@ from torch_emc2.batch import NoNegatives
 from torch_emc2.chunked import in_chunks
 from torch_emc2.error_text import one_line
 from torch_emc2.files import whole_file
+from torch_emc2.integrations.checks import require_loss
 from torch_emc2.integrations.text_ids import text_ids
 from torch_emc2.losses import ContrastiveLoss, EMC2Loss
 
@@ -71,9 +72,13 @@ class EMC2SentenceLoss(nn.Module):
         mini_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        _require_losses(model, loss)
+        if not isinstance(model, nn.Module) or isinstance(model, ContrastiveLoss):
+            raise TypeError(
+                f"model must be the SentenceTransformer, got {type(model).__name__}: EMC2SentenceLoss(model, loss)"
+            )
         self.model = model
         self.loss = EMC2Loss(None, temperature=0.05, positive_weight=1.0) if loss is None else loss
+        require_loss(self.loss)
         self.ids_from_labels, self.mini_batch_size = ids_from_labels, mini_batch_size
         if mini_batch_size is not None and mini_batch_size < 1:
             raise ValueError(f"mini_batch_size must be at least 1, or None for all rows, got {mini_batch_size}")
@@ -178,32 +183,6 @@ class EMC2SentenceLoss(nn.Module):
     year={2024},
 }
 """
-
-
-def _require_losses(model: object, loss: object) -> None:
-    """Raise, or warn, where a loss is no such, or can be none of a trainer's."""
-    if not isinstance(model, nn.Module) or isinstance(model, ContrastiveLoss):
-        raise TypeError(
-            f"model must be the SentenceTransformer, got {type(model).__name__}: EMC2SentenceLoss(model, loss)"
-        )
-    if loss is None:
-        return
-    if not isinstance(loss, ContrastiveLoss):
-        got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
-        raise TypeError(f"loss must be a loss of torch_emc2, such as InfoNCELoss(0.1), got {got}")
-    if loss.needs_slow:
-        raise ValueError(
-            f"the trainer has no momentum encoder, as {type(loss).__name__} needs: write a loop of your own"
-        )
-    if getattr(loss, "carry", "").startswith("encode"):
-        raise ValueError(
-            f'the trainer cannot encode what chains carry, as carry="{loss.carry}" needs: build with "cache"'
-        )
-    if isinstance(loss.temperature, float) and loss.temperature > 1:
-        near = f"{1 / loss.temperature:g}"
-        warnings.warn(
-            f"temperature is 1 / scale: {loss.temperature:g} tells nothing apart, {near} may be meant", stacklevel=3
-        )
 
 
 def _ids_of_texts(columns: list[dict[str, Tensor]]) -> list[Tensor]:

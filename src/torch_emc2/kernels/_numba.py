@@ -322,7 +322,7 @@ def _place(masses: Any, beyond: Any, reached: Any, place: Any) -> None:
 
 @_compiled()
 def _resample(
-    logits: Any, sets: Any, carried_score: Any, keep_in: Any, carried_ids: Any, column_ids: Any, own_ids: Any,
+    logits: Any, sets: Any, carried_score: Any, keep_in: Any, carried_ids: Any, column_ids: Any, private_ids: Any,
     counters: Any, weights: Any, carried_weights: Any, state: Any, acceptance: Any, begin: Any, end: Any,
 ) -> None:  # fmt: skip
     num_sets, n = sets.shape
@@ -346,7 +346,7 @@ def _resample(
             _fill(noise, _key_of(counters, row))
             for chain in range(num_chains):
                 one, count = carried_ids[row, chain], 0
-                of_row = one == EMPTY or (own_ids.shape[1] > 0 and _holds(own_ids[row], one))
+                of_row = one == EMPTY or (private_ids.shape[1] > 0 and _holds(private_ids[row], one))
                 for s in range(num_sets):
                     inside[chain, lane, s] = of_row or _holds(ids[s], one)
                     count += inside[chain, lane, s]
@@ -447,8 +447,9 @@ def resamples(visit: Visit) -> bool:
 def isir(visit: Visit, counters: Any) -> Move:
     """The move of `torch_emc2.kernels.Isir`."""
     weights, *others = results = _results(visit)
-    own_ids = visit.carried_ids[:, :0] if visit.own_ids is None else visit.own_ids
-    given = visit.logits.T, visit.sets, visit.carried_score, visit.keep_in, visit.carried_ids, visit.column_ids, own_ids
+    private_ids = visit.carried_ids[:, :0] if visit.private_ids is None else visit.private_ids
+    ids = visit.carried_ids, visit.column_ids, private_ids
+    given = visit.logits.T, visit.sets, visit.carried_score, visit.keep_in, *ids
     _in_threads(_resample, (*_arrays(*given), counters, *_arrays(*results)), len(visit.logits), visit.logits.numel())
     return Move(weights.T, *others)
 

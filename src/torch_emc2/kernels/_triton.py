@@ -215,9 +215,9 @@ def _divide(
 
 @triton.jit(do_not_specialize=_CHANCE)
 def _resample(
-    logits, by_row, by_column, sets, carried_score, keep_in, carried_ids, column_ids, own_ids,
+    logits, by_row, by_column, sets, carried_score, keep_in, carried_ids, column_ids, private_ids,
     low, high, first, local, start, size, weights, weight_by_row, weight_by_column, carried_weights, state, acceptance,
-    rows, n, num_ids, num_own,
+    rows, n, num_ids, num_private,
     SETS: tl.constexpr, CHAINS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -240,8 +240,8 @@ def _resample(
             held = held | tl.max((ids[:, None, None] == one[None, :, :]).to(tl.int32), 0)
         inside = inside | (held << s)
     everywhere = one == -1
-    for own in range(num_own):
-        everywhere = everywhere | (one == tl.load(own_ids + row * num_own + own, there, other=0)[:, None])
+    for own in range(num_private):
+        everywhere = everywhere | (one == tl.load(private_ids + row * num_private + own, there, other=0)[:, None])
     inside = tl.where(everywhere, (1 << SETS) - 1, inside)
     count = tl.zeros([LANES, WIDTH], tl.int32)
     for s in tl.static_range(SETS):
@@ -379,13 +379,13 @@ def isir(visit: Visit, counters: Any) -> Move:
     numbers = torch.split(logits.new_empty(rows * (chains + 1)), [rows * chains, rows])
     carried_weights, acceptance = numbers
     state = visit.keep_in.new_empty(rows, chains)
-    own_ids = visit.carried_ids[:, :0] if visit.own_ids is None else visit.own_ids.contiguous()
+    private_ids = visit.carried_ids[:, :0] if visit.private_ids is None else visit.private_ids.contiguous()
     with _on(logits.device):
         _resample[(triton.cdiv(rows, _FEW_LANES),)](
             logits, *logits.stride(), visit.sets.contiguous(), visit.carried_score.contiguous(),
-            visit.keep_in.contiguous(), visit.carried_ids.contiguous(), visit.column_ids.contiguous(), own_ids,
+            visit.keep_in.contiguous(), visit.carried_ids.contiguous(), visit.column_ids.contiguous(), private_ids,
             *counters, weights, *weights.stride(), carried_weights, state, acceptance,
-            rows, n, len(visit.column_ids), own_ids.shape[1],
+            rows, n, len(visit.column_ids), private_ids.shape[1],
             SETS=num_sets, CHAINS=chains, WIDTH=triton.next_power_of_2(chains), LANES=_FEW_LANES, TILE=_LONG_TILE,
         )  # fmt: skip
     return Move(weights, carried_weights.view(rows, chains), state, acceptance)

@@ -14,10 +14,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from torch_emc2.known import NO_ID
+
 __all__ = ["EMPTY", "Draws", "Kernel", "Move", "Visit"]
 
-EMPTY = -1
-"""The id of no negative: a chain that has it sits at its row's positive, or has never moved."""
+EMPTY = NO_ID
+"""The id of a chain that sits at its row's positive, or has never moved; a column's that is no negative with an id."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Visit:
         keep_in: (rows, chains) int64, a uniform draw of the set whose end a chain is to keep.
         carried_ids: (rows, chains) int64 ids of the states carried, or `EMPTY`.
         column_ids: (c,) int64 ids of the first c columns, which all rows share.
-        own_ids: (rows, columns - c) int64 ids of the others, which are the row's alone; or None.
+        private_ids: (rows, columns - c) int64 ids of the others, which are the row's alone; or None.
         positive_place: (rows,) int64, the place in each set of the column that is the row's positive, where that is a
             state; or None. It is in every set, and weighed for that.
         room: (rows, columns) memory that the move's weights may take, or None.
@@ -45,7 +47,7 @@ class Visit:
     keep_in: Tensor
     carried_ids: Tensor
     column_ids: Tensor
-    own_ids: Tensor | None = None
+    private_ids: Tensor | None = None
     positive_place: Tensor | None = None
     room: Tensor | None = None
 
@@ -61,8 +63,8 @@ class Visit:
         ids[: len(self.column_ids)] = self.column_ids
         among = (self.carried_ids[:, None, :, None] == ids[self.sets][:, None]).any(3)
         others = self.carried_ids == EMPTY
-        if self.own_ids is not None:
-            others = others | (self.carried_ids[:, :, None] == self.own_ids[:, None]).any(2)
+        if self.private_ids is not None:
+            others = others | (self.carried_ids[:, :, None] == self.private_ids[:, None]).any(2)
         return among | others[:, None]
 
     def to_columns(self, weights: Tensor) -> Tensor:

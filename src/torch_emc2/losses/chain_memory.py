@@ -121,7 +121,10 @@ class ChainMemory(SampleMemory):
         return self.owed.read(slots).to(like.dtype)
 
     def owing(self, paid: Tensor, ids: Tensor, gradients: Tensor) -> Callable[[], None]:
-        """Be ready to owe ``ids`` (k,), some `EMPTY`, ``gradients`` (k, d) more;  ``paid`` (n,) no more than that."""
+        """Be ready to add ``gradients`` (k, d) to what carried ``ids`` (k,), some `EMPTY`, are owed.
+
+        The ids ``paid`` (n,), the batch's, receive theirs in this step, and are owed no more than what is added.
+        """
         if self.owed is None:
             self.owed = self._new_table(gradients.shape[1])
         table = self.owed

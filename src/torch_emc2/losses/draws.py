@@ -23,9 +23,8 @@ class Chances(NamedTuple):
     """What chance decides for all rows of a batch.
 
     Attributes:
-        sets: (sets, n) columns of sets of proposals, of one view of every sample each and of all hard negatives, in
-            random order. There are as many sets as views of a sample; which has which is drawn. The order is the same
-            in all.
+        sets: (sets, n) the column that is proposed at each step of each set. There are as many sets as views: each has
+            a view of every sample, by chance, and all hard negatives; all visit the samples in one random order.
         place: (n,) where a sample, or hard negative, is among a set's proposals.
         keep_in: (rows, chains) set whose end each chain is to keep.
         keep_view: (local, chains) view whose end it is.

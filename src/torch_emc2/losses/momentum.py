@@ -19,10 +19,10 @@ from torch_emc2.settings.losses import PositiveWeight
 from torch_emc2.temperature import Temperature
 from torch_emc2.validation import Towers
 
-__all__ = ["MomentumLoss", "decay_of"]
+__all__ = ["MomentumLoss", "ema_decay"]
 
 
-def decay_of(batch_size: int) -> float:
+def ema_decay(batch_size: int) -> float:
     """Return the decay for steps of so many samples: 0.99, and so much less above 32 that 3,200 samples are averaged.
 
     Measured on WordNet and emoji (docs/method.md): where a batch is large steps are few, and a hundred too many.
@@ -39,7 +39,7 @@ class MomentumLoss(PerSampleLoss):
     and from a queue of the last slow ones, which are comparable with today's where the encoder's own would be stale.
     So a small batch has as many negatives as the queue is long, for one forward pass more and no backward pass.
 
-    `decay_of` says how slow the copy should be.
+    `ema_decay` says how slow the copy should be.
 
     What differs from MoCo is each needed (docs/method.md): all views are rows, the batch's own embeddings are
     negatives beside the queue, and κ = 0 leaves the positive out of the denominator (Yeh et al. 2022).
@@ -51,7 +51,7 @@ class MomentumLoss(PerSampleLoss):
 
     Args:
         temperature: 1 / β, or a `Temperature`, which is learnt.
-        num_queued: slow embeddings that are kept, of both views or of each side; 4·d bytes each. Between a batch's and
+        queue_size: slow embeddings that are kept, of both views or of each side; 4·d bytes each. Between a batch's and
             the data's.
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. Here beside all negatives that a row meets.
         num_samples: size of the data set, for ``"global"``.
@@ -61,8 +61,9 @@ class MomentumLoss(PerSampleLoss):
     Notes:
         ``index`` may be left out. With it, what is queued of an item that is in the batch, or was paired with one that
         is, is no negative of any row: give it where an epoch is not much longer than the queue, or an item has several
-        partners. Of ids a view, views that are not in the batch remain negatives, as in all losses. ``labels`` are
-        refused, which are not known of the queue; nor is ``same``. Of an item that was queued twice the newer counts.
+        partners. Of ids a view, views that are not in the batch remain negatives, as in all losses. ``labels`` raise
+        ValueError, since the queue has none; ``same`` is of the batch alone. Of an item that was queued twice the newer
+        counts.
         The first batch needs negatives of its own, as for `DCLLoss`.
 
     Raises:
@@ -89,7 +90,7 @@ class MomentumLoss(PerSampleLoss):
         self,
         temperature: float | Temperature = 0.07,
         *,
-        num_queued: int = 512,
+        queue_size: int = 512,
         positive_weight: PositiveWeight = 0.0,
         num_samples: NumSamples = None,
         towers: Towers = 1,
@@ -98,13 +99,13 @@ class MomentumLoss(PerSampleLoss):
         super().__init__(
             temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
         )
-        if require_int("num_queued", num_queued) < 0:
-            raise ValueError(f"num_queued must be at least 0, got {num_queued}")
-        self.num_queued = int(num_queued)
-        self.sides = tuple(_Queue(self.num_queued) for _ in self.sizes)
+        if require_int("queue_size", queue_size) < 0:
+            raise ValueError(f"queue_size must be at least 0, got {queue_size}")
+        self.queue_size = int(queue_size)
+        self.sides = tuple(_Queue(self.queue_size) for _ in self.sizes)
 
     def _alike(self, device: str) -> dict[str, object]:
-        return {**super()._alike(device), "num_queued": self.num_queued}
+        return {**super()._alike(device), "queue_size": self.queue_size}
 
     def _widen(self, contrast: Contrast) -> Contrast:
         if contrast.known is not None and contrast.known.labels is not None:
@@ -117,7 +118,7 @@ class MomentumLoss(PerSampleLoss):
 
     def extra_repr(self) -> str:
         """Show the settings."""
-        return f"{super().extra_repr()}, num_queued={self.num_queued}"
+        return f"{super().extra_repr()}, queue_size={self.queue_size}"
 
 
 class _Queued(Softmax):
@@ -187,7 +188,7 @@ class _Queue(SampleMemory):
         ):
             raise ValueError("the saved queue is damaged: it needs ids (k, 1 + p), int64, and vectors (k, d), float32")
         if len(ids) > self.length:
-            raise ValueError(f"the saved queue has {len(ids)} embeddings, this loss num_queued={self.length}")
+            raise ValueError(f"the saved queue has {len(ids)} embeddings, this loss queue_size={self.length}")
         if not vectors.isfinite().all():
             raise ValueError("the saved queue is damaged: not all of its vectors are finite")
 

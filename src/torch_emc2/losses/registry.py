@@ -160,7 +160,7 @@ _ISIR: dict[str, Any] = {**_METROPOLIS, "kernel": "isir", "burn_in": None}
 
 
 def _momentum(own: MomentumConfig, given: LossContext) -> MomentumLoss:
-    return MomentumLoss(given.temperature, num_queued=own.num_queued, num_samples=given.num_samples, **given.weight)
+    return MomentumLoss(given.temperature, queue_size=own.queue_size, num_samples=given.num_samples, **given.weight)
 
 
 def _uniformity(own: UniformityConfig, given: LossContext) -> UniformityLoss:

@@ -17,7 +17,7 @@ from torch_emc2.losses.chain_memory import ChainMemory
 from torch_emc2.losses.draws import BatchDraws
 from torch_emc2.losses.encode import CheckedEncode
 from torch_emc2.losses.weighting import Conclusion, Scores, Weighing, Weights
-from torch_emc2.rows import Rows, known_own
+from torch_emc2.rows import Rows, known_related
 
 __all__ = ["ChainSettings", "Visiting"]
 
@@ -75,7 +75,7 @@ class Visiting(Weighing):
         slots = anchors.slots.find(contrast.chain_ids)
         carried_by_all = anchors.chains.ids.read(slots).long()  # as every rank sees it
         carried = contrast.to_rows(carried_by_all)
-        self.carried = carried.masked_fill_(known_own(contrast, carried), EMPTY)  # no negative any more
+        self.carried = carried.masked_fill_(known_related(contrast, carried), EMPTY)  # no negative any more
         self.empty = self.carried == EMPTY
         self.vectors: CarriedVectors | None = None
         self.similarity: Tensor | None = None  # (rows, chains) of what is carried
@@ -102,7 +102,7 @@ class Visiting(Weighing):
         else:
             at_positive = scores.log_positive[:, None] - math.log(self.contrast.column_views)  # which is in each set
             score = torch.where(empty, at_positive, score)
-            logits = logits.scatter(1, rows.own_columns, at_positive.expand_as(rows.own_columns))
+            logits = logits.scatter(1, rows.sample_columns, at_positive.expand_as(rows.sample_columns))
             place = self.chances.place[rows.samples]
         visit = Visit(
             logits,
@@ -111,7 +111,7 @@ class Visiting(Weighing):
             rows.of(self.chances.keep_in),
             carried,
             self.ids,
-            rows.own_proposal_ids,
+            rows.private_proposal_ids,
             place,
             room=scores.masses,
         )
@@ -119,20 +119,20 @@ class Visiting(Weighing):
 
         w_pos = None
         if self.settings.weighs_positive:
-            w_pos = weights.gather(1, rows.own_columns).sum(1) + (at_carried * empty).mean(1)
-            weights.scatter_(1, rows.own_columns, 0.0)
+            w_pos = weights.gather(1, rows.sample_columns).sum(1) + (at_carried * empty).mean(1)
+            weights.scatter_(1, rows.sample_columns, 0.0)
             at_carried = at_carried.masked_fill(empty, 0.0)
         stays, column = state < 0, state.clamp(min=0)
-        ends = torch.where(stays, carried, rows.ids_at(column, own=self.settings.weighs_positive))
+        ends = torch.where(stays, carried, rows.ids_at(column, hide_sample=self.settings.weighs_positive))
         kept: tuple[Tensor, ...] = ends, at_carried, acceptance
         if self.anchors.chains.similarities is not None:
             kept = *kept, stays, torch.where(stays, score, scores.logits.gather(1, column)) * self.temperature
         return Weights(weights, w_pos, kept=kept)
 
     def _in_sets(self, logits: Tensor) -> Tensor:
-        """Weigh hard negatives, which are in each set, for that; a view of a sample is in one.
+        """Let a hard negative count once, which is proposed in every set, where a view of a sample is in one alone.
 
-        What is remembered is as good a proposal to each set as the batch's, and in each.
+        What is remembered stays as it is: in each set it stands beside one view of every sample, with equal weight.
         """
         contrast = self.contrast
         if not contrast.num_hard:

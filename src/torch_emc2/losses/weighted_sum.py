@@ -19,13 +19,13 @@ class WeightedSum:
     """Σ over rows of [ -(1 - w_pos) s_pos + Σ_j w_j s_j + carried ], some rows at a time.
 
     Σ_rj W_rj <row_r, column_j> is linear in the rows and in the columns, so its gradients W @ columns and W.T @ rows
-    are formed at once and no similarities are kept for the backward pass. So with what is the row's own, and with
-    carried embeddings.
+    are formed at once and no similarities are kept for the backward pass. So with private columns, and with carried
+    embeddings.
     """
 
     def __init__(self, contrast: Contrast) -> None:
         self._contrast = contrast
-        self._of_rows = RowBuffer()  # the gradient at them, and at what is their own
+        self._of_rows = RowBuffer()  # the gradient at them, and at their private columns
         self._by_columns: Tensor | None = None
         self._carried: Carried | None = None
         self._owed: Tensor | None = None
@@ -35,18 +35,18 @@ class WeightedSum:
         minus = rows.positive_weights.neg()
         if weights.positive is not None:
             minus.addcmul_(positive.share, weights.positive[:, None])
-        matrix, columns, own = weights.negatives, rows.columns, rows.own
+        matrix, columns, private = weights.negatives, rows.columns, rows.private
         matrix.scatter_add_(1, rows.positives, minus)
-        shared = matrix if own is None else matrix[:, : len(columns)]
-        by_rows, by_own = shared @ columns, []
+        shared = matrix if private is None else matrix[:, : len(columns)]
+        by_rows, by_private = shared @ columns, []
         if self._by_columns is None:
             self._by_columns = shared.T @ rows.vectors
         else:
             self._by_columns.addmm_(shared.T, rows.vectors)
-        if own is not None:
-            by_rows.add_((matrix[:, None, len(columns) :] @ own)[:, 0])
-            by_own.append(matrix[:, len(columns) :, None] * rows.vectors[:, None])
-        self._of_rows.add(rows, by_rows, *by_own)
+        if private is not None:
+            by_rows.add_((matrix[:, None, len(columns) :] @ private)[:, 0])
+            by_private.append(matrix[:, len(columns) :, None] * rows.vectors[:, None])
+        self._of_rows.add(rows, by_rows, *by_private)
 
     def add_carried(self, carried: Carried) -> None:
         """Add what all rows meet outside of the batch."""
@@ -79,8 +79,8 @@ class WeightedSum:
         if self._owed is not None:
             by_columns[: len(self._owed)].add_(self._owed)
         yield contrast.candidate_vectors, by_columns
-        if contrast.own is not None:
-            yield contrast.own, self._of_rows.tensors[1].mul_(scale)
+        if contrast.private is not None:
+            yield contrast.private, self._of_rows.tensors[1].mul_(scale)
         carried = self._carried
         if carried is not None and carried.encoded is not None and carried.place is not None:
             sent = (carried.weight[:, :, None] * contrast.row_vectors[:, None]).flatten(0, 1)

@@ -97,18 +97,18 @@ class MomentumConfig:
 
     Attributes:
         decay: of the momentum encoder, which keeps this share of itself in every step of the optimiser; null for
-            `torch_emc2.losses.momentum.decay_of` the samples of a step.
-        num_queued: its last embeddings that are kept as negatives.
+            `torch_emc2.ema_decay` the samples of a step.
+        queue_size: its last embeddings that are kept as negatives.
     """
 
     decay: float | None = None
-    num_queued: int = 512
+    queue_size: int = 512
 
     def __post_init__(self) -> None:
         if self.decay is not None and not 0 < self.decay < 1:
             raise ValueError(f"decay must be above 0 and below 1, got {self.decay}")
-        if self.num_queued < 0:
-            raise ValueError(f"num_queued must be at least 0, got {self.num_queued}")
+        if self.queue_size < 0:
+            raise ValueError(f"queue_size must be at least 0, got {self.queue_size}")
 
 
 @dataclass

@@ -13,8 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from torch_emc2.config import Config
 from torch_emc2.data import Batch
-from torch_emc2.losses import ContrastiveLoss
-from torch_emc2.losses.momentum import decay_of
+from torch_emc2.losses import ContrastiveLoss, ema_decay
 from torch_emc2.losses.registry import LossContext, find
 from torch_emc2.models import Encoder, build_encoder
 from torch_emc2.seeds import mix_seed
@@ -68,7 +67,7 @@ class ContrastiveModule(L.LightningModule):
     def decay(self, world_size: int = 1) -> float:
         """Return the momentum encoder's decay, by default that of the samples in a step."""
         samples = self.config.batch_size * self.config.accumulate * world_size
-        return self.config.momentum.decay or decay_of(samples)
+        return self.config.momentum.decay or ema_decay(samples)
 
     def on_train_start(self) -> None:
         """Take the rate of this run's schedule, where the checkpoint's was that of fewer epochs; and a step's decay."""
