@@ -33,6 +33,7 @@ from problems import PROBLEMS
 from retrieval import global_loss, metrics, ranks
 from run import Runner
 from search import search
+from seconds import microseconds
 from table import by_batch_size, by_kappa, costs, groups, mrr, searched, within
 from towers import towers
 from train import run
@@ -317,6 +318,20 @@ def test_a_cell_gives_the_same_again_and_is_tested_only_at_the_end() -> None:
     assert once["validation"] == again["validation"]
     assert "test" not in once
     assert set(again["test"]) == {"R@1", "R@10", "MRR"}
+
+
+def test_times_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[int, int]] = []
+
+    def train(cell: Cell, problem: Problem, device: str, steps: int) -> tuple[None, dict[str, float]]:
+        done.append((cell.batch_size, steps))
+        return None, {"cpu_seconds": len(done), "pairs": 10.0 * cell.batch_size}
+
+    monkeypatch.setattr("seconds.train", train)
+    cells = [CELL, replace(CELL, batch_size=20)]
+    found = microseconds(cells, tiny(), pairs=40, rounds=2)
+    assert done == [(8, 5), (20, 2)] * 3  # the first time is not counted
+    assert found == {cells[0]: [3e6 / 80, 5e6 / 80], cells[1]: [4e6 / 200, 6e6 / 200]}
 
 
 def result(mrr: float, pairs: int, seconds: float = 1.0) -> dict[str, object]:
