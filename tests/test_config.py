@@ -9,9 +9,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from torch_emc2.config import Config, presets, read_config, recorded_config, to_yaml
+from torch_emc2.config import Config, presets, read_config, to_yaml
 from torch_emc2.settings.images import Augmentation
-from torch_emc2.settings.losses import EMC2Config
 
 
 @pytest.mark.parametrize("name", presets())
@@ -179,17 +178,6 @@ def test_a_runs_config_names_the_folder_it_lies_in(tmp_path: Path) -> None:
     assert read_config(str(file), ["--out", "other"]).out == "other"
 
 
-def test_a_run_of_an_earlier_version_took_no_notice_of_a_pretrained_tag(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("model: {backbone: resnet18.a1_in1k}")
-    with pytest.raises(ValueError, match=r"'resnet18\.a1_in1k' names pretrained weights"):
-        read_config(str(file))
-    (tmp_path / "versions.json").write_text("{}")
-    assert read_config(str(file)).model.backbone == recorded_config(tmp_path).model.backbone == "resnet18"
-    file.write_text("model: {backbone: resnet18.a1_in1k, pretrained: true}")
-    assert recorded_config(tmp_path).model.backbone == "resnet18.a1_in1k"
-
-
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("w.pth", "w.pth"), ("1.pth", "1.pth")])
 def test_pretrained_is_a_switch_or_a_path(text: str, value: bool | str, tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
@@ -198,19 +186,6 @@ def test_pretrained_is_a_switch_or_a_path(text: str, value: bool | str, tmp_path
     assert read_config("quickstart", ["--model.pretrained", text]).model.pretrained == value
     file.write_text(to_yaml(read_config(str(file))))
     assert read_config(str(file)).model.pretrained == value
-
-
-def test_a_run_of_an_earlier_version_may_have_a_burn_in_that_its_kernel_has_not(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("emc2: {kernel: isir, burn_in: 0.5}")
-    with pytest.raises(ValueError, match="burn_in must be null for the kernel isir"):
-        read_config(str(file))  # any file of that name
-    (tmp_path / "versions.json").write_text("{}")
-    assert read_config(str(file)).emc2 == EMC2Config(kernel="isir")
-    with pytest.raises(ValueError, match="burn_in must be null for the kernel isir"):
-        read_config(str(file), ["--emc2.burn_in", "0.5"])
-    file.write_text("emc2: {kernel: metropolis, burn_in: 0.5}")
-    assert read_config(str(file)).emc2 == EMC2Config(burn_in=0.5, kernel="metropolis")
 
 
 def fields(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -142,17 +142,6 @@ def test_saved_files_need_neither_the_weights_they_started_from_nor_a_network(tm
         timms = timm.create_model("test_resnet", num_classes=0, checkpoint_path=tmp_path / "run/encoder.safetensors")
         torch.testing.assert_close(timms.state_dict(), encoder.backbone.state_dict(), rtol=0, atol=0)
         shutil.rmtree(tmp_path / "run")
-
-
-@pytest.mark.parametrize("name", ["test_resnet", "test_resnet.r160_in1k"])
-def test_files_of_earlier_versions_load_and_had_no_pretrained_weights(name: str, tmp_path: Path) -> None:
-    encoder = build_encoder(ModelConfig("test_resnet"), 3, 32).eval()
-    save_encoder(encoder, tmp_path)
-    config = {"backbone": name, "norm": "batch", "stem": "auto", "hidden_dim": 512, "out_dim": 128, "hidden_layers": 1}
-    recipe = {"config": config | {"feature": "backbone"}, "channels": 3, "image_size": 32}
-    for file in ("encoder.safetensors", "head.safetensors"):
-        save_file(load_file(tmp_path / file), tmp_path / file, metadata={"torch_emc2": json.dumps(recipe)})
-    torch.testing.assert_close(load_encoder(tmp_path).eval()(images(3, 32)), encoder(images(3, 32)), rtol=0, atol=0)
 
 
 def test_what_does_not_fit_is_refused_in_a_line(tmp_path: Path, offline: Path) -> None:

@@ -300,10 +300,6 @@ def _read(file: Path, words: Sequence[str] = (), prog: str = "emc2 train") -> Co
         from_file = parser.parse_string(text or "{}")
         if file.name == "config.yaml" and (file.parent / "versions.json").is_file():
             from_file.out = str(file.parent)
-            if from_file.emc2.kernel == "isir":
-                from_file.emc2.burn_in = None  # earlier versions wrote metropolis's, which had no effect
-            if not from_file.model.pretrained:
-                from_file.model.backbone = from_file.model.backbone.partition(".")[0]  # nor had a pretrained tag
         given = parser.parse_args(list(words), namespace=from_file)
         return Config(**parser.instantiate(given).as_dict())
     except (argparse.ArgumentError, TypeError, ValueError) as error:

@@ -273,7 +273,5 @@ def _read_recipe(path: str | Path) -> tuple[Architecture, ModelConfig, int, int]
         raise ValueError("it does not say how its model is built: save_backbone and save_encoder write files that do")
     recipe = json.loads(metadata[RECIPE])
     config = recipe["config"]
-    if "architecture" not in recipe:  # of an earlier version, which took no notice of a pretrained tag
-        config["backbone"] = config["backbone"].partition(".")[0]
-    architecture = Architecture(**recipe.get("architecture", {"name": config["backbone"]}))
+    architecture = Architecture(**recipe["architecture"])
     return architecture, ModelConfig(**config), recipe["channels"], recipe["image_size"]

@@ -132,10 +132,7 @@ def require_finished(run: Path) -> None:
 
 def finished_epochs(run: Path) -> int:
     """Return the epochs of the encoder that a run has finished; 0 before it has."""
-    epochs = read_facts(run).get("finished", 0)
-    if not epochs and is_finished(run):  # by an earlier version, which did not write them down
-        epochs = recorded_config(run).epochs
-    return int(epochs)
+    return int(read_facts(run).get("finished", 0))
 
 
 def refuse_used(run: Path) -> None:
