@@ -671,6 +671,15 @@ def _differ(name: str, change: str, sizes: tuple[int, ...], rank: int) -> str:
     return "nothing"
 
 
+def _last(name: str, sizes: tuple[int, ...], rank: int) -> list[dict[str, Tensor]]:
+    """The numbers for logs after each of some steps."""
+    loss_fn, numbers = MAKERS[name](), []
+    for step in range(STEPS):
+        loss_fn(*(part.split(sizes)[rank] for part in batch(step, sum(sizes))), encode=table().__getitem__)
+        numbers.append(loss_fn.last)
+    return numbers
+
+
 def _random_refresh(sizes: tuple[int, ...], rank: int) -> tuple[Any, int]:
     """The state after refreshes by an encoder that is another on each rank, and how many entries it was asked for."""
     loss_fn, generator, calls = NegativeCacheLoss(M, D, refresh_fraction=0.3), torch.Generator().manual_seed(rank), []
@@ -801,6 +810,7 @@ def _rank(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
         "geometries": {name: geometries.train(name, sizes, rank) for name in geometries.CASES},
         "failures": failures,
         "differences": {case: _differ(*case, sizes, rank) for case in DIFFERENCES if len(sizes) > 1},
+        "last": {name: _last(name, sizes, rank) for name in MAKERS},
         "refresh": _random_refresh(sizes, rank),
         "wrapped": _wrapped(sizes, rank),
         "unequal": {name: _unequal(name, sizes, rank) for name in UNEQUAL},
@@ -857,6 +867,15 @@ def test_ranks_equal_one_process_in_both_geometries(name: str, ranks: list[Any])
     for _, after in by_rank:
         assert_same(after, by_rank[0][1])
     assert_same(by_rank[0][1], state, rtol=1e-6, atol=1e-6)
+
+
+@on_ranks
+@each_loss
+def test_numbers_for_logs_average_over_ranks_to_the_whole_batchs(name: str, ranks: list[Any]) -> None:
+    steps = _last(name, (sum(SIZES[len(ranks)]),), 0)
+    for whole, *by_rank in zip(steps, *(results["last"][name] for results in ranks), strict=True):
+        mean = {key: sum(each[key] for each in by_rank) / len(by_rank) for key in whole}
+        assert_same(mean, whole, rtol=1e-6, atol=1e-6)
 
 
 @on_several_ranks

@@ -224,7 +224,7 @@ class ContrastiveLoss(nn.Module, ABC):
         numbers: dict[str, _Number] = {
             "global_loss": (estimates, of_mean),
             "positive_similarity": (similarities, of_mean * temperature),
-            **{name: (number, 1.0) for name, number in conclusion.numbers.items()},
+            **{name: (number, of_mean if number.ndim else 1.0) for name, number in conclusion.numbers.items()},
         }
         gradients = [*total.gradients(share / directions / temperature)]
         if beta is not None:

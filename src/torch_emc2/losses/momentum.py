@@ -137,7 +137,7 @@ class _Queued(Softmax):
         partners = self.contrast.partners()
         by_sample = torch.arange(len(slow), device=slow.device).view(self.contrast.column_views, -1).T.flatten()
         new = ids[by_sample], partners[by_sample], slow[by_sample]  # the queue's end is as much one view's as another's
-        similarity = (self.contrast.columns[: len(slow)] * slow).sum(1)
+        similarity = (self.contrast.columns[: len(slow)] * slow).sum(1).mean()
         return Conclusion(write=lambda: self.queue.push(*new), numbers={"slow_similarity": similarity})
 
 

@@ -81,7 +81,7 @@ class Conclusion(NamedTuple):
         owed: (k, d) gradient at the first k of the contrast's ``candidate_vectors`` that earlier batches left to this
             one, or None.
         write: what is to be remembered is written by it, after all that can fail.
-        numbers: for the logs, by name: tensors, whose means they are.
+        numbers: for the logs, by name: (rows, …) of this rank's rows, whose mean is shown, or () of the whole batch.
     """
 
     carried: Carried | None = None
