@@ -1,4 +1,4 @@
-"""From what the ranks are called with to what is contrasted with what in the whole batch."""
+"""From the arguments of a call, on all ranks, to what is contrasted with what in the whole batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Directions = Literal["both", "x->y", "y->x"]
 
 
 class NoNegatives(ValueError):
-    """A batch in which a row has no negatives, and all else is right; raised on all ranks."""
+    """A row of the batch has no negatives, and everything else is valid; raised on all ranks."""
 
 
 class _Side(NamedTuple):
@@ -42,7 +42,7 @@ class _Side(NamedTuple):
         whole: (views · size, d) all ranks'; the same tensor where there is one rank.
         ids: (size,) or (size, views), or None.
         repeated: whether an id occurs twice.
-        slow: (views · size, d) all ranks', by a momentum encoder; or None.
+        slow: (views · size, d) all ranks' vectors by a momentum encoder; or None.
     """
 
     local: Tensor
@@ -53,7 +53,7 @@ class _Side(NamedTuple):
 
     @property
     def repeated_ids(self) -> Tensor | None:
-        """Its ids if one of them occurs twice."""
+        """The ids if one of them occurs twice, else None."""
         return self.ids if self.repeated else None
 
     @property
@@ -63,7 +63,7 @@ class _Side(NamedTuple):
 
 
 class _Hard(NamedTuple):
-    """Hard negatives: for all rows (of all ranks), (K, d) and (K,); those of a sample, (local, k, d) and (local, k)."""
+    """Hard negatives: of all rows (of all ranks), (K, d) and (K,); or of a sample, (local, k, d) and (local, k)."""
 
     shared: Tensor | None
     shared_ids: Tensor
@@ -86,14 +86,14 @@ def gather_batch(
 ) -> tuple[Contrast, ...]:
     """Gather a batch across ranks, and return the contrasts of its directions.
 
-    Where the input of one rank is not usable, all ranks raise.
+    If one rank's input cannot be used, all ranks raise.
 
     Args:
         validate: returns this rank's inputs, or raises.
-        device: where they are.
-        directions: of two towers.
-        num_samples: what ids must be below, a side; or None.
-        alike: returns what else, by name, must be the same on all ranks: numbers, strings, None.
+        device: device of the inputs.
+        directions: with two towers; see `ContrastiveLoss`.
+        num_samples: for each side, what its ids must be below; or None.
+        alike: returns anything else, by name, that must be the same on all ranks: numbers, strings, None.
     """
     if several_ranks():
         inputs, ranks, num_hard = _agree(validate, device, alike)
@@ -131,9 +131,9 @@ def gather_batch(
 def _agree(
     validate: Callable[[], Inputs], device: torch.device, alike: Callable[[], Mapping[str, object]]
 ) -> tuple[Inputs, Ranks, tuple[int, ...]]:
-    """Return the inputs that all ranks have found valid, how they are spread, and each rank's hard negatives of all.
+    """Return the inputs, valid on all ranks, how they are spread, and how many shared hard negatives each rank has.
 
-    A rank that raised before the others knew would leave them waiting.
+    A rank that raised alone would leave the others waiting.
     """
     error, report = None, [0, 0, 0, 0]
     try:
@@ -200,7 +200,7 @@ def _no_ids(device: torch.device) -> Tensor:
 
 
 def _validate_hard_ids(hard: _Hard, ranks: Ranks, num_samples: int | None) -> None:
-    """Raise IndexError, on all ranks, where an id of a hard negative cannot be one; `NO_ID` is none."""
+    """Raise IndexError, on all ranks, if an id of a hard negative is out of range; `NO_ID` is not an id."""
     if hard.given and num_samples is not None:
         ids = hard.shared_ids if hard.private_ids is None else ranks.gather(hard.private_ids)
         numbers = [number for number in ids.flatten().tolist() if number != NO_ID]
@@ -208,7 +208,7 @@ def _validate_hard_ids(hard: _Hard, ranks: Ranks, num_samples: int | None) -> No
 
 
 def _gather_same(inputs: Inputs, ranks: Ranks) -> Tensor | None:
-    """(size, size): each rank knows of its own samples' pairs alone."""
+    """(size, size): each rank knows only the pairs of its own samples."""
     if inputs.same is None:
         return None
     mine = inputs.same.new_zeros(ranks.local, ranks.size)
@@ -257,12 +257,12 @@ def _contrast(
 
 
 def require_negatives(contrasts: Sequence[Contrast], widened: Sequence[Contrast], *, of_every_row: bool) -> None:
-    """Raise NoNegatives, on all ranks, where a row has none in its batch and none beside it.
+    """Raise NoNegatives, on all ranks, if a row has no negatives in its batch or from elsewhere.
 
     Args:
         contrasts: the directions of a batch.
-        widened: the same with what else their rows are compared with.
-        of_every_row: refuse a batch where any row has none; False: only a batch of one sample.
+        widened: the same, with the columns from outside the batch.
+        of_every_row: refuse a batch if any row has none; False: only a batch of one sample.
     """
     size = contrasts[0].ranks.size
     if (of_every_row or size < 2) and _lack_negatives(contrasts) and _lack_negatives(widened):
@@ -281,4 +281,4 @@ def _lack_negatives(contrasts: Sequence[Contrast]) -> bool:
         mine = any(bool((torch.as_tensor(part.num_negatives) == 0).any()) for part in parts(contrast))
         return contrast.ranks.anywhere(mine)
 
-    return any(lacking(each) for each in contrasts)  # all ranks hear the same, and stop at the same
+    return any(lacking(each) for each in contrasts)  # all ranks get the same answers, and stop at the same one

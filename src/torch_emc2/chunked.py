@@ -1,8 +1,8 @@
 """One step on a batch that is larger than memory: embed in chunks, twice (GradCache, Gao et al. 2021).
 
-A contrastive loss couples all samples of a batch, but only through their embeddings, which are small. So these are
-computed first, chunk by chunk and without graph; the loss is called once on all of them and gives the gradient at each;
-then each chunk is embedded again, with graph, and its gradient goes on to the parameters.
+A contrastive loss couples all samples of a batch, but only through their embeddings, which are small. So the embeddings
+are computed first, chunk by chunk and without graph. The loss is called once on all of them and gives the gradient at
+each. Then each chunk is embedded again, with graph, and its gradient is propagated to the parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 __all__ = ["Batch", "cached_backward", "in_chunks"]
 
 Batch = Tensor | Mapping[str, Any]
-"""Inputs of an encoder: (b, …), or by name, as a tokenizer returns them, each tensor (b, …)."""
+"""Inputs of an encoder: (b, …), or a dictionary of tensors (b, …) by name, as a tokenizer returns them."""
 
 _RandomState = tuple[Tensor, Tensor | None]  # of the CPU, and of the current CUDA device
 _Encoder = Callable[[Any], Tensor]
@@ -38,20 +38,22 @@ def cached_backward(
 ) -> Tensor:
     """Do ``loss_fn(encoder(views[0]), encoder(views[1]), index, …).backward()`` chunk by chunk.
 
-    Gradients are added to ``.grad`` as there. Memory holds the graph of one chunk instead of the batch's, at the price
-    of a second forward pass. The loss is called once, on the whole batch: its chains and averages move as in a plain
-    step. Both passes draw the same dropout (random states of the CPU and of the current CUDA device).
+    Gradients are added to ``.grad``, as by ``backward()``. Memory holds the graph of one chunk instead of the batch's,
+    at the price of a second forward pass. The loss is called once, on the whole batch: its chains and averages move as
+    in a plain step. Both passes draw the same dropout (from saved random states of the CPU and the current CUDA
+    device). Anything else that a forward pass in training mode changes is changed twice.
 
     Args:
-        loss_fn: any loss of this package, or a callable like it. With a `GradScaler` give ``lambda *args, **kwargs:
-            scaler.scale(loss_fn(*args, **kwargs))``; the loss returned is then scaled too.
-        encoder: inputs (n, …) -> embeddings (n, d), each row by itself. If it is wrapped in
-            `DistributedDataParallel`, gradients are averaged with the last chunk only. Of two towers a pair.
-        views: the batch's first and second views, or both sides, without graph: tensors (b, …), or dictionaries of
-            such, as a tokenizer returns them, of which the encoder is given one as large as a chunk.
-        index: (b,) or (b, 2) ids as the loss takes them; not for a loss that needs none.
-        chunk_size: inputs embedded at a time, of a view or of what ``encode`` is asked for.
-        encode: ids (k,) -> embeddings (k, d), as the loss takes it, of two towers a pair; embedded in chunks too.
+        loss_fn: any loss of this package, or a callable like it. With a `GradScaler` pass
+            ``lambda *args, **kwargs: scaler.scale(loss_fn(*args, **kwargs))``; the loss returned is then scaled too.
+        encoder: function from inputs (n, …) to embeddings (n, d), each row by itself. If it is wrapped in
+            `DistributedDataParallel`, gradients are averaged with the last chunk only. With two towers a pair.
+        views: the batch's first and second views, or both sides, without graph: tensors (b, …), or dictionaries of such
+            tensors, as a tokenizer returns them. The encoder is given the same with a chunk of rows.
+        index: (b,) or (b, 2) ids as the loss takes them; leave it out for a loss that needs none.
+        chunk_size: number of inputs embedded at a time, of a view or for ``encode``.
+        encode: function from ids (k,) to embeddings (k, d), as the loss takes it, with two towers a pair; also run in
+            chunks.
         further: the loss's other arguments, such as ``y_index`` or ``logit_scale``.
 
     Returns:
@@ -59,8 +61,7 @@ def cached_backward(
 
     Raises:
         ValueError: ``chunk_size`` is less than 1, views have a graph, or the encoder has batch norms in training mode:
-            their statistics would be those of a chunk, so that the gradient is another, and be counted twice.
-            What else a forward pass in training mode changes is changed twice.
+            their statistics would be a chunk's, which changes the gradient, and would be updated twice.
         ValueError, IndexError, TypeError: from the loss; no ``.grad`` has changed.
         RuntimeError: what the encoder returns does not require grad.
     """
@@ -93,7 +94,7 @@ def cached_backward(
     loss = loss_fn(first, second, index, **further)
     loss.backward()  # type: ignore[no-untyped-call]
 
-    torch.clear_autocast_cache()  # weights that were cast without graph
+    torch.clear_autocast_cache()  # it holds weights that were cast without graph
     again = [step for whole in reversed(embedded) for step in whole.steps()]  # the last are the encoders'
     stepped = False
     last = {id(function): number for number, (function, *_) in enumerate(again)}
@@ -113,7 +114,7 @@ def cached_backward(
 
 
 def in_chunks(inputs: Batch, size: int) -> tuple[Batch, ...]:
-    """Split a batch; of inputs by name each tensor, while all else goes with every chunk."""
+    """Split a batch into chunks. Each tensor of a dictionary is split; everything else in it goes with every chunk."""
     if isinstance(inputs, Tensor):
         return torch.split(inputs, size)
     rows = next(len(each) for each in inputs.values() if isinstance(each, Tensor))
@@ -124,12 +125,12 @@ def in_chunks(inputs: Batch, size: int) -> tuple[Batch, ...]:
 
 
 def _copy(chunk: Batch) -> Batch:
-    """Inputs by name for one pass: what an encoder takes out of them, or puts in, is not there in the next."""
+    """Copy a dictionary for one pass: what an encoder removes from it, or adds, does not reach the next pass."""
     return chunk if isinstance(chunk, Tensor) else dict(chunk)
 
 
 def _require_chunks(view: Batch) -> None:
-    """Raise ValueError where a view cannot be split."""
+    """Raise ValueError if a view cannot be split."""
     tensors = [view] if isinstance(view, Tensor) else [each for each in view.values() if isinstance(each, Tensor)]
     if any(each.requires_grad for each in tensors):
         raise ValueError("views must have no graph, which chunks could not share: detach() them")

@@ -22,21 +22,21 @@ def global_contrastive_loss(
     """Global contrastive loss over all views of all samples, a scalar with exact gradient (Yau et al. 2024, eq. 1).
 
     ``mean_a[ -β s_pos + log(Σ_z exp(β s_z) + positive_mass Σ_p exp(β s_p)) ]``, where a runs over all views, z over all
-    views of the other samples and p over the other views of its own, of which ``s_pos`` is the mean.
+    views of the other samples and p over the other views of a's own sample; ``s_pos`` is the mean of the ``s_p``.
 
-    It is computed in float32 or more, under autocast too, and differentiable once: `create_graph=True` raises
-    RuntimeError.
+    It is computed in float32 or higher precision, also under autocast, and can be differentiated once:
+    ``create_graph=True`` raises RuntimeError.
 
     Args:
         z: (m, views, d) embeddings, m >= 2, views >= 2; normalised here. float64 stays float64.
         temperature: 1 / β, a number or a tensor without dimensions, which gets its gradient.
-        positive_mass: what a positive counts for in the denominator, where each negative counts 1: 1 is the softmax
-            over all.
+        positive_mass: mass of each positive in the denominator, where each negative has mass 1; 1 is the softmax over
+            all.
         chunk_size: rows and columns at a time; memory beyond ``z`` and its gradient is O(chunk_size²). Default: all.
 
     Raises:
         ValueError: shapes or sizes do not fit, or an embedding is not finite or zero.
-        TypeError: a dtype does not fit, or the temperature is no number.
+        TypeError: a dtype does not fit, or the temperature is not a number.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"z must be (m, views, d) with m >= 2 and views >= 2, got {tuple(z.shape)}")
@@ -66,25 +66,25 @@ def two_tower_loss(
     y_index: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Contrast pairs of two sides: every x with all y, every y with all x, or both, of which the mean is taken.
+    """Global contrastive loss of pairs of two sides: every x with all y, every y with all x, or the mean of both.
 
-    As `global_contrastive_loss`, but for what the rows and columns are. The same id again is the same item: as a
-    column it counts once, by its first embedding, and it is no negative of the rows with which it is paired somewhere.
-    Rows are one a pair.
+    As `global_contrastive_loss`, except for what the rows and columns are. There is one row per pair. Equal ids are the
+    same item: as a column an item counts once, by its first embedding, and it is no negative of the rows whose item it
+    is paired with anywhere.
 
     Args:
         x: (m, d) embeddings, m >= 2; normalised here.
-        y: (m, d) those they are paired with.
+        y: (m, d) embeddings of x's partners.
         temperature: 1 / β, a number or a tensor without dimensions, which gets its gradient.
-        directions: which side the rows are, ``"x->y"`` those of x.
-        positive_mass: what the positive counts for in the denominator, where each negative counts 1.
+        directions: which side's embeddings are the rows: ``"x->y"`` means x's.
+        positive_mass: mass of the positive in the denominator, where each negative has mass 1.
         index: (m,) integer ids of the items of x; by default all differ.
-        y_index: (m,) of y; by default ``index``.
+        y_index: (m,) integer ids of the items of y; by default ``index``.
         chunk_size: as in `global_contrastive_loss`.
 
     Raises:
         ValueError: shapes or sizes do not fit, an embedding is not finite or zero, or a row has no negative.
-        TypeError: a dtype does not fit, or the temperature is no number.
+        TypeError: a dtype does not fit, or the temperature is not a number.
     """
     if x.ndim != 2 or x.shape != y.shape or len(x) < 2:
         raise ValueError(f"x and y must be (m, d) pairs with m >= 2, got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -123,12 +123,12 @@ def global_backward(
     """Add the exact gradient of the global loss to the ``.grad`` of all parameters behind ``embed`` and
     ``temperature``, and return the loss.
 
-    In two passes, so that memory does not hold the graph of the whole data set: embed without graph, take the gradient
-    at the embeddings, embed again chunk by chunk and propagate it back.
+    This takes two passes, so that memory does not hold the graph of the whole data set: embed without graph, take the
+    gradient at the embeddings, then embed again chunk by chunk and propagate the gradient back.
 
     Args:
-        embed: ids (k,) -> embeddings (k, views, d); the same for the same ids, whatever chunk they come in (no batch
-            norm in training mode).
+        embed: function from ids (k,) to embeddings (k, views, d), which must be the same for the same ids, whatever
+            chunk they come in (no batch norm in training mode).
         num_samples: size m of the data set; ids are 0 … m - 1.
         temperature: as in `global_contrastive_loss`.
         positive_mass: as in `global_contrastive_loss`.
@@ -151,9 +151,9 @@ def objective_mass(positive_weight: float | Literal["global"] | None, num_sample
     """Return the ``positive_mass`` of the objective that losses with this κ estimate: κ N / n, 1 for ``"global"``.
 
     Args:
-        positive_weight: κ, beside the n negatives that a row has in a batch; None for 0, the paper's objective.
-        num_samples: of the data, where a row has N negatives.
-        batch_size: samples a batch.
+        positive_weight: κ, with the n negatives that a row has in a batch; None for 0, the paper's objective.
+        num_samples: size of the data set, where a row has N negatives.
+        batch_size: samples per batch.
     """
     if positive_weight == "global":
         return 1.0
@@ -195,7 +195,10 @@ def _mean_loss(log_mass: Tensor, positives: Tensor, positive_mass: float) -> Ten
 
 
 def _log_mass(rows: Tensor, columns: Tensor | None, beta: Tensor, excluded: Tensor, chunk_size: int | None) -> Tensor:
-    """Return log Σ exp(β s) of each row over the columns, None for the rows themselves, but for pairs ``excluded``."""
+    """Return log Σ exp(β s) of each row over the columns, except for the pairs ``excluded``.
+
+    If ``columns`` is None, the rows are compared with each other.
+    """
     size = chunk_size or max(len(rows), 0 if columns is None else len(columns))
     log_mass: Tensor = _LogMass.apply(rows, columns, beta, excluded, size)
     lone = log_mass.isneginf().nonzero()
@@ -205,9 +208,9 @@ def _log_mass(rows: Tensor, columns: Tensor | None, beta: Tensor, excluded: Tens
 
 
 class _LogMass(torch.autograd.Function):
-    """The log mass of rows; its gradient in rows, columns and β, from blocks that are computed again.
+    """The log mass of rows, with its gradient in rows, columns and β. The backward pass computes the blocks again.
 
-    Without columns, rows meet each other, and a block stands for its mirror image too.
+    Without columns, rows are compared with each other, and a block stands for its mirror image too.
     """
 
     @staticmethod
@@ -225,7 +228,7 @@ class _LogMass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # the gradient is a constant here: its own would be wrong, not missing
+        if torch.is_grad_enabled():  # the gradient is a constant here: a second one would be wrong, not missing
             raise RuntimeError("the exact loss can be differentiated once: take its gradient without create_graph=True")
         rows, columns, beta, excluded, log_mass = ctx.saved_tensors
         (scale,) = outer
@@ -248,7 +251,7 @@ class _LogMass(torch.autograd.Function):
 def _blocks(
     rows: Tensor, columns: Tensor | None, beta: Tensor, excluded: Tensor, chunk_size: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Logits of some rows and columns, -inf where excluded; of rows among themselves, none below the diagonal."""
+    """Yield logits of some rows and columns, -inf where excluded; without columns, none below the diagonal."""
     across = rows if columns is None else columns
     for i in _chunks(rows, chunk_size):
         of_rows = excluded[:, (excluded[0] >= i.start) & (excluded[0] < i.stop)]

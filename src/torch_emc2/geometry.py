@@ -25,9 +25,10 @@ class Layout(NamedTuple):
     """Where a row's own columns are.
 
     Attributes:
-        sample_columns: (rows, column views) of the row's own sample, itself first if it is one: they are no negatives.
-        positives: (rows, P) a row's positives among these.
-        weights: (rows, P) of each in the positive term, summing to one.
+        sample_columns: (rows, column views) columns of the row's own sample, which are no negatives; the row itself
+            comes first if it is a column.
+        positives: (rows, P) columns of the row's positives.
+        weights: (rows, P) weight of each in the positive term, summing to one.
     """
 
     sample_columns: Tensor
@@ -39,7 +40,7 @@ class Layout(NamedTuple):
 def layout_of(
     ranks: Ranks, row_views: int, column_views: int, one_tower: bool, dtype: torch.dtype, device: torch.device
 ) -> Layout:
-    """Lay out this rank's rows in a batch; the same tensors for each batch like it."""
+    """Lay out this rank's rows in a batch. The result is cached: batches of the same layout share the tensors."""
     with torch.inference_mode(False):
         sample = torch.arange(ranks.local, device=device) + ranks.start
         view = torch.arange(column_views, device=device)
@@ -51,31 +52,31 @@ def layout_of(
 
 @dataclass(frozen=True)
 class Contrast:
-    """One direction of a batch, of all ranks: this rank's rows against all columns.
+    """One direction of a batch: this rank's rows against the columns of all ranks.
 
-    Rows and columns come view by view. Columns are first the samples' (views · size), then hard negatives that all rows
-    share, then what is remembered or queued; logits (rows, C + k) have a row's k private columns after these C.
+    Rows and columns are ordered view by view. The C shared columns are first the samples' (views · size), then hard
+    negatives that all rows share, then what is remembered or queued. In logits (rows, C + k) a row's k private columns
+    come after these C.
 
     Attributes:
-        ranks: how the batch is spread.
+        ranks: how the batch is spread over ranks.
         anchors: the side of the rows, 0 or 1.
         candidates: the side of the columns.
         rows: (row views · local, d) unit vectors, with gradient.
-        candidate_vectors: (C, d) unit vectors, with gradient: the columns.
+        candidate_vectors: (C, d) unit vectors of the shared columns, with gradient.
         anchor_ids: (size,) or (size, row views) ids of the samples, or views, behind the rows; None if they have none.
-        candidate_ids: (size,) or (size, column views) of those behind the columns.
-        first_anchors: (len(chain_ids),) which of `chain_ids` are met for the first time; None for all.
-        first_candidates: the same of `item_ids`.
-        private: (rows, k, d) further columns of each row alone, its hard negatives or a slow positive, with gradient;
-            or None.
+        candidate_ids: (size,) or (size, column views) ids of those behind the columns.
+        first_anchors: (len(chain_ids),) which of `chain_ids` come for the first time; None if all do.
+        first_candidates: the same for `item_ids`.
+        private: (rows, k, d) private columns of each row, its hard negatives or slow positives, with gradient; or None.
         private_ids: (rows, k) their ids on the candidates' side, `NO_ID` for none; or None.
-        shared_ids: (C - views · size,) the same of the columns that are not the samples'.
-        shared_copies: (C - views · size,) which of them are left out, since they stand for an item a second time or for
-            none; None without any.
-        private_copies: (rows, k) the same of ``private``.
+        shared_ids: (C - views · size,) ids of the shared columns that are not the samples'.
+        shared_copies: (C - views · size,) which of these are left out, because they repeat an item or stand for none;
+            None if none are.
+        private_copies: (rows, k) the same for ``private``.
         layout: where a row's own columns are.
-        known: what is known of the samples beyond that; None for nothing.
-        num_remembered: how many of the last columns are remembered.
+        known: what else is known of the samples; None for nothing.
+        num_remembered: how many of the shared columns, the last ones, are remembered.
         slow: (views · size, d) unit vectors of the samples' columns by a momentum encoder; or None.
     """
 
@@ -99,9 +100,10 @@ class Contrast:
     slow: Tensor | None = None
 
     def with_remembered(self, ids: Tensor, vectors: Tensor) -> Contrast:
-        """Compare all rows with further candidates: ids (k,), some `NO_ID`, which are left out, and vectors (k, d).
+        """Also compare all rows with remembered candidates: ids (k,) and vectors (k, d).
 
-        What comes a second time is left out too, and what is in the batch: there it is fresher.
+        Left out are ids that are `NO_ID`, ids that come a second time, and ids in the batch, where the vectors are
+        fresher.
         """
         met = self._met_ids()
         left_out = ~first_of(torch.cat([met, ids]))[len(met) :] | (ids == NO_ID)
@@ -115,23 +117,23 @@ class Contrast:
         )
 
     def with_queue(self, ids: Tensor, partners: Tensor, vectors: Tensor) -> Contrast:
-        """Draw the rows to their positives' slow vectors, and compare them with a queue.
+        """Pull the rows to their positives' slow vectors, and also compare them with a queue.
 
-        What is in the batch is left out: there it is fresher, and may be the row's own; what is paired with what is in
-        the batch; and what was queued again since.
+        Three kinds of queued candidates are left out: those in the batch, where they are fresher and may be the row's
+        own; those that came with an anchor in the batch; and those that were queued again later.
 
         Args:
-            ids: (k,) of candidates, newest first, some `NO_ID`.
-            partners: (k, p) of anchors that they came with, some `NO_ID`.
-            vectors: (k, d) of the candidates.
+            ids: (k,) ids of the candidates, newest first, some `NO_ID`.
+            partners: (k, p) ids of the anchors that they came with, some `NO_ID`.
+            vectors: (k, d) slow vectors of the candidates.
         """
         assert self.slow is not None
         met = torch.isin(ids, self._met_ids()) & (ids != NO_ID)
         if self.anchor_ids is not None:
             met |= (torch.isin(partners, self.anchor_ids) & (partners != NO_ID)).any(1)
-            met |= torch.isin(ids, ids[met & (ids != NO_ID)])  # which is one item, whatever else it came with
+            met |= torch.isin(ids, ids[met & (ids != NO_ID)])  # equal ids are one item, whatever they came with
         once = self.column_views if self.candidate_ids is not None and self.candidate_ids.ndim == 1 else 1
-        met |= ~first_of(ids, once) & (ids != NO_ID)  # each view, where these have one id
+        met |= ~first_of(ids, once) & (ids != NO_ID)  # once for each view, where views share an id
         columns = torch.cat([self.candidate_vectors, vectors]) if len(ids) else self.candidate_vectors
         with_queue = replace(
             self,
@@ -142,7 +144,7 @@ class Contrast:
         return with_queue._with_positives(self.slow[self.layout.positives])
 
     def _with_positives(self, vectors: Tensor) -> Contrast:
-        """Put positives (rows, P, d) in the place of the samples' own: private columns, which are no negatives."""
+        """Use positives (rows, P, d) instead of the samples' own, as private columns that are no negatives."""
         private, shape = vectors, vectors.shape[:2]
         ids, no_negatives = self.shared_ids.new_full(shape, NO_ID), self.shared_ids.new_ones(shape, dtype=torch.bool)
         if self.private is not None and self.private_ids is not None and self.private_copies is not None:
@@ -159,13 +161,13 @@ class Contrast:
         )
 
     def partners(self) -> Tensor:
-        """(views · size, p) ids that the samples' columns come with: of the other views, or of the other tower."""
+        """(views · size, p) ids of the samples' partners, by column: of the other views, or of the other tower."""
         size, views = self.ranks.size, self.column_views
         if self.anchor_ids is None:
             return self.shared_ids.new_empty(views * size, 0)
         if self.anchors != self.candidates:
             return self.anchor_ids.view(size, -1).repeat(views, 1)
-        if self.anchor_ids.ndim == 1:  # all views have one
+        if self.anchor_ids.ndim == 1:  # all views share one
             return self.anchor_ids.new_empty(views * size, 0)
         return torch.cat([self.anchor_ids.roll(-view, 1)[:, 1:] for view in range(views)])
 
@@ -180,7 +182,7 @@ class Contrast:
 
     @cached_property
     def remembered(self) -> slice:
-        """Columns that are remembered."""
+        """The slice of the columns that are remembered."""
         return slice(len(self.columns) - self.num_remembered, len(self.columns))
 
     @cached_property
@@ -195,33 +197,33 @@ class Contrast:
 
     @cached_property
     def row_views(self) -> int:
-        """Rows a sample."""
+        """Rows per sample."""
         return len(self.rows) // self.ranks.local
 
     @cached_property
     def column_views(self) -> int:
-        """Columns a sample."""
+        """Columns per sample."""
         return (len(self.columns) - len(self.shared_ids)) // self.ranks.size
 
     @property
     def num_further(self) -> int:
-        """What a row meets beside the samples' columns."""
+        """Number of columns that a row is compared with in addition to the samples'."""
         return len(self.shared_ids) + (0 if self.private is None else self.private.shape[1])
 
     @property
     def num_hard(self) -> int:
-        """Hard negatives that a row meets."""
+        """Number of these that are not remembered: hard negatives and, with a queue, the queue and slow positives."""
         return self.num_further - self.num_remembered
 
     def negatives_in_data(self, num_samples: int) -> int:
-        """Count a row's negatives in data of so many samples, or views where these have an id each."""
+        """Count a row's negatives in data of ``num_samples`` samples (views, with an id per view)."""
         views = self.column_views
         by_view = self.candidate_ids is not None and self.candidate_ids.ndim == 2
         return num_samples - views if by_view else (num_samples - 1) * views
 
     @property
     def shared_chains(self) -> bool:
-        """Whether the rows of a sample, more than one, have one id."""
+        """Whether a sample has several rows and these share one id."""
         assert self.anchor_ids is not None
         return self.row_views > 1 and self.anchor_ids.ndim == 1
 
@@ -232,7 +234,7 @@ class Contrast:
 
     @cached_property
     def item_ids(self) -> Tensor:
-        """(size,) or (column views · size,) ids of the whole batch's candidates, which its first vectors are."""
+        """(size,) or (column views · size,) ids of the whole batch's candidates, in the order of its first vectors."""
         return flat(self.candidate_ids)
 
     @cached_property
@@ -248,7 +250,7 @@ class Contrast:
 
     @cached_property
     def copies(self) -> Tensor:
-        """(C,) columns that stand for an item a second time, no negatives of any row."""
+        """(C,) which columns repeat an item, and so are no negatives of any row."""
         later = None if self.known is None else self.known.later
         if later is None:
             later = torch.zeros(self.ranks.size, dtype=torch.bool, device=self.columns.device)
@@ -278,9 +280,9 @@ class Contrast:
         return self.ranks.my_rows(entries)
 
     def some_ids(self, ids: Tensor) -> Tensor:
-        """Return candidates' ``ids``, or where there are none one of the batch's, to be encoded and not used.
+        """Return candidates' ``ids`` or, if there are none, an id of the batch, to be encoded but not used.
 
-        What `encode` calls may be a collective, as a sharded model is: if one rank calls it all must.
+        ``encode`` may call a collective, as a sharded model does: if one rank calls it, all must.
         """
         return ids if len(ids) else self.partner_ids[:1]
 

@@ -1,4 +1,4 @@
-"""A dataset whose samples come with their index, as losses with a memory need it."""
+"""A data set whose samples come with their index, as losses with a memory need it."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ __all__ = ["IndexedDataset"]
 
 
 class IndexedDataset(Dataset[tuple[Any, int]]):
-    """A map-style dataset's samples with their indices, ``(dataset[i], i)``.
+    """Wrap a map-style dataset to yield its samples with their indices, ``(dataset[i], i)``.
 
-    A loader collates them as it does the samples, beside indices (b,), int64::
+    A loader collates the samples as usual, together with their indices (b,), int64::
 
         for (views, labels), index in DataLoader(IndexedDataset(dataset), batch_size=32, shuffle=True):
             ...
 
     Args:
-        dataset: the samples, whose number is the loss's ``num_samples``.
+        dataset: the samples; their number is the loss's ``num_samples``.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
-        """The dataset's."""
+        """Return the dataset's length."""
         return len(self.dataset)  # type: ignore[arg-type]  # of map-style ones
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Return a sample, and its index; of one that counts from the end, that from the start."""
+        """Return a sample and its index; a negative index is returned as the one from the start."""
         index = range(len(self))[index]
         return self.dataset[index], index
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, int]]:
-        """Return a batch's, which some datasets read at once."""
+        """Return the samples of a batch with their indices; some datasets read a batch at once."""
         at_once = getattr(self.dataset, "__getitems__", None)
         samples = [self.dataset[index] for index in indices] if at_once is None else at_once(indices)
         return list(zip(samples, indices, strict=True))

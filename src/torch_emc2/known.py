@@ -1,4 +1,4 @@
-"""What ids, labels and the caller know of a batch's samples: which candidates are an anchor's own, and no negatives."""
+"""What ids, labels and the caller tell of a batch's samples: which candidates are an anchor's own, not negatives."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 __all__ = ["NO_ID", "Known", "Relations", "copies", "first_of", "later", "with_further"]
 
 NO_ID = -1
-"""The id of hard negatives that have none."""
+"""The id of hard negatives that have no id."""
 
 
 class Relations(NamedTuple):
     """How some anchors are related to all candidates, (n, size) each.
 
     Attributes:
-        related: the candidate belongs to the anchor, by its id, its label or the caller's word.
-        excluded: it is no negative: it belongs to the anchor, or stands for an item a second time.
-        further: it is a further positive, by its label: each item once; None where there are no labels.
+        related: the candidate belongs to the anchor, by its id, its label or the caller's ``same``.
+        excluded: the candidate is no negative: it belongs to the anchor, or repeats an item.
+        further: the candidate is a further positive, by its label, each item once; None without labels.
     """
 
     related: Tensor
@@ -34,11 +34,11 @@ class Known:
     """What is known of the samples' pairs, in one direction; looked up for a few anchors at a time.
 
     Attributes:
-        anchor_ids: (size,) or (size, views) ids of the anchors, where any occurs twice; or None.
-        candidate_ids: the same of the candidates.
+        anchor_ids: (size,) or (size, views) ids of the anchors, if any occurs twice; or None.
+        candidate_ids: the same for the candidates.
         same: (size, size) further pairs of anchors and candidates, or None.
         labels: (size,) or None.
-        later: (size,) which candidates are an item that a sample before them has too; None for none.
+        later: (size,) which candidates are an item that an earlier sample has too; None if none are.
     """
 
     anchor_ids: Tensor | None
@@ -48,7 +48,7 @@ class Known:
     later: Tensor | None
 
     def of(self, samples: Tensor) -> Relations:
-        """Look at the anchors of ``samples`` (n,)."""
+        """Return the relations of the anchors of ``samples`` (n,)."""
         own = self._own(samples) if self._has_own else None
         alike = None if self.labels is None else self.labels[samples, None] == self.labels
         assert own is not None or alike is not None
@@ -64,7 +64,7 @@ class Known:
         return any(each is not None for each in (self.anchor_ids, self.candidate_ids, self.same))
 
     def _own(self, samples: Tensor) -> Tensor:
-        """(n, size) a sample's own candidates: its partner, one known to be, or the same item as such a one."""
+        """(n, size) a sample's own candidates: its partner, those known to be, and others of the same items."""
         size = next(len(each) for each in (self.anchor_ids, self.candidate_ids, self.same) if each is not None)
         own = samples[:, None] == torch.arange(size, device=samples.device)
         if self.anchor_ids is not None:
@@ -77,7 +77,7 @@ class Known:
 
     @cached_property
     def _same_by_item(self) -> tuple[Tensor, Tensor] | None:
-        """(items, size) what the samples with one of the anchors' items are paired with, and (size, …) their items."""
+        """(items, size) what the samples of each anchor item are paired with, and (size, …) the samples' items."""
         if self.anchor_ids is None or self.same is None:
             return None
         items, item_of = torch.unique(self.anchor_ids.view(len(self.anchor_ids), -1), return_inverse=True)
@@ -102,7 +102,7 @@ def _with_same_item(members: Tensor, ids: Tensor) -> Tensor:
 
 
 def later(ids: Tensor) -> Tensor:
-    """(size,) which samples have an item of ``ids``, (size,) or (size, views), that one before them has."""
+    """(size,) which samples have an item of ``ids``, (size,) or (size, views), that an earlier sample has."""
     items, item_of = torch.unique(ids.view(len(ids), -1), return_inverse=True)
     sample = torch.arange(len(ids), device=ids.device)[:, None].expand_as(item_of)
     first = sample.new_full((len(items),), len(ids)).scatter_reduce_(0, item_of.flatten(), sample.flatten(), "amin")
@@ -110,7 +110,7 @@ def later(ids: Tensor) -> Tensor:
 
 
 def first_of(ids: Tensor, times: int = 1) -> Tensor:
-    """(n,) bool, which of ``ids`` (n,) come for the first time, or the first few times."""
+    """(n,) bool, which of ``ids`` (n,) come for the first time, or among the first ``times`` times."""
     ordered, place = ids.sort(stable=True)
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[times:] = ordered[times:] != ordered[:-times]
@@ -118,12 +118,12 @@ def first_of(ids: Tensor, times: int = 1) -> Tensor:
 
 
 def copies(ids: Tensor | None, shared_ids: Tensor, private_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(K,) and (local, k) hard negatives that are in the batch already, or given before.
+    """(K,) and (local, k) which hard negatives are in the batch already, or were given earlier.
 
     Args:
-        ids: of the batch's candidates.
-        shared_ids: (K,) of hard negatives for all rows.
-        private_ids: (local, k) of a sample's.
+        ids: ids of the batch's candidates.
+        shared_ids: (K,) ids of the hard negatives for all rows.
+        private_ids: (local, k) ids of each sample's hard negatives; or None.
     """
     items = shared_ids[:0] if ids is None else ids.flatten()
     shared = ~first_of(torch.cat([items, shared_ids]))[len(items) :] & (shared_ids != NO_ID)
@@ -134,7 +134,7 @@ def copies(ids: Tensor | None, shared_ids: Tensor, private_ids: Tensor | None) -
 
 
 def with_further(positives: Tensor, further: Tensor, sample_columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Add ``further`` positives (rows, columns) to a row's own (rows, P): their columns, and weights, zero for none."""
+    """Add ``further`` positives (rows, columns) to a row's own (rows, P): their columns and weights, zero for none."""
     mask = further.scatter(1, sample_columns, False).scatter(1, positives, True)
     count = mask.sum(1, keepdim=True)
     columns = mask.long().argsort(dim=1, descending=True, stable=True)[:, : int(count.max())]

@@ -31,7 +31,7 @@ __all__ = [
     "save_encoder",
 ]
 
-SMALL_IMAGE = 64  # pixels; up to here a stride-2 convolution and a pooling would throw away too much
+SMALL_IMAGE = 64  # pixels; up to this size a stride-2 convolution and a pooling would throw away too much
 
 
 class Encoder(nn.Module):
@@ -83,9 +83,9 @@ def build_encoder(config: ModelConfig, channels: int, image_size: int) -> Encode
     """Build the encoder that training starts from, for square images.
 
     Raises:
-        ValueError: the backbone's name is unknown (the message lists close ones), its pretrained weights cannot be had,
-            it has no stem that "small" could change, images of this size are too small for it, or `feature="hidden"`
-            without a hidden layer.
+        ValueError: the backbone's name is unknown (the message lists close ones), its pretrained weights are not
+            available, it has no stem that "small" could change, images of this size are too small for it, or
+            `feature="hidden"` is set without a hidden layer.
     """
     if not config.pretrained:
         return Encoder(Architecture(config.backbone), config, channels, image_size)
@@ -98,10 +98,10 @@ def adapt_backbone(backbone: nn.Module, norm: Norm, small_stem: bool) -> nn.Modu
 
     Args:
         backbone: as `timm.create_model` returns it.
-        norm: what stands in the place of every `BatchNorm2d`. Group norms start with the batch norm's scale and shift,
+        norm: what replaces every `BatchNorm2d`. Group norms start with the batch norm's scale and shift,
             so that residual blocks which start as the identity still do. timm's fused norm-and-activation layers keep
             their activation.
-        small_stem: 3x3 first convolution with stride 1, no max pool.
+        small_stem: use a 3x3 first convolution with stride 1, and no max pool.
     """
     if norm != "batch":
         _replace_batch_norms(backbone, _group_norm if norm == "group" else _no_norm)
@@ -114,8 +114,8 @@ def save_backbone(encoder: Encoder, path: str | Path) -> None:
     """Write the backbone's weights, under timm's own keys, to a safetensors file.
 
     With `norm="batch"` and the standard stem, `timm.create_model(name, num_classes=0, in_chans=channels,
-    checkpoint_path=path)` loads it, whose images are then yours to normalise, where they were for pretrained weights.
-    `load_backbone` always does: the file's metadata says how to build the model.
+    checkpoint_path=path)` loads it; if the weights were pretrained, you then have to normalise images yourself.
+    `load_backbone` loads it in every case: the file's metadata says how to build the model.
     """
     _save(encoder.backbone, encoder, path)
 
@@ -123,7 +123,7 @@ def save_backbone(encoder: Encoder, path: str | Path) -> None:
 def load_backbone(path: str | Path) -> nn.Module:
     """Rebuild the backbone that `save_backbone` wrote, in evaluation mode on the CPU.
 
-    It takes images (b, c, s, s) in [0, 1], which it normalises where training did, and gives (b, width).
+    It takes images (b, c, s, s) in [0, 1], normalises them if training did, and returns (b, width).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -164,9 +164,9 @@ def _build_backbone(
     image_size: int,
     weights: Mapping[str, Tensor] | None,
 ) -> nn.Module:
-    """Build a backbone with the weights that timm has of it, or random ones, and adapt it."""
+    """Build a backbone with the given weights, or random ones, and adapt it."""
     backbone = architecture.build(channels, image_size)
-    if weights is not None:  # and a classifier's, which is gone
+    if weights is not None:  # they include a classifier's, which is dropped
         backbone.load_state_dict({name: weights[name] for name in backbone.state_dict()})
     if config.stem == "small" and not _has_resnet_stem(backbone):
         raise ValueError(f"backbone {config.backbone!r} has no conv1 and maxpool to make small; set stem='standard'")
@@ -245,7 +245,7 @@ def _shrink_stem(backbone: nn.Module) -> None:
 
 
 def _save(module: nn.Module, encoder: Encoder, path: str | Path) -> None:
-    config = replace(encoder.config, pretrained=bool(encoder.config.pretrained))  # wherever the weights were
+    config = replace(encoder.config, pretrained=bool(encoder.config.pretrained))  # without the place of the weights
     recipe = {"config": asdict(config), "channels": encoder.channels, "image_size": encoder.image_size}
     recipe["architecture"] = asdict(encoder.architecture)
     weights = {key: value.contiguous() for key, value in module.state_dict().items()}
@@ -255,7 +255,7 @@ def _save(module: nn.Module, encoder: Encoder, path: str | Path) -> None:
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """Let whatever a file's content makes go wrong name the file."""
+    """Turn an error from a file's content into one that names the file."""
     try:
         yield
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """The rows of a contrast, some at a time: what they are compared with, their positives, and what is no negative.
 
-No (rows, columns) matrix is ever whole: memory is that of some rows, whatever the batch.
+The whole (rows, columns) matrix is never held: memory is that of some rows, whatever the batch size.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Positive(NamedTuple):
     Attributes:
         mean: (rows,) mean of their logits: the positive term.
         log_mass: (rows,) log Σ exp of their logits.
-        share: (rows, P) of each in that mass.
-        mean_by_mass: (rows,) mean of their logits with those shares, the derivative of the mass's logarithm times β.
+        share: (rows, P) share of each in that mass.
+        mean_by_mass: (rows,) mean of their logits with those shares; it is β times the derivative of ``log_mass`` in β.
     """
 
     mean: Tensor
@@ -42,11 +42,11 @@ class Positive(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Some of this rank's rows of a contrast. "Row" means one of these in what follows.
+    """Some of this rank's rows of a contrast. Below, "rows" are only these.
 
     Attributes:
         contrast: the direction.
-        span: which of its rows.
+        span: which of the contrast's rows.
     """
 
     contrast: Contrast
@@ -85,7 +85,7 @@ class Rows:
 
     @cached_property
     def relations(self) -> Relations | None:
-        """How the rows' samples are related to all."""
+        """How the rows' samples are related to all samples."""
         return None if self.contrast.known is None else self.contrast.known.of(self.samples)
 
     @cached_property
@@ -104,12 +104,12 @@ class Rows:
 
     @property
     def positive_weights(self) -> Tensor:
-        """(rows, P) of each in the positive term, summing to one; zero where a row has fewer than P."""
+        """(rows, P) weight of each in the positive term, summing to one; zero where a row has fewer than P."""
         return self._positives[1]
 
     @cached_property
     def no_negatives(self) -> Tensor | None:
-        """(rows, C + k) columns that are no negatives, beside ``sample_columns``; None for none."""
+        """(rows, C + k) columns that are no negatives, in addition to ``sample_columns``; None for none."""
         contrast = self.contrast
         if self.relations is None and not contrast.num_further:
             return None
@@ -123,7 +123,7 @@ class Rows:
         return torch.cat([self._in_columns(self.relations.excluded), *hard], 1)
 
     def _in_columns(self, of_samples: Tensor) -> Tensor:
-        """Say of columns, the samples', what is said of samples (rows, size)."""
+        """Expand what is said of samples, (rows, size), to the samples' columns."""
         return of_samples.repeat(1, self.contrast.column_views)
 
     @cached_property
@@ -144,30 +144,30 @@ class Rows:
 
     @cached_property
     def log_with_remembered(self) -> Tensor:
-        """(rows,) log(all negatives / negatives that are not remembered), by which κ grows.
+        """(rows,) log(all negatives / negatives that are not remembered), which is added to log κ.
 
-        What is remembered counts once a view, since it is in every set of proposals.
+        A remembered negative counts once per view, since it is in every set of proposals.
         """
         assert self.no_negatives is not None
         remembered = (~self.no_negatives[:, self.contrast.remembered]).sum(1) * self.contrast.column_views
         return (remembered / self.num_negatives).to(self.vectors.dtype).log1p()
 
     def log_mass_in_batch(self, logits: Tensor) -> Tensor:
-        """(rows,) log Σ exp of the negatives that are not remembered, among logits (rows, C + k), which are masked."""
+        """(rows,) log Σ exp over the negatives that are not remembered, from masked logits (rows, C + k)."""
         remembered, private = self.contrast.remembered, logits[:, len(self.columns) :]
         among = logits[:, : remembered.start]
         return (torch.cat([among, private], 1) if private.shape[1] else among).logsumexp(1)
 
     def similarities(self, scale: float | Tensor = 1.0) -> Tensor:
-        """Compare rows with the columns, and with their private ones: (rows, C + k), times ``scale``."""
+        """Return the rows' similarities to shared and private columns, (rows, C + k), times ``scale``."""
         rows = self.vectors * scale
-        shared = (self.columns @ rows.T).T  # a column's similarities are neighbours in memory: chains walk abreast
+        shared = (self.columns @ rows.T).T  # contiguous by column, for chains that move side by side
         if self.private is None:
             return shared
         return torch.cat([shared, torch.bmm(self.private, rows[:, :, None])[:, :, 0]], 1)
 
     def positive(self, logits: Tensor) -> Positive:
-        """Look at the positives among logits (rows, C + k)."""
+        """Return the positives among logits (rows, C + k)."""
         each, weights = logits.gather(1, self.positives), self.positive_weights
         if each.shape[1] == 1:
             return Positive(each[:, 0], each[:, 0], weights, each[:, 0])
@@ -176,13 +176,13 @@ class Rows:
         return Positive((each * weights).sum(1), log_mass, share, (each * share).sum(1))
 
     def mask_(self, logits: Tensor) -> Tensor:
-        """Set to -inf what is no negative in logits (rows, C + k)."""
+        """Set logits (rows, C + k) to -inf where a column is no negative."""
         if self.no_negatives is not None:
             logits.masked_fill_(self.no_negatives, -torch.inf)
         return logits.scatter_(1, self.sample_columns, -torch.inf)
 
     def known_related(self, ids: Tensor) -> Tensor:
-        """(rows, j) which of candidates' ``ids`` (rows, j) are known to be the row's own, no negatives."""
+        """(rows, j) which of candidates' ``ids`` (rows, j) are known to be the row's own, and so no negatives."""
         contrast = self.contrast
         if self.relations is None and contrast.item_ids.shape == (contrast.ranks.size,):
             return ids == self.of(contrast.partner_ids)[:, None]  # which is never `NO_ID`
@@ -193,7 +193,7 @@ class Rows:
         return (ids[:, :, None] == own[:, None]).any(2) & (ids != NO_ID)
 
     def ids_at(self, columns: Tensor, *, hide_sample: bool) -> Tensor:
-        """Return the ids (rows, j) at some of each row's columns; `NO_ID` at its own sample's, if some may be."""
+        """Return the ids (rows, j) at ``columns`` (rows, j); with ``hide_sample``, `NO_ID` at its own sample's."""
         ids, private_ids = self.contrast.column_ids, self.contrast.private_ids
         if private_ids is None:
             at = ids[columns]
@@ -206,7 +206,7 @@ class Rows:
 
     @property
     def private_proposal_ids(self) -> Tensor | None:
-        """(rows, k) ids of the row's own hard negatives, `NO_ID` where there is none or one that is no negative."""
+        """(rows, k) ids of the row's private columns, `NO_ID` where there is none or it is no negative; or None."""
         private_ids, none = self.contrast.private_ids, self.no_negatives
         if private_ids is None or none is None:
             return None
@@ -214,7 +214,7 @@ class Rows:
 
 
 def parts(contrast: Contrast, width: int = 0) -> Iterator[Rows]:
-    """Yield the rows in blocks, whose similarities, with ``width`` further numbers a row, are quick to go through."""
+    """Yield the rows in blocks, whose similarities, and ``width`` more numbers per row, are few enough to be fast."""
     at_once = _AT_ONCE.get(contrast.rows.device.type, _AT_ONCE_ELSEWHERE)
     step = max(_FEWEST_ROWS, at_once // (len(contrast.columns) + contrast.num_further + width))
     for start in range(0, len(contrast.rows), step):
@@ -230,9 +230,9 @@ def known_related(contrast: Contrast, ids: Tensor) -> Tensor:
 
 
 class RowBuffer:
-    """What parts say of their rows, tensors (rows, …), put together as it comes.
+    """Collects tensors (rows, …) of the parts into tensors of all rows, as they come.
 
-    A list of them would not do: small tensors that stay among the large ones that go tear the heap into holes.
+    A list of them would not do: small tensors that stay, among large ones that are freed, fragment the heap.
 
     Attributes:
         tensors: (all rows, …) each, when all are added.
@@ -242,7 +242,7 @@ class RowBuffer:
         self.tensors: tuple[Tensor, ...] = ()
 
     def add(self, rows: Rows, *of_rows: Tensor) -> None:
-        """Add the next rows'."""
+        """Add the tensors of the next rows."""
         num_rows = len(rows.contrast.rows)
         if rows.span == slice(0, num_rows):
             self.tensors = of_rows

@@ -1,4 +1,4 @@
-"""The temperature: what similarities are divided by; a number, or learnt."""
+"""The temperature that similarities are divided by: a number, or learnt."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 __all__ = ["Temperature", "require_temperature"]
 
-_COLDEST = 1e-30  # colder, float32 overflows
+_COLDEST = 1e-30  # below this, float32 overflows
 
 
 class Temperature(nn.Module):
     """A temperature that is learnt, by CLIP's convention (Radford et al. 2021): ``logit_scale`` is log β, clamped.
 
-    Give it to a loss as its ``temperature``; the loss's parameters then have it, for the optimiser.
+    Pass it to a loss as its ``temperature``; it is then among the loss's parameters, for the optimiser.
 
-    On several ranks each has the gradient of its own rows: let DDP wrap the loss with the encoder, or average the
-    parameter's gradient as the encoder's.
+    On several ranks each has the gradient of its own rows only: let DDP wrap the loss together with the encoder, or
+    average this parameter's gradient as you average the encoder's.
 
     Args:
-        value: to start from.
-        min: never colder than this; CLIP's is 0.01.
+        value: initial temperature.
+        min: lowest temperature; CLIP's is 0.01.
 
     Example::
 
@@ -41,7 +41,7 @@ class Temperature(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(value)))
 
     def forward(self) -> Tensor:
-        """Return β, a scalar with gradient; a parameter that an optimiser has led too far is set back first."""
+        """Return β, a scalar with gradient; a parameter that is beyond the limit is first set back to it."""
         with torch.no_grad():
             self.logit_scale.clamp_(max=-math.log(self.min))
         return self.logit_scale.exp()
@@ -52,7 +52,7 @@ class Temperature(nn.Module):
 
 
 def require_temperature(value: Any) -> float:
-    """Return a temperature that must be a positive number, of Python's or NumPy's."""
+    """Return a temperature as a float. It must be a positive number, of Python's or NumPy's types."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         learnt = isinstance(value, Tensor)
         got = f"a {type(value).__name__}: to learn it give Temperature(0.07)" if learnt else repr(value)

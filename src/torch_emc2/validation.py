@@ -17,18 +17,18 @@ Towers = Literal[1, 2]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one rank gives to a call.
+    """One rank's input of a call.
 
     Attributes:
         size: samples b.
-        views: of a sample on each side.
-        vectors: of each side (views · b, d) unit vectors, view by view.
-        ids: of each side (b,) or (b, views) int64, where they were given; or None.
-        hard: hard negatives, (k, d) unit vectors for all rows or (b, k, d) a sample, or None.
+        views: views of a sample on each side.
+        vectors: for each side (views · b, d) unit vectors, view by view.
+        ids: for each side (b,) or (b, views) int64, if they were given; or None.
+        hard: hard negatives, (k, d) unit vectors for all rows or (b, k, d) for each sample, or None.
         hard_ids: (k,) or (b, k) int64, -1 where they have none; or None.
         same: (b, b) bool, or None.
         labels: (b,) int64, or None.
-        slow: of each side (views · b, d) unit vectors, by a momentum encoder, without gradient; or None.
+        slow: for each side (views · b, d) unit vectors by a momentum encoder, without gradient; or None.
     """
 
     size: int
@@ -59,7 +59,7 @@ def validate_inputs(
     """Validate one rank's arguments of a call (`ContrastiveLoss.forward` says what they are), and normalise embeddings.
 
     Raises:
-        ValueError, TypeError: one cannot be used.
+        ValueError, TypeError: an argument cannot be used.
     """
     for name, value in (("y", y), ("hard", hard), ("same", same)):
         if value is not None and not isinstance(value, Tensor):
@@ -96,7 +96,7 @@ def validate_inputs(
 
 
 def unique_ids(ids: Tensor, num_samples: int | None) -> Tensor:
-    """Validate ids of any shape, as a loss is called with, and return the different ones (k,), int64."""
+    """Validate ids of any shape, as a loss is called with, and return the distinct ones (k,), int64."""
     _validate_integers("index", ids)
     ids = torch.unique(ids.to(torch.int64))
     if len(ids):
@@ -105,7 +105,7 @@ def unique_ids(ids: Tensor, num_samples: int | None) -> Tensor:
 
 
 def validate_range(name: str, ids: list[int], num_samples: int | None) -> None:
-    """Raise IndexError where one of some ids, at least one, cannot be one of ``num_samples``, or of any."""
+    """Raise IndexError if one of some ids, at least one, is not in [0, num_samples), or without that is -1."""
     if num_samples is None:
         if -1 in ids:
             raise IndexError(f"{name} -1 is reserved, it marks an empty chain: number that sample otherwise")
@@ -147,7 +147,7 @@ def _normalised(x: Tensor, y: Tensor | None, towers: Towers, *names: str) -> tup
 
 
 def _validate_slow(slow: object, x: Tensor, y: Tensor | None, towers: Towers, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return unit vectors of each side as those of x and y are, without gradient."""
+    """Return unit vectors of each side, in the order of those of x and y, without gradient."""
     given, like = (slow, (x, y)) if y is not None else ((slow,), (x,))
     names = ("slow",) if y is None else ("slow[0]", "slow[1]")
     if not isinstance(given, tuple | list) or len(given) != len(like):

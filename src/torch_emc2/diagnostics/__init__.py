@@ -1,5 +1,8 @@
-"""How wrong an estimator's gradient is, at fixed embeddings, and why: the target that a chain has to draw from, and how
-stale what it carries is. `diagnostics.estimators` measures all of the library's at an encoder's weights."""
+"""How wrong an estimator's gradient is at fixed embeddings, and why.
+
+The reasons measured are the target that a chain has to draw from, and how stale the scores that it carries are.
+`diagnostics.estimators` measures all of the library's estimators at an encoder's weights.
+"""
 
 from torch_emc2.diagnostics.embeddings import clustered_embeddings, clustered_pairs
 from torch_emc2.diagnostics.gradient import (

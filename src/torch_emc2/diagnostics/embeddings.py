@@ -1,4 +1,4 @@
-"""Fixed embeddings to measure at: data sets with hard negatives."""
+"""Fixed embeddings to measure at: synthetic data sets with hard negatives."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def clustered_embeddings(
     """Unit vectors of each sample's views around random centres: a data set with hard negatives, (num_samples, views,
     dim).
 
-    ``spread`` is the length of a sample's random offset from its unit centre, ``view_spread`` of a view's from its
-    sample.
+    ``spread`` is the length of a sample's random offset from its unit centre, ``view_spread`` that of a
+    view's offset from its sample.
     """
     offset = _offsets(dim, seed)
     samples = _samples(num_samples, clusters, spread, offset)
@@ -48,7 +48,7 @@ def clustered_pairs(
     """Unit vectors of queries and of their keys, (num_samples, dim) each, around random centres.
 
     A key is near its sample and a query farther from it: ``key_spread`` and ``query_spread`` are the lengths of their
-    random offsets. All queries lie off by one vector more, of length ``gap``, as two encoders' embeddings do.
+    random offsets. All queries are shifted by one more vector, of length ``gap``, as two encoders' embeddings are.
     """
     offset = _offsets(dim, seed)
     samples = _samples(num_samples, clusters, spread, offset)
@@ -58,7 +58,7 @@ def clustered_pairs(
 
 
 def _offsets(dim: int, seed: int) -> Callable[..., Tensor]:
-    """Return what draws vectors of about unit length, in a given shape."""
+    """Return a function that draws vectors of about unit length, in a given shape."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, dim, generator=generator) / math.sqrt(dim)
 

@@ -30,20 +30,21 @@ _CHUNK = 128  # samples whose graph is in memory at a time
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was measured.
+    """Everything that was measured.
 
     Attributes:
         samples: number of images, with two fixed views each.
-        batch_size: samples a batch.
+        batch_size: samples per batch.
         temperature: 1 / β.
         positive_weight: κ of every estimator; None where each has its own.
-        positive_mass: what the positive counts for in the exact objective, where each negative counts 1.
-        burn_in: that of the kernel metropolis.
-        runs: independent ones that each error is a mean over, after ``mixing_epochs``.
+        positive_mass: mass of the positive in the exact objective, where each negative has mass 1.
+        burn_in: burn-in of the kernel metropolis.
+        runs: number of independent runs that each error is a mean over, after ``mixing_epochs``.
         mixing_epochs: epochs before the first that counts.
         target: the distribution that the chains draw from.
-        errors: of each estimator.
-        staleness: of the scores that the run's chains keep; None where it has no chains, or no checkpoint any more.
+        errors: errors of each estimator, by title.
+        staleness: staleness of the scores that the run's chains keep; None if it has no chains, or its checkpoint is
+            gone.
     """
 
     samples: int
@@ -78,20 +79,23 @@ def diagnose(
     further: Mapping[str, MakeLoss] | None = None,
     staleness: Staleness | None = None,
 ) -> Diagnosis:
-    """Measure every estimator at the encoder's weights, with a progress bar on a terminal, a line each without one.
+    """Measure every estimator at the encoder's weights.
+
+    Progress is shown as a bar on a terminal, and elsewhere as one log line per estimator.
 
     Args:
-        encoder: images to embeddings, put in evaluation mode.
-        views: images (m, 2, c, s, s), two fixed views a sample.
+        encoder: maps images to embeddings; it is put in evaluation mode.
+        views: images (m, 2, c, s, s), two fixed views per sample.
         temperature: 1 / β.
-        batch_size: samples a batch, from 2 to m.
+        batch_size: samples per batch, from 2 to m.
         positive_weight: κ of every estimator, and so of the exact objective; by default each has its own, and the
             objective is the paper's, without the positive.
-        burn_in: that of the kernel metropolis.
+        burn_in: burn-in of the kernel metropolis.
         epochs: the largest number of epochs averaged.
         mixing_epochs: epochs before the first that counts, in which chains and averages settle.
-        further: estimators beside the library's, by title: each from a seed, with ids below views · m, a view each.
-        staleness: goes into the result as it is.
+        further: estimators in addition to the library's, by title: each builds a loss from a seed, with ids below 2 ·
+            m, one per view.
+        staleness: copied into the result.
     """
     if not 2 <= batch_size <= len(views):
         raise ValueError(f"batch_size must be from 2 to the {len(views)} samples, got {batch_size}; change either")

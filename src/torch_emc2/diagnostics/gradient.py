@@ -28,8 +28,9 @@ __all__ = [
 
 IdsOf = Literal["sample", "view"]
 MakeLoss = Callable[[int], Callable[..., Tensor]]
-"""Makes a fresh loss from a seed: of this library, or anything that is called like it and returns a scalar. Where it
-has numbers of its own (``last``), they are averaged too."""
+"""Builds a fresh loss from a seed: one of this library, or anything that is called like it and returns a scalar.
+
+If it has numbers of its own (``last``), they are averaged too."""
 
 _CHUNK = 4096  # rows and columns of similarities in memory at a time
 
@@ -40,13 +41,15 @@ class GradientError:
 
     Attributes:
         epochs: numbers of epochs averaged: 1, 2, 4 … and the largest.
-        squared_error: of the mean gradient of that many epochs: bias and what is left of the variance.
-        squared_bias: what remains however many epochs are averaged. Of two independent runs' errors the inner product,
-            in which variance drops out; mean over all pairs of runs. May fall below zero by chance.
-        standard_error: of ``squared_bias``, over the pairs (which share runs: a guide, not a test).
-        variance: one epoch's squared error less the squared bias.
-        last: the loss's own numbers (``loss_fn.last``), mean over the batches of all epochs averaged; of one tower.
-        at_parameters: the same errors of the gradient at the parameters, where it was asked for.
+        squared_error: for each of these, the squared error of the mean gradient of that many epochs: squared bias and
+            what is left of the variance.
+        squared_bias: what remains however many epochs are averaged: the inner product of two independent runs' errors,
+            in which variance cancels, averaged over all pairs of runs. It may be below zero by chance.
+        standard_error: standard error of ``squared_bias`` over the pairs (which share runs: a guide, not a test).
+        variance: one epoch's squared error minus the squared bias.
+        last: the loss's own numbers (``loss_fn.last``), averaged over the batches of all epochs averaged; with one
+            tower.
+        at_parameters: the same errors of the gradient at the parameters, if it was asked for.
     """
 
     epochs: list[int]
@@ -64,7 +67,7 @@ class GradientError:
 
 
 class TwoTowerError(NamedTuple):
-    """Errors of the gradient in both sides' embeddings, in β, and at the parameters, where they were asked for."""
+    """Errors of the gradient in both sides' embeddings, in β and, if asked for, at the parameters."""
 
     x: GradientError
     y: GradientError
@@ -73,7 +76,10 @@ class TwoTowerError(NamedTuple):
 
 
 def at_rest(loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Call a loss as at an encoder that does not move, whose momentum encoder, if the loss needs one, is itself."""
+    """Return a loss as it is called at an encoder that does not move.
+
+    If the loss needs a momentum encoder, that is the encoder itself.
+    """
     if not getattr(loss_fn, "needs_slow", False):
         return loss_fn
     return lambda x, y, *args, **further: loss_fn(x, y, *args, slow=(x.detach(), y.detach()), **further)
@@ -92,21 +98,21 @@ def gradient_error(
     runs: int = 4,
     to_parameters: Callable[[Tensor], Tensor] | None = None,
 ) -> GradientError:
-    """Measure the gradient at fixed embeddings, averaged over epochs of random batches.
+    """Measure the error of a loss's gradient at fixed embeddings, averaged over epochs of random batches.
 
     Args:
-        make_loss: a fresh loss for a seed, called as ``loss(z1, z2, index, encode=…)``, with ids below m, or below
-            m · views with an id a view: its ``num_samples``.
-        z: (m, views, d) embeddings; of more than two views, each visit of a sample draws two.
+        make_loss: builds a fresh loss from a seed. It is called as ``loss(z1, z2, index, encode=…)``, with ids below m,
+            or below m · views with an id per view: its ``num_samples``.
+        z: (m, views, d) embeddings; with more than two views, each visit of a sample draws two.
         temperature: the loss's, 1 / β.
-        batch_size: samples a batch; each epoch is a random order, what does not fill a batch is left out.
-        ids: ``"sample"`` gives the loss an ``index`` (b,); ``"view"`` one of (b, 2), ids views · sample + view.
-        positive_mass: of the exact objective, `torch_emc2.exact.global_contrastive_loss`.
-        epochs: averaged in each run, after ``mixing_epochs`` that let chains and averages settle.
-        runs: independent in their batches and in their loss's seed; at least 2.
-        to_parameters: the linear map from gradients at ``z`` to flat ones at the parameters, as `parameter_gradient`
-            makes it. It is costly, so less is averaged there: of each run the first epoch and the mean over all, and
-            what is between from the first epochs of the first run.
+        batch_size: samples per batch; each epoch is a random order, and what does not fill a batch is left out.
+        ids: ``"sample"`` gives the loss an ``index`` (b,); ``"view"`` one of (b, 2), with ids views · sample + view.
+        positive_mass: positive mass of the exact objective, `torch_emc2.exact.global_contrastive_loss`.
+        epochs: number of epochs averaged in each run, after ``mixing_epochs`` in which chains and averages settle.
+        runs: number of runs, independent in their batches and in their loss's seed; at least 2.
+        to_parameters: linear map from gradients at ``z`` to flat ones at the parameters, as `parameter_gradient` makes
+            it. It is costly, so fewer means are mapped: of each run the first epoch and the mean over all, and the
+            numbers of epochs between from the start of the first run only.
     """
     _require(len(z), batch_size, epochs, runs)
     z, views = z.detach().requires_grad_(), z.shape[1]
@@ -151,20 +157,21 @@ def two_tower_error(
     runs: int = 4,
     to_parameters: Callable[[Tensor], Tensor] | None = None,
 ) -> TwoTowerError:
-    """Measure the gradient in two towers' fixed embeddings and in β, as `gradient_error` does that of one.
+    """Measure the gradient's error in two towers' fixed embeddings and in β, as `gradient_error` does for one tower.
 
     Args:
-        make_loss: a fresh loss for a seed, called as ``loss(x, y, index, encode=(encode_x, encode_y), logit_scale=β)``.
+        make_loss: builds a fresh loss from a seed. It is called as
+            ``loss(x, y, index, encode=(encode_x, encode_y), logit_scale=β)``.
         x: (m, d) embeddings.
-        y: (m, d) those they are paired with.
+        y: (m, d) embeddings of x's partners.
         temperature: 1 / β.
-        batch_size: pairs a batch.
+        batch_size: pairs per batch.
         directions: the loss's.
-        positive_mass: of the exact objective, `torch_emc2.exact.two_tower_loss`.
-        epochs: as in `gradient_error`, and so on.
+        positive_mass: positive mass of the exact objective, `torch_emc2.exact.two_tower_loss`.
+        epochs: as in `gradient_error`.
         mixing_epochs: likewise.
         runs: likewise.
-        to_parameters: likewise, of x and y as two views: from (k, m, 2, d).
+        to_parameters: likewise, with x and y as two views: from (k, m, 2, d).
     """
     _require(len(x), batch_size, epochs, runs)
     x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
@@ -196,9 +203,9 @@ def parameter_gradient(
     Each call embeds again, chunk by chunk, so that memory does not hold the graph of all samples.
 
     Args:
-        embed: ids (k,) -> embeddings (k, views, d); the same for the same ids, whatever chunk they come in (no batch
-            norm in training mode).
-        parameters: what to differentiate by.
+        embed: function from ids (k,) to embeddings (k, views, d), which must be the same for the same ids, whatever
+            chunk they come in (no batch norm in training mode).
+        parameters: the parameters to differentiate with respect to.
         num_samples: ids are 0 … num_samples - 1.
         chunk_size: samples embedded at a time.
     """
@@ -230,10 +237,10 @@ class _Errors:
         self.exact, self.norm = exact, exact.square().sum()
         lengths = [*(2**k for k in range(epochs.bit_length()) if 2**k < epochs), epochs]
         self.squared: dict[int, list[Tensor]] = {n: [] for n in lengths}
-        self.longest: list[Tensor] = []  # one a run
+        self.longest: list[Tensor] = []  # one per run
 
     def add(self, epoch: int, gradient: Tensor) -> list[tuple[int, Tensor]]:
-        """Take the gradient of a run's epoch, from 1; return the means that it completes, and of how many."""
+        """Add the gradient of a run's epoch, counted from 1; return the means that it completes, with their epochs."""
         if epoch == 1:
             self.sums = {n: torch.zeros_like(self.exact) for n in self.squared}
         means = []
@@ -262,13 +269,13 @@ class _Errors:
 
 
 class _AtParameters:
-    """Errors of the few mean gradients that are taken on to the parameters."""
+    """Errors of the few mean gradients that are mapped to the parameters."""
 
     def __init__(self, exact: Tensor, epochs: int) -> None:
         self.epochs, self.means = epochs, [(0, exact)]
 
     def add(self, run: int, epoch: int, means: list[tuple[int, Tensor]]) -> None:
-        """Take what `_Errors.add` returns."""
+        """Add what `_Errors.add` returns."""
         self.means += [(n, mean) for n, mean in means if epoch == n and (run == 0 or n in (1, self.epochs))]
 
     def summary(self, to_parameters: Callable[[Tensor], Tensor] | None) -> GradientError | None:
@@ -291,9 +298,9 @@ def _epochs(
     mixing_epochs: int,
     runs: int,
 ) -> Iterator[tuple[int, int, list[Tensor], dict[str, float]]]:
-    """Yield run, epoch from 1, and the means over its batches: of the gradients at ``leaves``, of the loss's numbers.
+    """Yield run, epoch (from 1), and means over its batches: of the gradients at ``leaves``, of the loss's numbers.
 
-    The first of ``leaves`` has a row a sample; ``visit`` gives a batch's loss.
+    The first of ``leaves`` has one row per sample; ``visit`` returns a batch's loss.
     """
     batches = len(leaves[0]) // batch_size
     for run in range(runs):

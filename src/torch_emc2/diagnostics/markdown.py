@@ -1,4 +1,4 @@
-"""A diagnosis as tables to read."""
+"""A diagnosis as Markdown tables."""
 
 from __future__ import annotations
 

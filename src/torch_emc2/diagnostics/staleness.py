@@ -17,11 +17,11 @@ class Staleness:
 
     Attributes:
         chains: number compared.
-        median: of the absolute difference, over chains and the pairs of views that a chain may meet.
+        median: median absolute difference, over chains and the pairs of views that a chain may meet.
         p90: its 90th percentile.
         correlation: of stored and today's scores.
-        views_median: the same median between today's scores of disjoint views: the part that is the views' chance, not
-            age.
+        views_median: the same median between today's scores of disjoint views: the part that is due to the random
+            views and not to age.
     """
 
     chains: int
@@ -37,7 +37,7 @@ def score_staleness(stored: Tensor, anchors: Tensor, carried: Tensor, temperatur
     Args:
         stored: (k,) log scores of the similarities that the chains keep; at least 2.
         anchors: (k, 2, d) today's embeddings of two views of each chain's sample.
-        carried: (k, 2, d) of the sample it carries.
+        carried: (k, 2, d) the same for the sample that the chain carries.
         temperature: 1 / β.
     """
     today = F.normalize(anchors, dim=2) @ F.normalize(carried, dim=2).mT / temperature  # (k, 2, 2) pairs of views

@@ -17,19 +17,19 @@ _SIMILARITIES = 4096**2  # in memory at a time
 
 @dataclass(frozen=True)
 class Target:
-    """The softmax over all N negatives that each row's chain has to draw from, over rows.
+    """The softmax over all N negatives that each row's chain has to draw from, as statistics over rows.
 
     Attributes:
         negatives: N.
         perplexity: exp(entropy), the effective number of negatives; mean.
-        effective: 1 / Σp², another one, which rare negatives count less in; mean.
+        effective: 1 / Σp², another effective number, in which rare negatives count less; mean.
         peak: N · max p; mean.
         peak_max: the same; largest.
-        steps: after which a chain with uniform proposals is within total variation ½ of the target, whatever its start,
-            by λ = 1 - 1 / (N max p) (docs/theory.md); mean.
+        steps: number of steps after which a chain with uniform proposals is within total variation ½ of the target,
+            whatever its start, by λ = 1 - 1 / (N max p) (docs/theory.md); mean.
         steps_max: the same; largest.
-        visits: the same mean in visits, which take b - 1 steps.
-        visits_max: the largest.
+        visits: ``steps`` in visits of b - 1 steps.
+        visits_max: ``steps_max`` in visits of b - 1 steps.
     """
 
     negatives: int

@@ -1,1 +1,1 @@
-"""Losses that go where other libraries' own losses go, in those libraries' trainers."""
+"""Losses to use instead of other libraries' own losses, in those libraries' trainers."""

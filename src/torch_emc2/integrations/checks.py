@@ -1,4 +1,4 @@
-"""What a loss must be to stand in a trainer's place of one."""
+"""What a loss must be to be used in another library's trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["require_loss"]
 
 
 def require_loss(loss: object) -> None:
-    """Raise TypeError or ValueError where a loss is no such, or needs what a trainer does not give."""
+    """Raise TypeError if ``loss`` is no loss of this library, ValueError if it needs what a trainer does not give."""
     if not isinstance(loss, ContrastiveLoss):
         got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
         raise TypeError(f"loss must be a loss of torch_emc2, such as InfoNCELoss(0.1), got {got}")

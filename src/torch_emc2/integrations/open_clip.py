@@ -1,4 +1,4 @@
-"""A loss for open_clip's training step, in the place of its `ClipLoss`."""
+"""A loss for open_clip's training step, instead of its `ClipLoss`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ __all__ = ["EMC2ClipLoss"]
 
 
 class EMC2ClipLoss(nn.Module):
-    """A contrastive loss of images and their texts by any loss of this library, with the model's own ``logit_scale``.
+    """A contrastive loss of images and their texts, by any loss of this library, with the model's own ``logit_scale``.
 
-    A pair's id is a hash of its text's tokens, which a hook on the model's forward pass takes: an equal caption again
-    is the same item on both sides, and no negative of its own. While the model is in evaluation mode, or without
-    gradient, no chain moves. `state_dict` has the memory and not the model: save it with the optimiser's.
+    A pair's id is a hash of its text's tokens, which a hook on the model's forward pass reads. Pairs with equal
+    captions are therefore the same item on both sides, and no negatives of each other. While the model is in evaluation
+    mode, or without gradient, no chain moves. ``state_dict()`` has the loss's memory and not the model: save it with
+    the optimiser's.
 
     Args:
-        model: whose forward pass is given the texts: open_clip's, or what it is wrapped in.
-        loss: any of this library's with ``towers=2``, by default ``EMC2Loss(None, towers=2)``;
-            ``InfoNCELoss(towers=2)`` is `ClipLoss` itself. Its temperature is not used.
-        local_loss: as `ClipLoss` is given it, and not needed: several processes gather their batches, with gradient.
+        model: open_clip's model, or the module it is wrapped in, whose forward pass is given the texts.
+        loss: a loss of this library with ``towers=2`` and ``num_samples=None`` that needs neither a momentum encoder
+            nor ``encode``; by default ``EMC2Loss(None, towers=2)``. ``InfoNCELoss(towers=2)`` equals `ClipLoss`. Its
+            temperature is not used.
+        local_loss: accepted as for `ClipLoss`, and ignored: several processes gather their batches, with gradient.
         gather_with_grad: likewise.
         cache_labels: likewise.
         rank: likewise.
-        world_size: likewise; of several the process group must be initialised.
+        world_size: likewise; if there are several processes, their process group must be initialised.
         use_horovod: refused.
 
     Example::
@@ -71,7 +73,7 @@ class EMC2ClipLoss(nn.Module):
         weakref.finalize(self, hook.remove)
 
     def look(self, texts: Tensor | None, *, training: bool) -> None:
-        """Take what the model's forward pass is given."""
+        """Receive what the model's forward pass is given, from the hook."""
         self._texts, self._training = texts, training
 
     def forward(
@@ -82,7 +84,7 @@ class EMC2ClipLoss(nn.Module):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """Return the loss of what the model has just returned; ``logit_bias`` cancels out of it."""
+        """Return the loss of the features that the model has just returned; ``logit_bias`` cancels out of it."""
         if self._texts is None or len(self._texts) != len(text_features):
             seen = "none" if self._texts is None else len(self._texts)
             raise ValueError(
@@ -95,7 +97,7 @@ class EMC2ClipLoss(nn.Module):
 
 
 class _Look:
-    """A hook that shows a loss the texts, and does not hold it; in a copy of the model it does nothing."""
+    """A hook that shows a loss the texts, without keeping the loss alive; in a copy of the model it does nothing."""
 
     def __init__(self, loss: EMC2ClipLoss | None = None) -> None:
         self._loss = None if loss is None else weakref.ref(loss)

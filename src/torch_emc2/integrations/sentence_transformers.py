@@ -1,4 +1,4 @@
-"""A loss for sentence-transformers' trainer, in the place of its `MultipleNegativesRankingLoss`."""
+"""A loss for sentence-transformers' trainer, instead of its `MultipleNegativesRankingLoss`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch_emc2.losses import ContrastiveLoss, EMC2Loss
 
 __all__ = ["EMC2SentenceLoss", "LossMemoryCallback"]
 
-_RUN = "torch_emc2"  # where the trainer's state names the run
+_RUN = "torch_emc2"  # name of the run's id in the trainer's state
 
 _NOT_TEXT = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
 
@@ -32,29 +32,29 @@ _NOT_TEXT = {"pixel_values", "pixel_values_videos", "input_features", "input_val
 class EMC2SentenceLoss(nn.Module):
     """A contrastive loss of (anchor, positive) pairs, or (anchor, positive, negative, …), by any loss of this library.
 
+    Inputs and labels are as for `MultipleNegativesRankingLoss`; all rows of a batch share the columns of negatives. In
+    evaluation mode, and without gradient, no chain moves. A batch without negatives, such as a last one of a single
+    pair, has loss 0. Several processes gather their batches. `LossMemoryCallback` keeps the memory in the trainer's
+    checkpoints. In an `AdaptiveLayerLoss`, which calls the loss once per layer, all layers would share the memory.
+
     Args:
         model: the `SentenceTransformer`, or what it is wrapped in.
-        loss: any of this library's but those that need a momentum encoder, by default
+        loss: a loss of this library that needs neither a momentum encoder nor ``encode``; by default
             ``EMC2Loss(None, 0.05, positive_weight=1.0)``, whose weight of the positive is InfoNCE's, as pretrained
-            models need. With ``towers=1``, as there, all embeddings of a batch are negatives, anchors beside positives;
-            with ``towers=2`` those of the other column:
-            ``InfoNCELoss(0.05, towers=2, directions="x->y")`` is `MultipleNegativesRankingLoss` itself.
-            It is not called but copied: in a `MatryoshkaLoss` each width has a memory of its own.
-        ids_from_labels: take ids from the data's label column, which has a whole number a row, or a list with one a
-            text. With one a row, the text in column c gets the id label · columns + c, so that ``num_samples`` must be
-            None or (largest label + 1) · columns at least. By default a text's id is a hash of its tokens, which needs
-            no column: the same text again is the same item, and no negative of its own partners.
-        mini_batch_size: rows embedded at a time, for batches larger than memory, as those of
+            models need. With ``towers=1``, as in the default, all embeddings of a batch are negatives, anchors as well
+            as positives; with ``towers=2`` only those of the other column are.
+            ``InfoNCELoss(0.05, towers=2, directions="x->y")`` equals `MultipleNegativesRankingLoss`. The loss is copied
+            and not called itself: in a `MatryoshkaLoss` each width has its own memory.
+        ids_from_labels: take ids from the data's label column, which holds a whole number per row, or a list with one
+            per text. With one per row, the text in column c gets the id label · columns + c, so ``num_samples`` must be
+            None or at least (largest label + 1) · columns. By default a text's id is a hash of its tokens, which needs
+            no column: equal texts are the same item, and no negatives of each other's partners.
+        mini_batch_size: rows embedded at a time, for batches larger than memory, as for
             `CachedMultipleNegativesRankingLoss` (GradCache, Gao et al. 2021): the gradient is the whole batch's, and
-            each row is embedded twice. Not in a `MatryoshkaLoss`.
+            each row is embedded twice. Not in a `MatryoshkaLoss` or `AdaptiveLayerLoss`.
 
     Attributes:
-        called: whether it has had a batch.
-
-    Inputs and labels are as of `MultipleNegativesRankingLoss`; all rows of a batch share the negative columns. In
-    evaluation mode, and without gradient, no chain moves. A batch without negatives, as a last one of a single pair,
-    has loss 0. Several processes gather their batches. `LossMemoryCallback` keeps the memory in the trainer's
-    checkpoints. In an `AdaptiveLayerLoss`, which calls it once a layer, all layers would share the memory.
+        called: whether the loss has been called.
 
     Example::
 
@@ -91,7 +91,7 @@ class EMC2SentenceLoss(nn.Module):
         self.called = False
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Return the loss of a batch: what the model is given of each column, and the label column."""
+        """Return the loss of a batch, from the model's inputs for each column and the label column."""
         self.called = True
         columns = list(sentence_features)
         if len(columns) < 2:
@@ -100,7 +100,7 @@ class EMC2SentenceLoss(nn.Module):
         embeddings = [self._embed(column) for column in columns]
         (x, y, *hard), (index, y_index, *hard_index) = embeddings, ids
         loss_fn = self._of_width(x.shape[1])
-        loss_fn.train(self.model.training and torch.is_grad_enabled())  # the trainer puts the model alone in evaluation
+        loss_fn.train(self.model.training and torch.is_grad_enabled())  # trainers call eval() on the model only
         loss_fn.temperature = self.loss.temperature  # which may be learnt, or assigned
         further = {"hard": torch.cat(hard), "hard_index": torch.cat(hard_index)} if hard else {}
         if loss_fn.towers == 1:
@@ -111,7 +111,7 @@ class EMC2SentenceLoss(nn.Module):
             loss: Tensor = loss_fn(x, y, index, **further)
         except NoNegatives as error:
             warnings.warn(f"a batch teaches nothing: {error}", stacklevel=2)
-            return torch.stack(embeddings).sum() * 0.0  # with a graph, for what goes backward
+            return torch.stack(embeddings).sum() * 0.0  # with a graph, so that backward() works
         if not hard and torch.stack([(each == each[0]).all() for each in ids]).any():
             warnings.warn(
                 "a batch teaches nothing: all of its anchors, or of its positives, are one item", stacklevel=2
@@ -119,14 +119,14 @@ class EMC2SentenceLoss(nn.Module):
         return loss
 
     def _embed(self, column: dict[str, Any]) -> Tensor:
-        """(b, d) of a column; in chunks that keep no graph, and are embedded once more on the way back."""
+        """(b, d) embeddings of a column; chunks keep no graph, and are embedded again in the backward pass."""
         if self.mini_batch_size is None:
             embeddings: Tensor = self.model(column)["sentence_embedding"]
             return embeddings
-        if type(self.model.forward).__name__ == "ForwardDecorator":  # which is gone by the time of the second pass
+        if type(self.model.forward).__name__ == "ForwardDecorator":  # it is gone by the second pass
             raise ValueError("in a MatryoshkaLoss or AdaptiveLayerLoss mini_batch_size must be None")
 
-        def embed(part: dict[str, Any]) -> Tensor:  # by whose tensors torch knows of which device to keep the chances
+        def embed(part: dict[str, Any]) -> Tensor:  # its tensors tell torch whose random state to keep
             return cast(Tensor, self.model(dict(part))["sentence_embedding"])
 
         chunks = in_chunks(column, self.mini_batch_size)
@@ -149,7 +149,7 @@ class EMC2SentenceLoss(nn.Module):
 
     @property
     def last(self) -> dict[str, Tensor]:
-        """Detached numbers of the last call, for logs; of several widths the largest's."""
+        """Detached numbers of the last call, for logs; with several widths, those of the largest."""
         return self._by_width[max(self._by_width)].last if self._by_width else {}
 
     def get_extra_state(self) -> dict[int, dict[str, Any]]:
@@ -157,14 +157,14 @@ class EMC2SentenceLoss(nn.Module):
         return {width: loss_fn.state_dict() for width, loss_fn in self._by_width.items()}
 
     def set_extra_state(self, state: dict[int, dict[str, Any]]) -> None:
-        """Take over a saved memory: the next call does what would have come next."""
+        """Load a saved memory: the next call does what the call after the save would have done."""
         self._by_width = {}
         for width, saved in state.items():
             loss_fn = self._of_width(width)
             loss_fn.temperature = self.loss.temperature
             try:
                 loss_fn.load_state_dict(saved)
-            except RuntimeError as error:  # of other entries
+            except RuntimeError as error:  # it has other entries
                 raise ValueError(f"the memory was saved by another loss than {self.loss}: {one_line(error)}") from error
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -201,13 +201,13 @@ def _ids_of_texts(columns: list[dict[str, Tensor]]) -> list[Tensor]:
 
 
 class LossMemoryCallback(TrainerCallback):
-    """Save what a loss remembers in the trainer's checkpoints, which hold the model alone, and load it on resume.
+    """Save a loss's memory in the trainer's checkpoints, which otherwise hold only the model, and load it on resume.
 
-    A run that is stopped and resumed goes on as one that was not. Without this callback it would go on with empty
-    chains. A checkpoint and a memory of different runs are refused.
+    A run that is stopped and resumed then continues as if it had not been stopped. Without this callback it would
+    continue with empty chains. A memory of another run than the checkpoint's is refused.
 
     Args:
-        loss: an `EMC2SentenceLoss`, or a module that has some, such as a `MatryoshkaLoss`; of a dictionary of losses
+        loss: an `EMC2SentenceLoss`, or a module that has some, such as a `MatryoshkaLoss`; for a dictionary of losses,
             ``nn.ModuleDict(losses)``.
     """
 
@@ -221,12 +221,12 @@ class LossMemoryCallback(TrainerCallback):
         self._all = all(any(isinstance(each, EMC2SentenceLoss) for each in one.modules()) for one in several)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse losses that the trainer does not call, whose memory would be saved empty."""
+        """Refuse losses that the trainer does not call: their memory would be saved empty."""
         if self._all and not any(each.called for each in self._losses.values()):
             raise ValueError("the trainer has another loss than LossMemoryCallback: give both the same object")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the memory beside the model that has just been saved."""
+        """Write the memory next to the model that has just been saved."""
         if args.should_save:
             losses = {name: each.get_extra_state() for name, each in self._losses.items()}
             memory = {"step": state.global_step, "run": state.stateful_callbacks.get(_RUN), "losses": losses}
@@ -234,7 +234,7 @@ class LossMemoryCallback(TrainerCallback):
                 torch.save(memory, partial)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Load the memory where a run goes on."""
+        """Load the memory if a run is resumed."""
         if state.global_step == 0:
             state.stateful_callbacks[_RUN] = {"args": {}, "attributes": {"id": uuid.uuid4().hex}}  # kept with the state
             return

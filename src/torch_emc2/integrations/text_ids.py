@@ -1,4 +1,4 @@
-"""Ids for texts that have none: the same tokens again are the same item."""
+"""Ids for texts that have none: equal tokens are the same item."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["text_ids"]
 def text_ids(tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """(b,) int64, never -1, a hash of each text's tokens (b, length) in their order.
 
-    What the mask (b, length) leaves out does not count, on whichever side it is; without a mask all count. Of n texts
-    two different ones share an id with a chance of about n² / 2⁶⁵.
+    Tokens that the mask (b, length) leaves out do not count, on whichever side they are; without a mask all count.
+    Among n texts, the chance that two different ones share an id is about n² / 2⁶⁵.
     """
     seen = torch.ones_like(tokens) if attention_mask is None else (attention_mask != 0).long()
     position = seen.cumsum(1)
     hashes = _mixed(_mixed(tokens.long()) + position)
     ids = _mixed((hashes * seen).sum(1) + seen.sum(1))
-    return ids.masked_fill_(ids == -1, 0)  # which marks an empty chain
+    return ids.masked_fill_(ids == -1, 0)  # -1 marks an empty chain
 
 
 def _mixed(words: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How chains move: a kernel a file, by name in `KERNELS`."""
+"""Kernels, which move chains: one per file, by name in `KERNELS`."""
 
 from torch_emc2.kernels.base import EMPTY, Draws, Kernel, Move, Visit
 from torch_emc2.kernels.isir import Isir

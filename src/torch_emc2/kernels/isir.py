@@ -1,8 +1,8 @@
-"""Iterated sampling importance resampling: a chain that chooses among the batch and what it carries, with no loop.
+"""Iterated sampling importance resampling: a chain chooses among the batch and its carried state, with no loop.
 
 From the state x, draw a random set of candidates that holds x, and choose the next state in it with probability
 proportional to its target density. The kernel leaves the target invariant also where candidates are drawn without
-replacement: given the set, the choice forgets which member x was (Andrieu, Doucet and Holenstein 2010). The
+replacement: given the set, the choice does not depend on which member x was (Andrieu, Doucet and Holenstein 2010). The
 probabilities themselves estimate the target's expectations, with less variance than the one state chosen (BR-SNIS,
 Cardoso et al. 2022).
 """
@@ -23,10 +23,10 @@ __all__ = ["Isir", "Resampling", "resample"]
 
 @dataclass(frozen=True)
 class Isir(Kernel):
-    """Each chain chooses among a set and its carried state by their softmax, which are the weights too.
+    """Each chain chooses among a set and its carried state by their softmax, which also gives the weights.
 
-    Where the carried state is a proposal of one set, that is the set: the others, which lack it, would not be uniform
-    draws of what holds it.
+    If the carried state is a proposal of one set, only that set is used: the other sets, which lack it, are not uniform
+    draws of sets that hold it.
     """
 
     def move(self, visit: Visit, draws: Draws) -> Move:
@@ -37,7 +37,7 @@ class Isir(Kernel):
         inside = visit.inside
         candidates = inside | ~inside.any(1, keepdim=True)  # (rows, sets, chains): all sets, or the ones that hold it
         count = candidates.sum(1, keepdim=True)
-        number = visit.keep_in[:, None] % count  # of a candidate: those are all, or so few that each is as good
+        number = visit.keep_in[:, None] % count  # of a candidate set: all are, or so few that any will do
         kept_in = (candidates & (candidates.cumsum(1) == number + 1)).long().argmax(1)
         # A sample's chains draw from different parts of (0, 1], in random order: each uniform, together well spread.
         noise = draws.exponential(2, num_chains)
@@ -49,7 +49,7 @@ class Isir(Kernel):
             kept_in,
             uniform,
         )
-        column = visit.sets[kept_in, done.state]  # that of -1 is any
+        column = visit.sets[kept_in, done.state]  # arbitrary for -1
         state = torch.where(done.state < 0, done.state, column)
         return Move(visit.to_columns(done.weights), done.carried_weights, state, 1 - done.carried_weights.mean(1))
 
@@ -69,13 +69,13 @@ class Resampling(NamedTuple):
 
 
 def resample(log_scores: Tensor, carried_score: Tensor, share: Tensor, in_set: Tensor, uniform: Tensor) -> Resampling:
-    """Choose the next state of several chains a row, in one of the row's sets: a proposal or the carried state.
+    """Choose the next state of each of a row's chains, in one of the row's sets: a proposal or the carried state.
 
     Args:
         log_scores: (rows, sets, n) log scores of the proposals; -inf for those that may not be chosen, but not all of a
             set.
-        carried_score: (rows, sets, chains) log scores of the carried states; -inf where there is none, or where it is
-            among the set's proposals, which must not count it twice.
+        carried_score: (rows, sets, chains) log scores of the carried states; -inf where there is none, or where the
+            carried state is among the set's proposals, so that it is not counted twice.
         share: (rows, sets, chains) probability of each set for the chain.
         in_set: (rows, chains) int64, the set drawn.
         uniform: (rows, chains) independent draws in (0, 1].
@@ -86,9 +86,9 @@ def resample(log_scores: Tensor, carried_score: Tensor, share: Tensor, in_set: T
     cumulative = scores.cumsum(2)
     mass = cumulative[..., -1:]
     carried_weights = torch.sigmoid(carried_score - (mass.log() + peak))
-    rest = (1 - carried_weights) / mass  # of each chain, for a unit of score
+    rest = (1 - carried_weights) / mass  # probability of a unit of score, per chain
     weights = scores * (share * rest).mean(2, keepdim=True)
-    beyond = ((uniform[:, None] - carried_weights) / rest).clamp(max=mass)  # place on the scores; not positive: stay
+    beyond = ((uniform[:, None] - carried_weights) / rest).clamp(max=mass)  # place on the scores; stay if not positive
     chosen = torch.searchsorted(cumulative, beyond.contiguous()).clamp(max=num_proposals - 1)
     state = torch.where(beyond > 0, chosen, -1)
     return Resampling(weights, (share * carried_weights).sum(1), state.gather(1, in_set[:, None])[:, 0])

@@ -5,10 +5,10 @@ c))``, that is, iff ``x + e > c`` with ``e ~ Exp(1)``. As a function of the curr
 
     f(c) = x  if c < t  else c,        t = x + e >= x,
 
-and such maps compose into their own kind: first ``(t1, x1)``, then ``(t2, x2)`` is ``(max(t1, t2), x2 if x1 < t2 else
-x1)``. Composition is associative, so the states after every step come from a prefix scan in ``ceil(log2 N)`` rounds
-instead of ``N`` steps, with the same comparisons of the same floats as the loop: the states are equal, not just equally
-distributed. Everything stays in the log domain, where no temperature overflows.
+and the composition of two such maps is another one: first ``(t1, x1)``, then ``(t2, x2)`` is ``(max(t1, t2), x2 if x1 <
+t2 else x1)``. Composition is associative, so the states after every step come from a prefix scan in ``ceil(log2 N)``
+rounds instead of ``N`` steps, with the same comparisons of the same floats as the loop: the states are equal, not just
+equally distributed. Everything stays in the log domain, which does not overflow at any temperature.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ __all__ = ["MHResult", "Metropolis", "Walk", "metropolis_hastings", "walk"]
 class Metropolis(Kernel):
     """The paper's kernel: each chain walks over each set, from its carried state, one proposal after the other.
 
-    Weights are the shares of its counted steps that it spends at each.
+    The weight of a proposal is the share of the chain's counted steps that it spends there.
 
     Args:
-        burn_in: share of a walk's steps, the first ones, that are not counted, in [0, 1).
+        burn_in: share of a walk's steps, at its start, that are not counted, in [0, 1).
     """
 
     burn_in: float = 0.5
@@ -75,7 +75,7 @@ def _walk_over_sets(visit: Visit, noise: Tensor, burn_in: float) -> Move:
 
 
 def _with_positive(visit: Visit, walk_over: Callable[[Visit], Move], draws: Draws) -> Move:
-    """Walk where the row's positive is a state."""
+    """Move chains where the row's positive is a state too."""
     assert visit.positive_place is not None
     steps, at_positive = _scatter_positive(visit, visit.positive_place, draws)
     number = torch.arange(visit.sets.numel(), device=steps.device).view_as(visit.sets)
@@ -90,10 +90,11 @@ def _with_positive(visit: Visit, walk_over: Callable[[Visit], Move], draws: Draw
 
 
 def _scatter_positive(visit: Visit, place: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Let each of a set's n steps propose the positive with probability 1 / (n + 1), in place of once at its own.
+    """Let each of a set's n steps propose the positive with probability 1 / (n + 1), instead of once at its own place.
 
-    A step that proposes it can only be left by others, so that the target is invariant where each step may be either,
-    and not where it comes once a walk. Returns the steps' log scores (rows, sets, n), and which propose it.
+    A step that proposes the positive can be left only by other steps. So the target is invariant if each step may
+    propose either, but not if the positive comes once per walk. Returns the steps' log scores (rows, sets, n), and
+    which of them propose the positive.
     """
     own = place[:, None, None].expand(-1, visit.log_scores.shape[1], 1)
     score = visit.log_scores.gather(2, own)
@@ -101,7 +102,7 @@ def _scatter_positive(visit: Visit, place: Tensor, draws: Draws) -> tuple[Tensor
     is_step = scores > -torch.inf
     num_steps = is_step.sum(2, keepdim=True)
     at_positive = is_step & (draws.exponential(*scores.shape[1:]) < (1 / num_steps).log1p())
-    at_positive.scatter_(2, own, num_steps == 0)  # where there is no other, its own place is the step
+    at_positive.scatter_(2, own, num_steps == 0)  # without other proposals, its own place is the step
     return torch.where(at_positive, score, scores), at_positive
 
 
@@ -113,7 +114,7 @@ class MHResult(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """Walks in summary.
+    """A summary of walks.
 
     Attributes:
         steps: (rows, N) counted steps spent at each proposal, summed over a row's chains.
@@ -131,19 +132,19 @@ class Walk(NamedTuple):
 def metropolis_hastings(
     log_scores: Tensor, entry_score: Tensor, noise: Tensor, valid: Tensor | None = None
 ) -> MHResult:
-    """Run one Metropolis–Hastings chain a row over its proposals, in their order.
+    """Run one Metropolis–Hastings chain per row over the row's proposals, in their order.
 
     Args:
-        log_scores: (rows, N) log scores of the proposals, float32 or float64. Unnormalised; -inf is never accepted.
-            Must not be NaN, which is not checked: the states after one mean nothing.
+        log_scores: (rows, N) log scores of the proposals, float32 or float64. Unnormalised; -inf is never accepted. NaN
+            is not allowed, and not checked: the states after one mean nothing.
         entry_score: (rows,) log score of the state each chain comes in with; -inf for a chain that has none, whose
             first valid proposal is accepted.
         noise: (rows, N) independent Exp(1) draws, finite.
-        valid: (rows, N); a step whose proposal is not valid leaves its chain where it is. Default: all are.
+        valid: (rows, N) bool; a step whose proposal is not valid leaves its chain where it is. Default: all are valid.
 
     Returns:
         ``state`` (rows, N): the column each chain sits at after each step, -1 while it is still at the carried state;
-        ``score`` (rows,): the log score it ends with.
+            ``score`` (rows,): the log score it ends with.
 
     Example::
 
@@ -157,7 +158,7 @@ def metropolis_hastings(
         threshold.masked_fill_(~valid, -torch.inf)
     score = log_scores.masked_fill(
         threshold == -torch.inf, -torch.inf
-    )  # keeps score <= threshold, which the family needs
+    )  # keeps score <= threshold, which composition needs
     num_proposals = log_scores.shape[1]
     state = torch.arange(num_proposals, device=log_scores.device).repeat(log_scores.shape[0], 1)
     stride = 1
@@ -172,15 +173,15 @@ def metropolis_hastings(
 
 
 def walk(log_scores: Tensor, carried_score: Tensor, noise: Tensor, burnt: Tensor) -> Walk:
-    """Take several chains a row over its proposals, and count where they spend their steps.
+    """Run several chains per row over the row's proposals, and count where they spend their steps.
 
     The chains are those of `metropolis_hastings`.
 
     Args:
-        log_scores: (rows, N) log scores of the proposals, -inf where there is none, and so no step.
+        log_scores: (rows, N) log scores of the proposals; -inf where there is no proposal, and so no step.
         carried_score: (rows, chains) log score of the state each chain comes in with.
         noise: (rows, chains, N) independent Exp(1) draws.
-        burnt: (rows,) int64, the steps that do not count: that many first ones.
+        burnt: (rows,) int64, how many of the first steps do not count.
     """
     log_scores, carried_score, noise = log_scores.detach(), carried_score.detach(), noise.detach()
     rows, num_chains, num_proposals = noise.shape

@@ -1,4 +1,4 @@
-"""Arguments of losses: validated, and what they come to in a batch."""
+"""Validation of the arguments of losses, and the values they take for a batch."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = [
 ]
 
 NumSamples = int | tuple[int | None, int | None] | None
-"""Size of the data; None where ids are any int64 but -1. With two towers of both sides, or a pair."""
+"""Size of the data set; None if ids may be any int64 except -1. With two towers, one size for both sides or a pair."""
 
 
 def require_int(name: str, value: Any) -> int:
-    """Return a setting that must be a whole number, of Python's or NumPy's."""
+    """Return a setting as an int. It must be a whole number, of Python's or NumPy's types."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return int(value)
 
 
 def require_sizes(num_samples: Any, towers: Towers) -> tuple[int | None, ...]:
-    """Return the size of each side, or None where it is open; of ``num_samples``, or of a pair of them."""
+    """Return the size of each side, None where it is not known, from ``num_samples``: one size or a pair."""
     given = num_samples if isinstance(num_samples, tuple) else (num_samples,) * towers
     if len(given) != towers:
         raise ValueError(f"num_samples must be one size, or with towers=2 a pair of them; got {num_samples!r}")
@@ -44,7 +44,7 @@ def require_sizes(num_samples: Any, towers: Towers) -> tuple[int | None, ...]:
 
 
 def log_positive_weight(value: PositiveWeight, rows: Rows, sizes: Sequence[int | None]) -> float | Tensor:
-    """Return log κ: a number, or (rows,) where rows differ in how many negatives they have."""
+    """Return log κ: a number, or (rows,) where rows differ in their number of negatives."""
     if value != "global":
         return math.log(value) if value > 0 else -math.inf
     size = sizes[rows.contrast.candidates]

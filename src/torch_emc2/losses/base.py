@@ -2,8 +2,8 @@
 
     ∇L = β · mean over rows of [ -(1 - w_pos) ∇s_pos + Σ_j w_j ∇s_j + the carried negatives' term ]
 
-An estimator is a way to choose the weights (`Weighing.weigh`); all else stands here. With two directions the
-loss is their mean.
+An estimator only chooses the weights (`Weighing.weigh`); everything else is done here. With two directions the loss
+is the mean of both.
 """
 
 from __future__ import annotations
@@ -35,25 +35,26 @@ __all__ = ["ContrastiveLoss"]
 
 
 class ContrastiveLoss(nn.Module, ABC):
-    """A contrastive loss of a batch: ``loss(x, y, index)``, of two views or of two towers.
+    """Base class of the contrastive losses, called as ``loss(x, y, index)`` with two views or two towers.
 
     Args:
-        temperature: 1 / β, what similarities of unit vectors are divided by: a number, which may be assigned at any
-            time (``loss_fn.temperature = 0.1``, by a schedule, on all ranks alike) and holds from the next call on; or
-            a `Temperature`, which is learnt.
-        num_samples: size of the data set, or of both sides'; None if it is not known.
-        positive_weight: κ ≥ 0, the positive's mass in the denominator beside the batch's negatives: 0 is the paper's
-            objective, 1 InfoNCE's; ``"global"`` is n / N (n negatives in the batch, N in the data), which counts the
-            positive once among all.
-        towers: 1: all views are rows and columns, each row's positive the other view of its sample (SimCLR). 2: ``x``
-            are one side and ``y`` the other (CLIP; queries and documents): rows of one against columns of the other.
-        directions: of two towers, whose rows count: ``"x->y"``, ``"y->x"``, or the mean of both.
+        temperature: 1 / β, the number that similarities of unit vectors are divided by. A number may be assigned again
+            at any time (``loss_fn.temperature = 0.1``, for example by a schedule, on all ranks alike) and holds from
+            the next call on; a `Temperature` is learnt.
+        num_samples: size of the data set; with ``towers=2`` one size for both sides or a pair. None if it is not known.
+        positive_weight: κ ≥ 0, the positive's weight in the denominator, in addition to the batch's negatives with
+            weight 1 each: 0 is the paper's objective, 1 InfoNCE's. ``"global"`` is n / N (n negatives in the batch, N
+            in the data), which counts the positive once among all.
+        towers: 1: all views are both rows and columns, and a row's positive is the other view of its sample (SimCLR).
+            2: ``x`` is one side and ``y`` the other (CLIP; queries and documents), and rows of one side are compared
+            with columns of the other.
+        directions: with two towers, which side's rows count: ``"x->y"``, ``"y->x"``, or the mean of both.
 
     Attributes:
-        last: detached numbers of the last call, for logs, mean over directions. ``global_loss`` is every method's batch
-            estimate of the global contrastive loss, per negative: ``mean_a[-β s_pos + log mean_j exp(β s_j)]``, that
-            is, the loss less the log of the number of negatives. It compares methods and batch sizes, and is 0 when
-            all embeddings are equal.
+        last: detached numbers of the last call, for logs, averaged over directions. ``global_loss`` is, for every
+            method, the batch's estimate of the global contrastive loss, per negative:
+            ``mean_a[-β s_pos + log mean_j exp(β s_j)]``, that is, the loss minus the log of the number of negatives. It
+            can be compared across methods and batch sizes, and is 0 when all embeddings are equal.
     """
 
     needs_slow = False
@@ -94,7 +95,7 @@ class ContrastiveLoss(nn.Module, ABC):
         self._numbers: list[dict[str, _Number]] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Validate a temperature; not by a property, which a `Parameter` would not be asked for."""
+        """Validate a temperature. A property would not do: `nn.Module` does not call its setter for a `Parameter`."""
         if name == "temperature":
             value = value if isinstance(value, Temperature) else require_temperature(value)
             if not isinstance(value, nn.Module):
@@ -118,36 +119,39 @@ class ContrastiveLoss(nn.Module, ABC):
     ) -> Tensor:
         """Return the loss of a batch, a scalar whose gradient is the estimator's.
 
-        Embeddings may have any length, they are normalised here.
+        Embeddings may have any length; they are normalised here.
 
         Args:
-            x: (b, d) embeddings of the first views, or of one side; or (b, views, d) of any number of views, without y.
+            x: (b, d) embeddings of the first views, or of one side; or (b, views, d) with any number of views, without
+                ``y``.
             y: (b, d) embeddings of the second views, or of the other side.
-            index: (b,) ids of the samples in the data set, or (b, views) ids of their views; of two towers x's. The
-                same id again is the same item: never a negative of its own rows, and one negative of others'. They may
-                stay on the CPU, which need not wait for a GPU to read them.
-            y_index: (b,) ids of y's items where they are not x's; of two towers.
-            hard: hard negatives beside the batch's, each counting as one of those: (k, d) for all rows, or (b, k, d)
-                for the rows of a sample; of two towers of y's side, for x's rows.
+            index: (b,) ids of the samples in the data set, or (b, views) ids of their views; with two towers, the ids
+                of x's items. Equal ids are the same item, which is never a negative of its own rows and counts as one
+                negative of other rows. Ids may stay on the CPU, which then does not wait for a GPU to read them.
+            y_index: (b,) with two towers, the ids of y's items where they differ from x's.
+            hard: hard negatives in addition to the batch's, each counting as one of those: (k, d) for all rows, or
+                (b, k, d) for the rows of each sample. With two towers they are of y's side, for x's rows.
             hard_index: (k,) or (b, k) their ids.
-            same: (b, b) bool, further pairs (x_i, y_j), or samples, known to belong together: no negatives.
-            labels: (b,) classes. Samples of one class are one another's positives, too: the positive term is their mean
-                (Khosla et al. 2020).
-            slow: embeddings of the same x and y, shaped alike, by a momentum encoder; for `MomentumLoss`.
-            encode: gives carried negatives' embeddings; see `Encode`. Of two towers a pair, for x's and y's ids.
-            logit_scale: β, where the caller learns it, exponentiated (as open_clip's models return it), in place of the
-                temperature.
+            same: (b, b) bool, further pairs (x_i, y_j), or pairs of samples with one tower, that are known to belong
+                together and therefore are no negatives.
+            labels: (b,) classes. Samples of one class are also positives of each other: the positive term is the mean
+                over all positives (Khosla et al. 2020).
+            slow: embeddings of the same x and y by a momentum encoder, in the same shapes; for `MomentumLoss`.
+            encode: function that embeds carried negatives; see `Encode`. With two towers a pair, for x's and y's ids.
+            logit_scale: β if the caller learns it, already exponentiated, as open_clip's models return it; used instead
+                of the temperature.
 
         Raises:
-            ValueError, IndexError, TypeError: the input is not usable; no state has changed.
-            RuntimeError: it is called under a transform of `torch.func` or in a replica of `nn.DataParallel`, which
-                would change the memory in a trace, or a copy of it; no state has changed.
+            ValueError, IndexError, TypeError: the input cannot be used; no state has changed.
+            RuntimeError: the loss is called under a transform of `torch.func` or in a replica of `nn.DataParallel`,
+                where the memory would be changed in a trace, or in a copy; no state has changed.
 
         Under an initialised process group of several ranks the batch is gathered; the mean over ranks of value and
-        gradient is what one process computes on the whole batch. Where one rank's input is not usable, all raise.
-        The loss can be differentiated once: ``create_graph=True`` raises RuntimeError. It belongs outside of activation
-        checkpointing, which would call it twice: chains move with every call. A step that holds it can be compiled: it
-        runs between graphs.
+        gradient is what one process computes on the whole batch. If one rank's input cannot be used, all ranks raise.
+
+        The loss can be differentiated once: ``create_graph=True`` raises RuntimeError. Keep it outside of activation
+        checkpointing, which would call it twice: chains move with every call. A training step that contains the loss
+        can be compiled; the loss runs between graphs.
         """
         refuse_tracing(self)
         if not isinstance(x, Tensor):
@@ -198,7 +202,7 @@ class ContrastiveLoss(nn.Module, ABC):
     def _compare(
         self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None, beta: Tensor | None
     ) -> _Direction:
-        """Weigh one direction's negatives, and sum."""
+        """Weigh one direction's negatives, and form the weighted sum."""
         weighing = self._weighing(contrast, temperature, encode)
         total, of_rows = WeightedSum(contrast), RowBuffer()
         for rows in parts(contrast, weighing.width):
@@ -206,7 +210,7 @@ class ContrastiveLoss(nn.Module, ABC):
             log_mass = rows.log_mass_in_batch(scores.logits) if contrast.num_remembered else scores.log_mass
             estimate = log_mass - scores.positive.mean - rows.log_num_negatives
             if rows.no_negatives is not None:
-                estimate.nan_to_num_(nan=0.0)  # a row without any
+                estimate.nan_to_num_(nan=0.0)  # a row without negatives
             weights = weighing.weigh(rows, scores)
             value = self._value(rows, scores, log_mass, estimate) if weights.value is None else weights.value
             total.add(rows, scores.positive, weights)
@@ -219,7 +223,7 @@ class ContrastiveLoss(nn.Module, ABC):
         if conclusion.owed is not None:
             total.add_owed(conclusion.owed / directions)
         ranks = contrast.ranks
-        share = ranks.world_size / (contrast.row_views * ranks.size)  # of a row in the mean, before that over ranks
+        share = ranks.world_size / (contrast.row_views * ranks.size)  # of a row in the mean, before the mean over ranks
         of_mean = share * len(contrast.rows)
         numbers: dict[str, _Number] = {
             "global_loss": (estimates, of_mean),
@@ -247,14 +251,14 @@ class ContrastiveLoss(nn.Module, ABC):
         if not self.positive_weight:
             return estimate
         log_positive = scores.log_positive
-        if rows.contrast.num_remembered:  # κ is beside the batch's negatives
+        if rows.contrast.num_remembered:  # κ is relative to the batch's negatives
             log_positive = log_positive - rows.log_with_remembered
         value = torch.logaddexp(log_mass, log_positive) - scores.positive.mean - rows.log_num_negatives
         return value.masked_fill_(log_mass == -torch.inf, 0.0)
 
     @property
     def last(self) -> dict[str, Tensor]:
-        """Detached numbers of the last call; made when they are asked for."""
+        """Detached numbers of the last call, computed when they are read."""
         each = [{name: number.mean() * by for name, (number, by) in numbers.items()} for numbers in self._numbers]
         return {name: _mean([numbers[name] for numbers in each]) for name in (each[0] if each else ())}
 
@@ -278,23 +282,23 @@ class ContrastiveLoss(nn.Module, ABC):
     def _alike(self, device: str) -> dict[str, object]:
         """Return what must be the same on all ranks, by name: settings, and what tells one memory from another.
 
-        ``device`` is the kind that embeddings are on.
+        ``device`` is the type of device that embeddings are on.
         """
         own = {name: getattr(self, name) for name in ("positive_weight", "towers", "directions")}
         return {"loss": type(self).__name__, **own}
 
     def _widen(self, contrast: Contrast) -> Contrast:
-        """Compare the rows of a direction with more than the batch; on all ranks alike, and changing nothing."""
+        """Add columns from outside the batch to a direction; on all ranks alike, and without changing any state."""
         return contrast
 
     @abstractmethod
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
-        """Be ready to choose the weights of one direction; called without gradient, on all ranks alike.
+        """Return the object that weighs one direction; called without gradient, on all ranks alike.
 
         Args:
             contrast: what is contrasted with what.
             temperature: 1 / β.
-            encode: the caller's, for ids of the columns' side; checked.
+            encode: the caller's ``encode`` for ids of the columns' side, checked; or None.
         """
 
     def _remember(self, writes: list[Callable[[], None]]) -> None:
@@ -320,7 +324,7 @@ _Number = tuple[Tensor, float | Tensor]
 
 
 class _Direction(NamedTuple):
-    """What one direction gives: the loss's value, its gradient at each tensor that has one, of the mean of both."""
+    """Results of one direction: value, gradients of the directions' mean at tensors that have one, write, numbers."""
 
     value: Tensor
     gradients: list[tuple[Tensor, Tensor]]

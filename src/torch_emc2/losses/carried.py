@@ -1,4 +1,4 @@
-"""What the rows meet of the negatives that their chains carry."""
+"""Embeddings of the negatives that the rows' chains carry."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class CarriedVectors:
     """Carried negatives' embeddings.
 
     Attributes:
-        vectors: (rows, chains, d) unit vectors, detached; of an empty chain any, which has no weight.
-        encoded: (k, d) the vectors that they are copies of, where those may have a gradient.
-        place: (rows, chains) which of ``encoded`` each one is.
+        vectors: (rows, chains, d) unit vectors, detached; arbitrary for an empty chain, which has no weight.
+        encoded: (k, d) the vectors that ``vectors`` holds copies of, if they may have a gradient; else None.
+        place: (rows, chains) which row of ``encoded`` each one is.
     """
 
     vectors: Tensor
@@ -29,20 +29,20 @@ class CarriedVectors:
     place: Tensor | None = None
 
     def similarities(self, rows: Tensor) -> Tensor:
-        """Compare each row with what it meets: (rows, chains)."""
+        """Return each row's similarities to its carried negatives: (rows, chains)."""
         return torch.bmm(self.vectors, rows[:, :, None])[:, :, 0]
 
     def weighed(self, weight: Tensor) -> Carried:
-        """Give them weights (rows, chains)."""
+        """Return the carried negatives with weights (rows, chains)."""
         return Carried(self.vectors, weight, self.encoded, self.place)
 
 
 def encode_carried(
     contrast: Contrast, carried: Tensor, wanted: Tensor, anywhere: bool, encode: CheckedEncode | None
 ) -> CarriedVectors | None:
-    """Encode each id of ``carried`` (rows, chains) that is ``wanted``, once; None where none is on any rank.
+    """Encode each id of ``carried`` (rows, chains) that is ``wanted``, once; None if no rank wants any.
 
-    Where one is `anywhere`, a rank that wants none has a stand-in that no chain is at.
+    ``anywhere`` says whether any rank does. A rank that wants none then encodes a stand-in that no chain carries.
     """
     if not anywhere:
         return None

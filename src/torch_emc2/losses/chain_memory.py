@@ -22,17 +22,17 @@ class ChainMemory(SampleMemory):
 
     Args:
         num_samples: size of the side, or None for a memory that grows.
-        num_chains: chains a sample.
-        num_negatives: size of the side that its negatives are of, likewise.
+        num_chains: chains per sample.
+        num_negatives: size of the side that the negatives come from, likewise.
         scored: keep the similarity of each carried negative.
         cached: keep embeddings.
-        deferred: and the gradient that they are owed.
+        deferred: also keep the gradient that the embeddings are owed.
 
     Attributes:
         chains: the chains' table.
         slots: where an id's entries lie.
-        embeddings: (num_samples, d) the last of each sample; None before the first, whose d is all of theirs.
-        owed: (num_samples, d) gradient at them that waits for their next visit; None before the first.
+        embeddings: (num_samples, d) the last embedding of each sample; None before the first one, which sets d.
+        owed: (num_samples, d) gradient at the embeddings that waits for the samples' next visit; None before the first.
     """
 
     def __init__(
@@ -52,18 +52,18 @@ class ChainMemory(SampleMemory):
         self.owed: SampleTable | None = None
 
     def recall(self, ids: Tensor, like: Tensor) -> CarriedVectors | None:
-        """Look up the cached embeddings (\\*ids.shape, d) of ``ids``, some `EMPTY`; None if there are none."""
+        """Look up the cached embeddings (\\*ids.shape, d) of ``ids``, some `EMPTY`; None if nothing is cached."""
         if self.embeddings is None:
             return None
         slots = self.slots.find(ids.flatten()).clamp(min=0)  # what an empty chain meets has no weight
         return CarriedVectors(self._vectors(self.embeddings, slots, like).view(*ids.shape, -1))
 
     def remembered(self, count: int, seed: int, batch: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw ids (count,) uniformly, with their cached embeddings (count, d); `EMPTY` where there is none.
+        """Draw ids (count,) uniformly, with their cached embeddings (count, d); `EMPTY` where nothing is cached.
 
-        Only such a share of them as has been met before of the ids in ``batch`` (k,). While all that is met is new,
-        what is remembered is no draw from the data but the last batches, against which training runs away.
-        A function of the memory and ``seed``: on all ranks the same.
+        Only a share of the draws is used: the share of the ids in ``batch`` (k,) that have been met before. While every
+        id that comes is new, the cache holds just the last batches and not a sample of the data, and training against
+        these diverges. The draws depend on the memory and ``seed`` only, and so are the same on all ranks.
         """
         if self.embeddings is None:
             return torch.full((count,), EMPTY, device=like.device), like.new_zeros(count, like.shape[1])
@@ -86,7 +86,7 @@ class ChainMemory(SampleMemory):
     def moving(
         self, ids: Tensor, ends: Tensor, similarities: Tensor | None, first: Tensor | None
     ) -> Callable[[], None]:
-        """Be ready to write where the chains of ``ids`` (k,) ended, of each one that is met ``first``."""
+        """Prepare the write of where the chains of ``ids`` (k,) ended; of a repeated id only the ``first`` counts."""
         if first is not None:
             ids, ends = ids[first], ends[first]
             similarities = None if similarities is None else similarities[first]
@@ -100,7 +100,7 @@ class ChainMemory(SampleMemory):
         return write
 
     def caching(self, ids: Tensor, embeddings: Tensor) -> Callable[[], None]:
-        """Be ready to keep the embeddings (k, d) of ``ids`` (k,), all different."""
+        """Prepare the write of the embeddings (k, d) of ``ids`` (k,), all different."""
         slots = self.slots.place(ids)
         if self.embeddings is None:
             self.embeddings = self._new_table(embeddings.shape[1])
@@ -121,9 +121,9 @@ class ChainMemory(SampleMemory):
         return self.owed.read(slots).to(like.dtype)
 
     def owing(self, paid: Tensor, ids: Tensor, gradients: Tensor) -> Callable[[], None]:
-        """Be ready to add ``gradients`` (k, d) to what carried ``ids`` (k,), some `EMPTY`, are owed.
+        """Prepare the write that adds ``gradients`` (k, d) to what carried ``ids`` (k,), some `EMPTY`, are owed.
 
-        The ids ``paid`` (n,), the batch's, receive theirs in this step, and are owed no more than what is added.
+        The batch's ids ``paid`` (n,) receive what they were owed in this step; their entries are cleared first.
         """
         if self.owed is None:
             self.owed = self._new_table(gradients.shape[1])

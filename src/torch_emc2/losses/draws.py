@@ -1,4 +1,4 @@
-"""Random draws for a batch that any number of ranks draws alike: a function of seed, call and place in the whole."""
+"""Random draws for a batch: a function of seed, call and place in the whole batch, whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from torch_emc2.seeds import mix_seed
 
 __all__ = ["BatchDraws", "Chances"]
 
-_ORDER = -1  # place of no block
+_ORDER = -1  # no block has this place
 _BLOCK = 64  # rows that share a seed: a rank draws the noise of the blocks that hold its rows, and no more
 
 
 class Chances(NamedTuple):
-    """What chance decides for all rows of a batch.
+    """The random choices for all rows of a batch.
 
     Attributes:
-        sets: (sets, n) the column that is proposed at each step of each set. There are as many sets as views: each has
-            a view of every sample, by chance, and all hard negatives; all visit the samples in one random order.
-        place: (n,) where a sample, or hard negative, is among a set's proposals.
-        keep_in: (rows, chains) set whose end each chain is to keep.
-        keep_view: (local, chains) view whose end it is.
+        sets: (sets, n) the column that is proposed at each step of each set. There are as many sets as views; each has
+            one randomly chosen view of every sample, and all columns that are not the samples'. All sets are in one
+            random order.
+        place: (n,) the place of each sample, or further column, among a set's proposals.
+        keep_in: (rows, chains) the set whose final state each chain keeps.
+        keep_view: (local, chains) the view whose final state a shared chain keeps.
     """
 
     sets: Tensor
@@ -37,14 +38,15 @@ class Chances(NamedTuple):
 
 
 class BatchDraws:
-    """What chance decides for one direction of a batch, on each kind of device.
+    """The random draws of one direction of a batch.
 
-    Where moves are compiled, on the CPU by numba and on a GPU by Triton, so are all draws; equal in law.
+    Where moves are compiled, on the CPU by numba and on a GPU by Triton, so are all draws. They then differ from those
+    of torch's generator, with the same distribution.
 
     Args:
-        contrast: the direction; both of two towers draw differently.
-        seed: of the loss.
-        call: its number.
+        contrast: the direction; with two towers, both directions draw differently.
+        seed: the loss's seed.
+        call: the number of the call.
     """
 
     def __init__(self, contrast: Contrast, seed: int, call: int) -> None:
@@ -61,7 +63,7 @@ class BatchDraws:
         return _GeneratedDraws(self._key, rows, contrast.ranks, dtype, self._device)
 
     def chances(self, num_chains: int) -> Chances:
-        """Draw what all rows share, and each chain's coins."""
+        """Draw the sets that all rows share, and the set and view that each chain keeps."""
         contrast, ranks = self._contrast, self._contrast.ranks
         views, count = contrast.column_views, ranks.size + contrast.num_further
         coins = (contrast.row_views + 1) * ranks.size * num_chains
@@ -95,7 +97,7 @@ class _GeneratedDraws:
         ranks, rows, drawn = self._ranks, self._rows, []
         generator = torch.Generator(self._device)
         for view in range(rows.start // ranks.local, (rows.stop - 1) // ranks.local + 1):
-            before = view * ranks.local  # rows of other views
+            before = view * ranks.local  # rows of earlier views
             first = max(rows.start - before, 0) + ranks.start
             last = min(rows.stop - before, ranks.local) + ranks.start
             blocks = range(first // _BLOCK, -(-last // _BLOCK))

@@ -30,53 +30,57 @@ __all__ = ["EMC2Loss"]
 class EMC2Loss(PerSampleLoss):
     """Global contrastive loss by Markov chain Monte Carlo negative sampling (Yau et al., ICML 2024).
 
-    The batch's negatives are proposals to a Markov chain that each sample keeps between its visits and whose states are
-    draws from the softmax over all negatives of the data set. The kernel's estimate of that softmax gives each of the
-    batch's negatives its weight; the rest belongs to the carried negative, where the chain was when the visit began.
+    Each sample keeps a Markov chain between its visits, whose states are draws from the softmax over all negatives of
+    the data set. In a visit the batch's negatives are proposals to the chain. The kernel's estimate of that softmax
+    gives each of the batch's negatives its weight; the rest belongs to the carried negative, where the chain was when
+    the visit began.
 
-    A batch is as many sets of proposals as a sample has views, each with one view of every sample. A visit moves the
-    chain through each set separately, always from the carried negative. The weights are the mean over sets; the end in
-    one set, drawn uniformly, is kept.
+    A batch is split into as many sets of proposals as a sample has views, each with one view of every sample. A visit
+    moves the chain through each set separately, always from the carried negative. The weights are the mean over sets;
+    the final state in one set, drawn uniformly, is kept.
 
     Args:
-        num_samples: size of the data set (of its views, with an id a view): ids are below it. None: ids are any int64
-            but -1, and the tables grow with every new one. With ``towers=2`` of both sides, or a pair.
+        num_samples: size of the data set (in views, with an id per view): ids are below it. None: ids are any int64
+            except -1, and the tables grow with every new one. With ``towers=2`` one size for both sides or a pair.
         temperature: 1 / β, or a `Temperature`, which is learnt.
-        kernel: how a chain moves, by name (`torch_emc2.kernels.KERNELS`) or with its settings. ``"isir"`` chooses among
-            the batch and the carried negative by their softmax, which are its weights too: no burn-in, and exact in the
-            long run although batches are drawn without replacement. ``"metropolis"``, the paper's, is
-            ``Metropolis(burn_in=0.5)``, and has more variance.
-        num_chains: chains a sample; they share the proposals, and their mean has less variance.
-        carry: who supplies the carried negative's embedding.
-            ``"encode"``: ``encode(ids)`` does, with today's weights and before the walk, so the entry score is fresh
-            too.
-            ``"encode_if_used"``: ``encode(ids)`` does, for chains whose carried negative has a weight; the entry score
-            is of the similarity stored at the last visit, renewed where the chain stays to the end.
-            ``"cache"``: the loss keeps every sample's last embedding, 4·d bytes each; it gets no gradient itself.
-            ``"defer"``: as ``"cache"``; the gradient that a carried negative is due is kept, 4·d bytes more a sample,
-            and given to it one visit late, when it is in a batch itself: in the mean over epochs the same.
-            ``"drop"``: nobody; its term is left out and the estimate is biased, that of β's gradient beyond use.
-        num_remembered: further proposals for all rows, from the second visit on: so many samples drawn uniformly from
-            the data set, by the embeddings they had at their last visits, which the loss then keeps whatever ``carry``
-            is, 4·d bytes a sample. Nothing is encoded for them, and they get no gradient; the loss's value is the
-            batch's estimate without them. Not with ``labels``, which are not known of them.
-        seed: of the chains' noise and of what is remembered, which is a function of (seed, number of the call).
-        positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. The positive is a state then, at which an empty
-            chain sits.
-        towers: 1 or 2; see `ContrastiveLoss`. Each direction has chains of its own, whose states are ids of the other
+        kernel: how a chain moves, by name (`torch_emc2.kernels.KERNELS`) or as a `Kernel` with its settings. ``"isir"``
+            chooses among the batch and the carried negative by their softmax, which also gives the weights: it has no
+            burn-in, and is exact in the long run although batches are drawn without replacement. ``"metropolis"``, the
+            paper's, is ``Metropolis(burn_in=0.5)``, and has more variance.
+        num_chains: chains per sample; they share the proposals, and their mean has less variance.
+        carry: where the carried negative's embedding comes from.
+            ``"encode"``: from ``encode(ids)``, with the encoder's current weights and before the walk, so the score
+            that the chain enters with is current too.
+            ``"encode_if_used"``: from ``encode(ids)``, for chains whose carried negative has a weight; the entry score
+            is computed from the similarity stored at the last visit, which is renewed where the chain stays to the end.
+            ``"cache"``: the loss keeps every sample's last embedding, 4·d bytes each; the carried negative gets no
+            gradient.
+            ``"defer"``: as ``"cache"``, but the gradient that a carried negative is due is kept, for 4·d more bytes per
+            sample, and given to it one visit late, when it is in a batch itself. In the mean over epochs this is the
+            same.
+            ``"drop"``: nowhere; its term is left out. The estimate is biased, and that of β's gradient is unusable.
+        num_remembered: number of further proposals for all rows, from the second visit on: samples drawn uniformly from
+            the data set, with the embeddings of their last visits, which the loss then keeps whatever ``carry`` is, 4·d
+            bytes per sample. Nothing is encoded for them, and they get no gradient; the loss's value is the batch's
+            estimate without them. Not with ``labels``, which are not known for them.
+        seed: seed of the chains' noise and of the remembered samples, which are a function of
+            (seed, number of the call).
+        positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. Unless it is 0, the positive is a state too, at
+            which an empty chain sits.
+        towers: 1 or 2; see `ContrastiveLoss`. Each direction has its own chains, whose states are ids of the other
             side.
-        directions: of two towers.
+        directions: with two towers; see `ContrastiveLoss`.
 
     Notes:
-        With ``index`` (b,) both views of a sample share its chain, the paper's form, for views that are drawn anew each
-        time: both views' walks start at the carried negative, and the end of one of them is kept. With ``index`` (b, 2)
-        every view has its own chain, which is less biased where the views are fixed.
+        With ``index`` (b,) both views of a sample share its chain, as in the paper, for views that are drawn anew each
+        time: both views' walks start at the carried negative, and the final state of one of them is kept. With
+        ``index`` (b, 2) every view has its own chain, which is less biased where the views are fixed.
 
-        The authors let the second view's walk start where the first one's ended, and each walk propose both views of
-        every sample: the same batch once more to a state just drawn from it, which biases what is drawn
-        (docs/method.md has the numbers).
+        In the authors' version the second view's walk starts where the first one's ended, and each walk proposes both
+        views of every sample. The same batch is then proposed again to a state just drawn from it, which biases the
+        draws (docs/method.md has the numbers).
 
-        A sample that is in the batch twice has its chain moved once, by its first rows.
+        If a sample is in the batch twice, its chain moves once, by the sample's first rows.
 
     Example::
 
@@ -128,7 +132,7 @@ class EMC2Loss(PerSampleLoss):
 
     @property
     def chains(self) -> ChainTable:
-        """The chains of one tower; of two see ``sides[0].chains`` and ``sides[1].chains``."""
+        """The chains with one tower; with two see ``sides[0].chains`` and ``sides[1].chains``."""
         if self.towers == 2:
             raise ValueError("with towers=2 each side has chains of its own: sides[0].chains, sides[1].chains")
         return self.sides[0].chains

@@ -1,4 +1,4 @@
-"""The caller's ``encode``, which gives carried negatives' embeddings with today's weights."""
+"""The caller's ``encode``, which embeds carried negatives with the encoder's current weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch_emc2.validation import Towers
 __all__ = ["CheckedEncode", "Encode", "checked_encoders"]
 
 Encode = Callable[[Tensor], Tensor]
-"""``encode(ids)``: embeddings (k, d) of the samples (or views) ``ids`` (k,) with today's weights, with gradient.
+"""``encode(ids)`` returns embeddings (k, d) of the samples (or views) ``ids`` (k,), with gradient.
 
-All ranks call it equally often, with different ids: one that has none to encode where another has is given one of its
-own samples', which then weighs nothing. So it may call a module that `fully_shard` has split among the ranks. Under DDP
-it must call the wrapped module itself (``ddp.module``): the wrapper counts on one forward pass a step.
-"""
+It uses the encoder's current weights. All ranks call it equally often, with different ids; a rank that has none to
+encode while another has is given one of its own samples', whose embedding has no weight. So ``encode`` may call a
+module that `fully_shard` has split among the ranks. Under DDP it must call the wrapped module itself (``ddp.module``),
+because the wrapper expects one forward pass per step."""
 
 
 class CheckedEncode(Protocol):
-    """The caller's ``encode`` as estimators get it: under the caller's autocast, giving finite unit vectors."""
+    """The caller's ``encode`` as estimators get it: run under the caller's autocast, returning finite unit vectors."""
 
     def __call__(self, ids: Tensor, *, gradient: bool = True) -> Tensor:
-        """Embed ``ids`` (k,): (k, d), with gradient where the caller's mode and ``gradient`` allow it."""
+        """Embed ``ids`` (k,): (k, d), with gradient if both the caller's mode and ``gradient`` allow it."""
 
 
 def checked_encoders(
@@ -35,7 +35,7 @@ def checked_encoders(
     towers: Towers,
     autocast: Callable[[], torch.autocast],
 ) -> tuple[CheckedEncode | None, CheckedEncode | None]:
-    """Return what encodes ids of either side, under the caller's ``autocast``."""
+    """Return the encoders of either side's ids, None where none is given; they run under the caller's ``autocast``."""
     if towers == 2 and encode is not None:
         if not isinstance(encode, tuple) or len(encode) != 2:
             raise TypeError(f"with towers=2 encode must be a pair (encode_x, encode_y), got {encode!r}")
@@ -49,7 +49,7 @@ def checked_encoders(
 
 
 def _checked(encode: Encode, x: Tensor, autocast: Callable[[], torch.autocast]) -> CheckedEncode:
-    """Run a caller's ``encode`` under the caller's autocast and gradient modes; finite unit vectors (k, d)."""
+    """Run a caller's ``encode`` under the caller's autocast and gradient modes, giving finite unit vectors (k, d)."""
     grad = torch.is_grad_enabled()
 
     def encode_unit(ids: Tensor, *, gradient: bool = True) -> Tensor:

@@ -1,4 +1,4 @@
-"""The losses whose negatives are the batch's alone: InfoNCE, and DCL, which leaves the positive out."""
+"""Losses with the batch's negatives only: InfoNCE, and DCL, which leaves the positive out of the denominator."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ __all__ = ["DCLLoss", "InfoNCELoss", "Softmax"]
 class InfoNCELoss(ContrastiveLoss):
     """Cross entropy of the positive against the batch (van den Oord et al. 2018; NT-Xent in Chen et al. 2020; CLIP).
 
-    Weights: softmax over negatives and positive, ``-β s_pos + log(κ exp(β s_pos) + Σ_j exp(β s_j))``.
+    The value is ``-β s_pos + log(κ exp(β s_pos) + Σ_j exp(β s_j))``; the weights are the softmax over negatives and
+    positive.
 
     Args:
         temperature: 1 / β, or a `Temperature`, which is learnt.
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`.
         num_samples: size of the data set, for ``"global"``.
         towers: 1 or 2; see `ContrastiveLoss`.
-        directions: of two towers.
+        directions: with two towers; see `ContrastiveLoss`.
 
     Example::
 
@@ -58,7 +59,7 @@ class Softmax(Weighing):
     """Softmax over a row's negatives and its positive."""
 
     def weigh(self, rows: Rows, scores: Scores) -> Weights:
-        """Give each its share in the sum of all."""
+        """Give each negative, and the positive, its share in the sum of all."""
         log_total = torch.logaddexp(scores.log_mass, scores.log_positive)
         return Weights(
             negatives=scores.relative_to(log_total),
@@ -70,14 +71,14 @@ class Softmax(Weighing):
 class DCLLoss(InfoNCELoss):
     """``-β s_pos + log Σ_j exp(β s_j)`` over the batch's negatives (Yeh et al. 2022, without its von Mises weights).
 
-    Weights: softmax over the negatives: `InfoNCELoss` with κ = 0.
+    The weights are the softmax over the negatives. This is `InfoNCELoss` with κ = 0.
 
     Args:
         temperature: 1 / β, or a `Temperature`, which is learnt.
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`.
         num_samples: size of the data set, for ``"global"``.
         towers: 1 or 2; see `ContrastiveLoss`.
-        directions: of two towers.
+        directions: with two towers; see `ContrastiveLoss`.
     """
 
     def __init__(

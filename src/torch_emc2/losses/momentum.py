@@ -1,4 +1,4 @@
-"""Momentum: positives and further negatives by a slow copy of the encoder, beside the batch's own negatives."""
+"""Momentum: positives and more negatives from a slow copy of the encoder, in addition to the batch's own negatives."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ __all__ = ["MomentumLoss", "ema_decay"]
 
 
 def ema_decay(batch_size: int) -> float:
-    """Return the decay for steps of so many samples: 0.99, and so much less above 32 that 3,200 samples are averaged.
+    """Return the momentum encoder's decay for a batch size.
 
-    Measured on WordNet and emoji (docs/method.md): where a batch is large steps are few, and a hundred too many.
-    At least 1/2.
+    It is 0.99 up to a batch size of 32. Above, it is smaller, so that 3,200 samples are averaged, but at least 0.5.
+    Measured on WordNet and emoji (docs/method.md): with large batches there are few steps, and averaging over a hundred
+    of them is too slow.
     """
     return max(0.5, min(0.99, 1 - batch_size / 3200))
 
@@ -34,36 +35,38 @@ def ema_decay(batch_size: int) -> float:
 class MomentumLoss(PerSampleLoss):
     """``-β s(a, slow a⁺) + log[κ exp(β s(a, slow a⁺)) + Σ_batch exp(β s_aj) + Σ_queue exp(β s(a, slow q))]``.
 
-    "Slow" are embeddings by a momentum encoder, an exponential moving average of the encoder (MoCo, He et al. 2020). A
-    row is drawn to its positive's slow embedding and pushed from the batch's own embeddings, which have a gradient,
-    and from a queue of the last slow ones, which are comparable with today's where the encoder's own would be stale.
-    So a small batch has as many negatives as the queue is long, for one forward pass more and no backward pass.
+    "Slow" embeddings come from a momentum encoder, an exponential moving average of the encoder (MoCo, He et al. 2020).
+    A row is pulled to its positive's slow embedding. It is pushed away from the batch's own embeddings, which have a
+    gradient, and from a queue of the most recent slow embeddings. Slow embeddings in the queue stay comparable with
+    current ones, where the encoder's own would be stale. So a small batch has as many negatives as the queue is long,
+    for one extra forward pass and no extra backward pass.
 
-    `ema_decay` says how slow the copy should be.
+    `ema_decay` gives the decay of the momentum encoder.
 
-    What differs from MoCo is each needed (docs/method.md): all views are rows, the batch's own embeddings are
-    negatives beside the queue, and κ = 0 leaves the positive out of the denominator (Yeh et al. 2022).
+    The three differences from MoCo are each needed (docs/method.md): all views are rows, the batch's own embeddings are
+    negatives in addition to the queue, and κ = 0 leaves the positive out of the denominator (Yeh et al. 2022).
 
-    The value is the loss as written, with slow embeddings as constants, and its gradient is that. In ``last``
-    similarities and the global loss are those of slow positives, and over all these negatives; ``slow_similarity`` is
-    the mean cosine of embeddings and their own slow ones, near 1; it falls where the slow encoder is not updated, and
-    is low where ``slow`` is in another order than ``x`` and ``y``.
+    The value is the loss as written, with slow embeddings as constants, and the gradient is the gradient of that. The
+    similarity and the global loss in ``last`` are those with slow positives and all these negatives.
+    ``last["slow_similarity"]`` is the mean cosine of embeddings and their own slow ones, normally near 1. It falls if
+    the slow encoder is not updated, and is low if ``slow`` is in another order than ``x`` and ``y``.
 
     Args:
         temperature: 1 / β, or a `Temperature`, which is learnt.
-        queue_size: slow embeddings that are kept, of both views or of each side; 4·d bytes each. Between a batch's and
-            the data's.
-        positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. Here beside all negatives that a row meets.
+        queue_size: number of slow embeddings that are kept, of both views together or, with two towers, of each side;
+            4·d bytes each. Choose it between the batch size and the size of the data set.
+        positive_weight: κ, or ``"global"``; see `ContrastiveLoss`. Here a row's negatives include the queue's.
         num_samples: size of the data set, for ``"global"``.
-        towers: 1 or 2; see `ContrastiveLoss`. Each side has a queue of its own.
-        directions: of two towers.
+        towers: 1 or 2; see `ContrastiveLoss`. Each side has its own queue.
+        directions: with two towers; see `ContrastiveLoss`.
 
     Notes:
-        ``index`` may be left out. With it, what is queued of an item that is in the batch, or was paired with one that
-        is, is no negative of any row: give it where an epoch is not much longer than the queue, or an item has several
-        partners. Of ids a view, views that are not in the batch remain negatives, as in all losses. ``labels`` raise
-        ValueError, since the queue has none; ``same`` is of the batch alone. Of an item that was queued twice the newer
-        counts.
+        ``index`` is optional. With it, a queued embedding is no negative of any row if its item is in the batch, or was
+        paired with an item that is. Pass ``index`` where an epoch is not much longer than the queue, or an item has
+        several partners. With an id per view, views that are not in the batch remain negatives, as in all losses.
+        ``labels`` raise ValueError, since the queue has none; ``same`` is about the batch only. If an item was queued
+        twice, the newer embedding counts.
+
         The first batch needs negatives of its own, as for `DCLLoss`.
 
     Raises:
@@ -122,7 +125,7 @@ class MomentumLoss(PerSampleLoss):
 
 
 class _Queued(Softmax):
-    """Softmax over all that a row meets; the batch's slow embeddings are queued in the end."""
+    """Softmax over all negatives and the positive; the batch's slow embeddings are queued in the end."""
 
     def __init__(self, contrast: Contrast, queue: _Queue) -> None:
         super().__init__(contrast)
@@ -136,13 +139,13 @@ class _Queued(Softmax):
             ids = self.contrast.column_ids[: len(slow)]
         partners = self.contrast.partners()
         by_sample = torch.arange(len(slow), device=slow.device).view(self.contrast.column_views, -1).T.flatten()
-        new = ids[by_sample], partners[by_sample], slow[by_sample]  # the queue's end is as much one view's as another's
+        new = ids[by_sample], partners[by_sample], slow[by_sample]  # so that all views leave the queue alike
         similarity = (self.contrast.columns[: len(slow)] * slow).sum(1).mean()
         return Conclusion(write=lambda: self.queue.push(*new), numbers={"slow_similarity": similarity})
 
 
 class _Queue(SampleMemory):
-    """The last slow embeddings of a side, the ids of their samples, or views, and of their partners; newest first.
+    """The latest slow embeddings of a side, newest first, with the ids of their samples (or views) and partners.
 
     Args:
         length: how many are kept.
@@ -154,7 +157,7 @@ class _Queue(SampleMemory):
         self.vectors = torch.empty(0, 0, dtype=_KEPT)
 
     def read(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids (k,), partners (k, p) and vectors (k, d), as ``like`` (n, d) is."""
+        """Return ids (k,), partners (k, p) and vectors (k, d) on the device, and in the dtype, of ``like`` (n, d)."""
         ids = self.ids.to(like.device)
         if not len(ids):
             return ids[:, 0], ids[:, 1:], like[:0]
@@ -166,7 +169,7 @@ class _Queue(SampleMemory):
         return ids[:, 0], ids[:, 1:], self.vectors.to(like)
 
     def push(self, ids: Tensor, partners: Tensor, vectors: Tensor) -> None:
-        """Put new ones (n,), (n, p), (n, d) before the others, of which the last go."""
+        """Put new entries (n,), (n, p), (n, d) first, and drop the oldest beyond ``length``."""
         with torch.inference_mode(False):
             *_, kept = self.read(vectors)
             own, left = torch.cat([ids[:, None], partners], 1)[: self.length], max(0, self.length - len(ids))
@@ -203,7 +206,7 @@ class _Queue(SampleMemory):
 
 
 def _alike_wide(*ids: Tensor) -> list[Tensor]:
-    """Fill up ids (n, p) with `NO_ID` to the width of the widest."""
+    """Pad ids (n, p) with `NO_ID` to the width of the widest."""
     width = max(each.shape[1] for each in ids)
     return [nn.functional.pad(each, (0, width - each.shape[1]), value=NO_ID) for each in ids]
 

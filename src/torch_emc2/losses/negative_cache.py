@@ -1,4 +1,4 @@
-"""Negative Cache: one negative a row, drawn from the softmax over cached embeddings of the whole data set."""
+"""Negative Cache: one negative per row, drawn from the softmax over cached embeddings of the whole data set."""
 
 from __future__ import annotations
 
@@ -25,31 +25,33 @@ from torch_emc2.validation import Towers
 __all__ = ["NegativeCacheLoss"]
 
 _NEVER = -1
-_FORGOTTEN = -2  # until the sample is in a batch: there may be nothing left to encode
+_FORGOTTEN = -2  # not encoded until the sample is in a batch again: it may not exist any more
 
 
 class NegativeCacheLoss(PerSampleLoss):
     """Cached negatives drawn by the Gumbel-max trick (Lindgren et al. 2021).
 
-    The loss keeps one embedding a sample. Each step the batch's embeddings enter the cache, the oldest entries are
-    encoded anew, and each row draws one negative from the softmax over all cached entries of other samples. Weights:
-    ``1 - w_pos`` at the drawn negative, with ``w_pos`` the positive's softmax against the cache.
+    The loss keeps one embedding per sample. In each step the batch's embeddings enter the cache, the oldest entries are
+    encoded anew, and each row draws one negative from the softmax over all cached entries of other samples. The drawn
+    negative has weight ``1 - w_pos``, where ``w_pos`` is the positive's share in the softmax over positive and cache.
 
     Args:
-        num_samples: size of the data set (of its views, with an id a view); of two towers of both sides, or a pair.
+        num_samples: size of the data set (in views, with an id per view); with two towers one size for both sides or a
+            pair.
         dim: dimension d of the embeddings; the cache is num_samples · d floats.
         temperature: 1 / β, or a `Temperature`, which is learnt.
-        refresh_fraction: share of the cache that is encoded anew each step, oldest first.
-        views_per_sample: with an id a view, views of a sample: ids ``sample · views_per_sample + view``.
-        seed: of the draws, which are a function of (seed, number of the call).
-        positive_weight: κ; ``"global"`` counts the positive once among all that is cached. See `ContrastiveLoss`.
+        refresh_fraction: share of the cache that is encoded anew in each step, oldest first.
+        views_per_sample: with an id per view, the number of views of a sample: ids are
+            ``sample · views_per_sample + view``.
+        seed: seed of the draws, which are a function of (seed, number of the call).
+        positive_weight: κ; ``"global"`` counts the positive once among all cached entries. See `ContrastiveLoss`.
         towers: 1 or 2; see `ContrastiveLoss`.
-        directions: of two towers.
+        directions: with two towers; see `ContrastiveLoss`.
 
     Notes:
-        Without ``encode`` the drawn negatives are constants and only the batch's own embeddings refresh the cache. Hard
-        negatives join the draw, each with the weight of as many cached entries as there are for one of the batch's
-        negatives.
+        Without ``encode`` the drawn negatives are constants, and only the batch's own embeddings refresh the cache.
+        Hard negatives take part in the draw. Each has the weight of as many cached entries as there are for one of the
+        batch's negatives.
     """
 
     sides: tuple[_Cache, ...]
@@ -113,12 +115,12 @@ class NegativeCacheLoss(PerSampleLoss):
 
 
 class _DrawnFromCache(Weighing):
-    """All of a row's weight but the positive's is at one draw from the cache, as it will be after this batch.
+    """All of a row's weight except the positive's is at one draw from the cache, as it will be after this batch.
 
     Args:
-        loss: whose cache it is.
+        loss: the loss whose cache it is.
         contrast: the direction.
-        encode: the caller's.
+        encode: the caller's ``encode``, checked; or None.
     """
 
     def __init__(self, loss: NegativeCacheLoss, contrast: Contrast, encode: CheckedEncode | None) -> None:
@@ -140,7 +142,7 @@ class _DrawnFromCache(Weighing):
             logits.index_copy_(1, ids, vectors @ embeddings.to(vectors).T)
         logits.div_(scores.temperature).masked_fill_(self._no_entries(rows), -torch.inf)
         num_cached = (logits > -torch.inf).sum(1)
-        # A row's n negatives in the batch stand for all that is cached; hard ones and the positive count beside those.
+        # A row's n negatives in the batch stand for all cached entries; positive and hard negatives are scaled alike.
         log_scale = num_cached.to(logits.dtype).log() - rows.log_num_negatives
         num_columns = contrast.column_views * contrast.ranks.size
         everything = torch.cat([logits, scores.logits[:, num_columns:] + log_scale[:, None]], 1)
@@ -149,7 +151,7 @@ class _DrawnFromCache(Weighing):
         w_pos = (log_positive - torch.logaddexp(log_positive, everything.logsumexp(1))).exp()
 
         noise = self.draws.of(rows.span).exponential(everything.shape[1])
-        drawn = (everything - noise.clamp_(min=2**-25).log_()).argmax(1)  # Gumbel; 0 would draw masked
+        drawn = (everything - noise.clamp_(min=2**-25).log_()).argmax(1)  # Gumbel; noise 0 would draw a masked one
         cached = drawn < logits.shape[1]
         weight = (1 - w_pos)[:, None]
         negatives = torch.zeros_like(scores.logits)
@@ -178,7 +180,7 @@ class _DrawnFromCache(Weighing):
         return Conclusion(carried, None, write_if, {"cached_share": (self.written >= 0).float().mean()})
 
     def _no_entries(self, rows: Rows) -> Tensor:
-        """(rows, num_samples) entries that are empty, of the row's own sample, or known to be its own."""
+        """(rows, num_samples) which entries are no negatives: empty, or of the row's sample, or known to be its own."""
         contrast = self.contrast
         assert contrast.candidate_ids is not None
         entries = torch.arange(len(self.written), device=contrast.rows.device)
@@ -192,9 +194,10 @@ class _DrawnFromCache(Weighing):
         return none
 
     def _fresh(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Choose what to write: the batch's embeddings, then the oldest entries' encoded anew, in this order.
+        """Choose what to write: the batch's embeddings, then the oldest entries, encoded anew.
 
-        Returns ids and embeddings of each, and the call (num_samples,) at which each entry will have been written.
+        Returns the ids and embeddings of each, in this order, and the call (num_samples,) at which each entry will have
+        been written.
         """
         contrast, call = self.contrast, self.loss._calls
         written = self.cache.written.data.to(contrast.rows.device, copy=True)
@@ -213,7 +216,7 @@ class _DrawnFromCache(Weighing):
             by_age.masked_fill_(written == _FORGOTTEN, torch.iinfo(by_age.dtype).max)
             oldest = by_age.topk(count, largest=False).indices
             oldest = oldest[written[oldest] != _FORGOTTEN]
-            shares = oldest.tensor_split(ranks.world_size)  # each is encoded once: there may be dropout
+            shares = oldest.tensor_split(ranks.world_size)  # each entry on one rank: with dropout, ranks would differ
             mine = shares[ranks.rank]
             embeddings = contrast.rows.new_empty(0, contrast.rows.shape[1])
             if len(oldest):
@@ -232,7 +235,7 @@ class _Cache(SampleMemory):
         self.written = SampleTable(num_samples, (), torch.int64, _NEVER)
 
     def read(self, ids: Tensor, fresh: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Look up embeddings of ``ids`` (k,) as they will be when ``fresh`` ones are written."""
+        """Look up the embeddings of ``ids`` (k,) as they will be once the ``fresh`` ones are written."""
         found = self.embeddings.read(ids)
         for new_ids, embeddings in fresh:
             place = ids.new_full((len(self.written.data),), -1)

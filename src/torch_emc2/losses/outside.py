@@ -12,7 +12,7 @@ __all__ = ["load_outside", "make_outside"]
 
 
 def load_outside(name: str) -> type[ContrastiveLoss]:
-    """Import a class.
+    """Import the class of a name ``package.module:Class``.
 
     Raises:
         ValueError: there is no such module or class, or it is not derived from `ContrastiveLoss`.
@@ -20,7 +20,7 @@ def load_outside(name: str) -> type[ContrastiveLoss]:
     module, _, attribute = name.partition(":")
     try:
         loss = getattr(importlib.import_module(module), attribute, None)
-    except (Exception, SystemExit) as error:  # whatever a module does that is run
+    except (Exception, SystemExit) as error:  # a module that is run may raise anything
         missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         where = f"; PYTHONPATH=FOLDER says where {module} is" if missing else ""
         raise ValueError(f"loss {name} cannot be imported ({one_line(error)}){where}") from error
@@ -30,7 +30,7 @@ def load_outside(name: str) -> type[ContrastiveLoss]:
 
 
 def make_outside(loss: type[Any], **given: Any) -> ContrastiveLoss:
-    """Build one.
+    """Build a loss of a class, with keyword arguments.
 
     Raises:
         ValueError: its constructor takes other arguments.

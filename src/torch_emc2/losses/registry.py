@@ -1,4 +1,4 @@
-"""The estimators, a row each: the command, its settings, diagnoses, figures, benchmarks and tests read them here."""
+"""The table of estimators, from which the command, settings, diagnoses, figures, benchmarks and tests read."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ __all__ = [
 
 
 class LossContext(NamedTuple):
-    """What a loss is built for, whichever it is.
+    """What a loss of any estimator is built for.
 
     Attributes:
-        num_samples: ids are below it; None leaves it open, to those that can.
+        num_samples: ids are below it; None for no limit, for losses that allow it.
         temperature: 1 / β.
-        dim: of the embeddings.
-        views_per_sample: ids a sample.
-        seed: of what it draws.
-        positive_weight: κ; None for the estimator's own.
+        dim: dimension of the embeddings.
+        views_per_sample: ids per sample.
+        seed: seed of the loss's draws.
+        positive_weight: κ; None for the estimator's default.
     """
 
     num_samples: int | None
@@ -67,7 +67,7 @@ class Method(NamedTuple):
     """A line of the experiments' figures and tables.
 
     Attributes:
-        title: what it is called there.
+        title: its name there.
         colour: of the line.
         marker: on the line.
         fields: the settings that make it, where an estimator has several.
@@ -81,15 +81,15 @@ class Method(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimator:
-    """A row.
+    """One estimator, a row of the table.
 
     Attributes:
         name: as ``--loss`` takes it.
         loss: its class.
-        build: makes it from its settings and from what is given.
-        methods: its lines in the experiments; the first one's title is its own.
-        variants: what its gradient is measured for, and what the tests try: labels after the title, and the settings
-            that differ.
+        build: builds the loss from the estimator's settings and a `LossContext`.
+        methods: its lines in the experiments; the first one's title is the estimator's.
+        variants: the settings with which its gradient is measured and the tests try it, by a label that follows the
+            title; only settings that differ from the defaults.
     """
 
     name: str
@@ -100,34 +100,37 @@ class Estimator:
 
     @property
     def settings(self) -> type[Any] | None:
-        """The dataclass of what a user can set; None where there is nothing."""
+        """The dataclass of the settings that a user can choose; None if there are none."""
         return LOSSES.get(self.name)
 
     @property
     def group(self) -> str:
-        """Its settings' name in a config."""
+        """The name of its settings in a config."""
         return group_of(self.name)
 
     def maker(
         self, fields: Mapping[str, Any], given: LossContext, settings: Any = None
     ) -> Callable[[int], ContrastiveLoss]:
-        """Return what makes it from a seed, with ``settings``, or the defaults, but for some fields."""
+        """Return a function that builds the loss from a seed, with ``settings`` (or defaults) except for ``fields``."""
         own = None if self.settings is None else replace(settings or self.settings(), **fields)
         return lambda seed: self.build(own, given._replace(seed=seed))
 
 
 def _in_batch(given: LossContext) -> dict[str, Any]:
-    """The size of the data tells those without a memory of samples n / N, and would hold their ids to a range."""
+    """Return keywords for losses without a memory of samples.
+
+    They get the size of the data only where n / N needs it, because it would also limit their ids.
+    """
     size = {"num_samples": given.num_samples} if given.positive_weight == "global" else {}
     return {**given.weight, **size}
 
 
 def variants(given: LossContext, settings: Mapping[str, Any] = {}) -> dict[str, Callable[[int], ContrastiveLoss]]:
-    """Return what makes each variant of each estimator from a seed, by its title.
+    """Return, by title, a function for each variant of each estimator that builds its loss from a seed.
 
     Args:
-        given: what they are built for.
-        settings: by group, of those that are not to start from their defaults.
+        given: what the losses are built for.
+        settings: settings by group, for estimators that do not start from their defaults.
     """
     return {
         f"{row.methods[0].title}, {label}".removesuffix(", "): row.maker(fields, given, settings.get(row.group))
@@ -250,9 +253,10 @@ ESTIMATORS = {
 
 
 def find(name: str) -> Estimator:
-    """Return the row of a name; for ``package.module:Class``, which this imports, one of that class.
+    """Return the estimator of a name; ``package.module:Class`` imports that class and gives an estimator for it.
 
-    It is called ``Class(num_samples=…, temperature=…)``, with a given ``positive_weight=…`` too, and has no settings.
+    The class is called as ``Class(num_samples=…, temperature=…)``, with ``positive_weight=…`` too if it is given, and
+    has no settings.
 
     Raises:
         ValueError: there is no such estimator, or no such class.

@@ -27,9 +27,9 @@ __all__ = ["SogCLRLoss", "cosine_gamma"]
 
 
 def cosine_gamma(num_steps: int, minimum: float = 0.2) -> Callable[[int], float]:
-    """Return γ as a function of the number of the call: half a cosine from 1 to ``minimum``, as FastCLIP has it.
+    """Return γ as a function of the number of the call: half a cosine from 1 to ``minimum``, as in FastCLIP.
 
-    Wei et al. 2024 decay it an epoch at a time; here it is a step at a time.
+    Wei et al. 2024 change it once per epoch; here it changes with every step.
     """
     return partial(_cosine, num_steps, minimum)
 
@@ -42,21 +42,23 @@ class SogCLRLoss(PerSampleLoss):
     """Stochastic optimisation of the global contrastive loss (Yuan et al. 2022, algorithm 1).
 
     With ``g_a = mean_j exp(β s_j)`` over the batch's negatives, ``u_a <- (1 - γ) u_a + γ g_a`` (``u_a <- g_a`` at the
-    first visit) and ``w_j = exp(β s_j) / (n u_a)``. ``u`` is kept as its logarithm, which no temperature overflows: 8
-    bytes an id, a number for each of its two views. With a positive weight κ, ``κ exp(β s_pos) / n`` is part of ``g``.
+    first visit) and ``w_j = exp(β s_j) / (n u_a)``. ``u`` is kept as its logarithm, which does not overflow at any
+    temperature: 8 bytes per id, a number for each of its two views. With a positive weight κ, ``κ exp(β s_pos) / n`` is
+    part of ``g``.
 
     Args:
-        num_samples: size of the data set: ids are below it. None: ids are any int64 but -1, and the table grows. With
-            ``towers=2`` of both sides, or a pair.
-        temperature: 1 / β. Averages of exp(β s) are valid near one β only. One that is learnt or follows a schedule
-            leaves them as they are (as FastCLIP does); a call at more than 3 times the last one's, or less than its
-            third, raises ValueError: `forget` all ids before, after which a first visit is DCL's, or take another loss.
-        gamma: γ in (0, 1], the weight of the present batch; 1 is DCL. Or a function of the number of the call, such as
+        num_samples: size of the data set: ids are below it. None: ids are any int64 except -1, and the table grows.
+            With ``towers=2`` one size for both sides or a pair.
+        temperature: 1 / β, or a `Temperature`, which is learnt. Averages of exp(β s) are valid only near one β. If β is
+            learnt or follows a schedule, they stay as they are (as in FastCLIP). A call with a temperature more than 3
+            times the last call's, or less than a third of it, raises ValueError. To change it further, `forget` all ids
+            first, so that each sample's next visit is a first one, with DCL's gradient; or use another loss.
+        gamma: γ in (0, 1], the weight of the current batch; 1 is DCL. Or a function of the number of the call, such as
             `cosine_gamma`.
-        views: of a sample, where they share an id.
+        views: number of views of a sample, where they share an id.
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`.
         towers: 1 or 2; see `ContrastiveLoss`.
-        directions: of two towers.
+        directions: with two towers; see `ContrastiveLoss`.
     """
 
     remembers_positive = True
@@ -77,7 +79,7 @@ class SogCLRLoss(PerSampleLoss):
             temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
         )
         self.gamma = gamma
-        _ = self._gamma  # refuses what it cannot use
+        _ = self._gamma  # raises if it is not valid
         if require_int("views", views) < 1:
             raise ValueError(f"views must be at least 1, got {views}")
         self.sides = tuple(_Averages(size, views if towers == 1 else 1) for size in self.sizes)
@@ -117,8 +119,8 @@ class _Averaged(Weighing):
 
     Args:
         contrast: the direction.
-        averages: of its anchors.
-        gamma: share of this batch in the average.
+        averages: the averages of its anchors.
+        gamma: weight of this batch in the average.
         temperature: 1 / β.
         weighs_positive: whether the positive has a mass.
         writes: whether the averages are to be remembered.
@@ -139,7 +141,7 @@ class _Averaged(Weighing):
         self.weighs_positive, self.writes = weighs_positive, writes
         ids = contrast.chain_ids
         self.slots = averages.slots.place(ids) if writes else averages.slots.find(ids)
-        # A number a view, or of one alone the first.
+        # A number for each view; where a row has its own id, the first.
         self.entry = averages.log_u.read(self.slots).to(contrast.rows.dtype)
         self.before = contrast.ranks.my_rows(self.entry.T.flatten() if contrast.shared_chains else self.entry[:, 0])
 
@@ -170,11 +172,11 @@ class _Averaged(Weighing):
         return Conclusion(write=write)
 
 
-_REACH = 3.0  # by which the temperature may grow or fall from one call to the next
+_REACH = 3.0  # the temperature may grow or fall by this factor from one call to the next
 
 
 class _Averages(SampleMemory):
-    """Logarithms of the averages, a number a view, -inf where there was no visit; and their last temperature."""
+    """Logarithms of the averages, one per view, -inf before the first visit; and the temperature of the last call."""
 
     def __init__(self, num_samples: int | None, views: int) -> None:
         self.slots = Slots(num_samples)
@@ -182,7 +184,7 @@ class _Averages(SampleMemory):
         self.temperature = 1.0  # before the first call it means nothing
 
     def require_near(self, temperature: float) -> None:
-        """Raise ValueError where there are averages, of another temperature."""
+        """Raise ValueError if there are averages and their temperature is too different."""
         near = self.temperature / _REACH <= temperature <= self.temperature * _REACH
         if not near and bool((self.log_u.data > -torch.inf).any()):
             raise ValueError(
@@ -193,7 +195,7 @@ class _Averages(SampleMemory):
     def writing(
         self, ids: Tensor, slots: Tensor, log_u: Tensor, first: Tensor | None, temperature: float
     ) -> Callable[[], None]:
-        """Be ready to write the averages of ``ids`` (k,), of each one that it meets ``first``."""
+        """Prepare the write of the averages of ``ids`` (k,); of a repeated id only the ``first`` counts."""
         if first is not None:
             ids, slots, log_u = ids[first], slots[first], log_u[first]
         self.log_u.make_room(slots)

@@ -1,4 +1,4 @@
-"""What the estimators share that remember something from call to call: their memory, saved, loaded and forgotten."""
+"""Base classes of losses that remember something between calls: their memory is saved, loaded and forgotten here."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Memory(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Return all there is to save."""
+        """Return everything to save."""
 
     @abstractmethod
     def check(self, state: dict[str, Any]) -> None:
-        """Raise ValueError where a saved `state` of the right names does not fit; nothing has changed."""
+        """Raise ValueError if a saved `state`, whose names are right, does not fit; change nothing."""
 
     @abstractmethod
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a saved `state` that fits."""
+        """Load a saved `state` that fits."""
 
 
 class SampleMemory(Memory):
@@ -47,13 +47,13 @@ class SampleMemory(Memory):
         """Forget samples ``ids`` (k,) of this side, all different."""
 
     def forget_negatives(self, ids: Tensor) -> None:
-        """Forget samples ``ids`` (k,) of the other side (or the same, of one tower) where these are negatives."""
+        """Forget samples ``ids`` (k,) of the other side (or the same, with one tower) where they are negatives."""
 
 
 class StatefulLoss(ContrastiveLoss):
-    """A loss that remembers something from call to call, and puts its memory in ``state_dict()``.
+    """A loss that remembers something between calls, and saves this memory in ``state_dict()``.
 
-    In evaluation mode (``loss_fn.eval()``) the memory is read and not written.
+    In evaluation mode (``loss_fn.eval()``) the memory is read but not written.
 
     Attributes:
         sides: the memory of each side: one, or with ``towers=2`` x's and y's.
@@ -61,7 +61,7 @@ class StatefulLoss(ContrastiveLoss):
 
     sides: Sequence[Memory]
     remembers_positive = False
-    """Whether what is remembered holds the positive with its weight κ, and so is of one κ alone."""
+    """Whether the memory includes the positive with its weight κ, and so is valid for one κ only."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class StatefulLoss(ContrastiveLoss):
             temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
         )
         self._calls = 0
-        self._mark = 0  # left by loads and removals: a step changes the memory of all ranks alike, these may not
+        self._mark = 0  # a checksum of loads and removals, which unlike steps may differ between ranks
 
     def _alike(self, device: str) -> dict[str, object]:
         return {
@@ -91,7 +91,7 @@ class StatefulLoss(ContrastiveLoss):
         self._calls += 1
 
     def _position(self) -> dict[str, Any]:
-        """Return the numbers, beside the memory, that the next call depends on."""
+        """Return the numbers that the next call depends on, in addition to the memory."""
         return {"calls": self._calls, **({"positive_weight": self._kappa} if self.remembers_positive else {})}
 
     @property
@@ -107,8 +107,8 @@ class StatefulLoss(ContrastiveLoss):
     def sharded_state_dict(self) -> dict[str, Any]:
         """Return ``state_dict()`` with every table split among the ranks, as `torch.distributed.checkpoint` saves it.
 
-        To be called on all ranks, which then write a part each. ``dcp.load(state_dict, …)`` puts the parts together
-        again, in a world of any size.
+        Call it on all ranks; each then writes a part. ``dcp.load(state_dict, …)`` puts the parts together again, on any
+        number of ranks.
         """
         from torch.distributed.device_mesh import init_device_mesh  # a second of imports
         from torch.distributed.tensor import Shard, distribute_tensor
@@ -117,16 +117,16 @@ class StatefulLoss(ContrastiveLoss):
             ranks = init_device_mesh(table.device.type, (dist.get_world_size(),))
             if table.ndim == 0:  # a parameter
                 return table
-            return distribute_tensor(table, ranks, [Shard(0)], src_data_rank=None)  # what the ranks have is the same
+            return distribute_tensor(table, ranks, [Shard(0)], src_data_rank=None)  # all ranks hold the same
 
         sharded: dict[str, Any] = tree_map_only(Tensor, split, self.state_dict())
         return sharded
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a saved memory: the next call does what would have come next.
+        """Load a saved memory: the next call does what the call after the save would have done.
 
         Raises:
-            ValueError: it is another loss's, or of another size; nothing has changed.
+            ValueError: the memory is of another loss, or of another size; nothing has changed.
         """
         _check_alike(state, self.get_extra_state(), type(self).__name__)
         saved = (state,) if self.towers == 1 else (state["x"], state["y"])
@@ -139,10 +139,10 @@ class StatefulLoss(ContrastiveLoss):
         self._mark = _checksum(self.get_extra_state()) if several_ranks() else 0
 
     def _check_sides(self, saved: Sequence[dict[str, Any]]) -> None:
-        """Raise ValueError where sides that fit each for itself do not go together."""
+        """Raise ValueError if sides that each fit do not fit together."""
 
     def _take_position(self, state: dict[str, Any]) -> None:
-        """Take over the numbers of `_position`, or raise ValueError."""
+        """Load the numbers of `_position`, or raise ValueError."""
         if state["calls"] < 0:
             raise ValueError(f"the saved state is damaged: it is of {state['calls']} calls")
         if self.remembers_positive and state["positive_weight"] != self._kappa:
@@ -162,7 +162,7 @@ _GLOBAL = -1.0  # in a saved state, for κ = n / N
 
 
 class PerSampleLoss(StatefulLoss):
-    """A loss that remembers something of samples, by their ``index``. `forget` takes samples out of it."""
+    """A loss that remembers something of each sample, by its ``index``. `forget` removes samples from the memory."""
 
     needs_index = True
     sides: Sequence[SampleMemory]
@@ -170,16 +170,16 @@ class PerSampleLoss(StatefulLoss):
     def forget(self, ids: Tensor, y_ids: Tensor | None = None) -> None:
         """Forget samples that are removed from the data: all that is remembered of them, also as others' negatives.
 
-        Takes a look at every entry, O(num_samples): for rare use. With several ranks call it on all, with the same ids.
-        A forgotten sample that comes again is new.
+        This reads every entry, O(num_samples), so call it rarely. With several ranks call it on all of them, with the
+        same ids. A forgotten sample that comes again is new.
 
         Args:
-            ids: (k,) ids as the loss is called with, of all views where it is called with those; never seen ones will
-                do. Of two towers x's.
-            y_ids: (k,) of y's.
+            ids: (k,) ids as the loss is called with, of all views if views have their own ids. Ids that were never seen
+                are allowed. With two towers, x's.
+            y_ids: (k,) with two towers, y's.
 
         Raises:
-            IndexError, TypeError: an id is not below num_samples, or no integer; nothing has changed.
+            IndexError, TypeError: an id is not below num_samples, or not an integer; nothing has changed.
         """
         given = (ids,) if y_ids is None else (ids, y_ids)
         if len(given) > self.towers:
@@ -193,7 +193,7 @@ class PerSampleLoss(StatefulLoss):
 
 
 def _check_alike(saved: Any, own: Any, name: str) -> None:
-    """Raise ValueError where a state has other names in it than a loss's own, or no number where that has one."""
+    """Raise ValueError if a saved state has other names than the loss's own, or no number where that has one."""
     if isinstance(own, dict):
         if not isinstance(saved, dict) or set(saved) != set(own):
             found = sorted(map(str, saved)) if isinstance(saved, dict) else repr(saved)
@@ -205,7 +205,7 @@ def _check_alike(saved: Any, own: Any, name: str) -> None:
 
 
 def _checksum(state: Any) -> int:
-    """Mix the sums of all tensors of a state, as whole numbers of the same bits, which wrap: O(its size), fast."""
+    """Return a checksum of a state: its tensors' bits are summed as integers, with overflow; O(its size), fast."""
     kinds = {4: torch.int32, 8: torch.int64}
     tables = [leaf.view(kinds[leaf.itemsize]) for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     return mix_seed(*(int(table.sum(dtype=table.dtype)) for table in tables))

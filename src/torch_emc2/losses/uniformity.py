@@ -24,33 +24,36 @@ __all__ = ["UniformityLoss"]
 
 
 class UniformityLoss(StatefulLoss):
-    """``-β E[s_pos] + log E_a E_j exp(β s_aj)``: pairs near, all else evenly spread (Wang and Isola 2020, t = β / 2).
+    """``-β E[s_pos] + log E_a E_j exp(β s_aj)``: pairs close, all else evenly spread (Wang and Isola 2020, t = β / 2).
 
-    Against the global contrastive loss, the mean over rows a has gone inside of the logarithm. So one number normalises
-    all rows, and a moving average of it knows what a small batch does not: at b = 4 a row has a handful of negatives,
-    but u has those of all rows of the last 1 / γ batches. Nothing is remembered of samples, and no ids are needed.
+    Compared with the global contrastive loss, the mean over rows a is inside the logarithm. So a single number
+    normalises all rows, and its moving average u includes what a small batch lacks: at b = 4 a row has only a handful
+    of negatives, but u has those of all rows of the last 1 / γ batches. Nothing is remembered of samples, and no ids
+    are needed.
 
-    With ``g_a = mean_j exp(β s_j)`` over a row's negatives, ``w_j = exp(β s_j) / (n ((1 - γ) u + γ g_a))`` and then
-    ``u <- (1 - γ) u + γ mean_a g_a`` (the first call takes ``γ = 1``, and has DCL's gradient): SogCLR's step (Yuan et
-    al. 2022), with one average in the place of one a sample. A row's weights sum to 1 / γ at most. Where β moves, by a
-    schedule or learnt, u goes along its tangent, ``d log u / dβ`` the mean similarity by mass, and γ is no less than 10
-    times the step of log β. ``u`` is kept as its logarithm, which no temperature overflows. With a positive weight κ,
-    ``κ exp(β s_pos) / n`` is part of ``g``.
+    With ``g_a = mean_j exp(β s_j)`` over a row's negatives, the weights are
+    ``w_j = exp(β s_j) / (n ((1 - γ) u + γ g_a))``, and then ``u <- (1 - γ) u + γ mean_a g_a``. The first call uses
+    ``γ = 1``, and has DCL's gradient. This is SogCLR's step (Yuan et al. 2022) with one average instead of one per
+    sample. A row's weights sum to at most 1 / γ. With a positive weight κ, ``κ exp(β s_pos) / n`` is part of ``g``.
+    ``u`` is kept as its logarithm, which does not overflow at any temperature.
 
-    The value is no objective of this gradient but, as of all estimators, what the batch says of the global contrastive
-    loss. ``last["normaliser_ratio"]`` is u over the batch's own mean of g: about 1 where u keeps up with the encoder,
-    and 0 at the first call, before which there is no u.
+    If β changes, by a schedule or because it is learnt, log u follows its tangent, whose slope ``d log u / dβ`` is the
+    mean similarity weighted by mass, and γ is at least 10 times the change of log β.
 
-    The best temperature is higher than that of losses which normalise each row: begin at .1.
+    The value is not an objective with this gradient. It is the batch's estimate of the global contrastive loss, as for
+    SogCLR and EMC². ``last["normaliser_ratio"]`` is u over the batch's own mean of g: about 1 where u keeps up with the
+    encoder, and 0 at the first call, before which there is no u.
+
+    The best temperature is higher than for losses that normalise each row: begin with .1.
 
     Args:
-        temperature: 1 / β.
-        gamma: γ in (0, 1], the weight of the present batch; with 1 the gradient is DCL's, or that of the
+        temperature: 1 / β, or a `Temperature`, which is learnt.
+        gamma: γ in (0, 1], the weight of the current batch; with 1 the gradient is DCL's or, with κ, that of the
             softmax with κ.
         positive_weight: κ, or ``"global"``; see `ContrastiveLoss`.
         num_samples: size of the data set, for ``"global"``.
-        towers: 1 or 2; see `ContrastiveLoss`. Each direction has an average of its own.
-        directions: of two towers.
+        towers: 1 or 2; see `ContrastiveLoss`. Each direction has its own average.
+        directions: with two towers; see `ContrastiveLoss`.
 
     Example::
 
@@ -75,8 +78,8 @@ class UniformityLoss(StatefulLoss):
             temperature, num_samples, positive_weight=positive_weight, towers=towers, directions=directions
         )
         self.gamma = gamma
-        _ = self._gamma  # refuses what it cannot use
-        self.sides = tuple(_Remembered() for _ in self.sizes)  # of the rows of one side, a direction
+        _ = self._gamma  # raises if it is not valid
+        self.sides = tuple(_Remembered() for _ in self.sizes)  # one per direction, for the rows of one side
 
     @property
     def _gamma(self) -> float:
@@ -98,12 +101,12 @@ class UniformityLoss(StatefulLoss):
 
 
 class _Average(NamedTuple):
-    """A moving average of what exp(β s) comes to in a direction; numbers, as tensors ().
+    """A moving average of exp(β s) in one direction; each number is a tensor ().
 
     Attributes:
         log_u: its logarithm.
-        similarity: the mean similarity by mass, d log u / dβ.
-        log_beta: log β that it is of; infinite before the first call.
+        similarity: the mean similarity weighted by mass, d log u / dβ.
+        log_beta: the log β that it belongs to; infinite before the first call.
     """
 
     log_u: Tensor
@@ -111,9 +114,9 @@ class _Average(NamedTuple):
     log_beta: Tensor
 
     def at(self, temperature: float | Tensor, gamma: float) -> tuple[_Average, Tensor]:
-        """Follow it to another β; and say what the next batch counts for beside it: the more, the farther that is."""
+        """Return the average moved to another β, and the next batch's weight, which grows with the distance moved."""
         number = temperature if isinstance(temperature, Tensor) else torch.full_like(self.log_beta, temperature)
-        log_beta = -number.log().to(_KEPT).to(self.log_beta)  # so that one that stays has not moved by its rounding
+        log_beta = -number.log().to(_KEPT).to(self.log_beta)  # rounded as it is kept, or a constant β would move
         moved = log_beta - self.log_beta
         log_u = self.log_u + (log_beta.exp() - self.log_beta.exp()) * self.similarity
         return _Average(log_u, self.similarity, log_beta), (moved.abs() / _REACH).clamp_(gamma, 1)
@@ -124,7 +127,7 @@ class _Average(NamedTuple):
 
 
 class _Remembered(Memory):
-    """The moving average of a direction, as it is remembered: `_Average`'s numbers."""
+    """The moving average of a direction as it is kept between calls: the numbers of an `_Average`."""
 
     def __init__(self) -> None:
         self.numbers = torch.tensor(_NOTHING, dtype=_KEPT)
@@ -134,7 +137,7 @@ class _Remembered(Memory):
         return _Average(*self.numbers.to(like))
 
     def write(self, average: _Average, some: Tensor) -> None:
-        """Remember another, where there are ``some`` rows that it is of."""
+        """Keep a new average, if there are ``some`` rows with negatives."""
         with torch.inference_mode(False):
             after = torch.stack(average).to(_KEPT)
             self.numbers = torch.where(some, after, self.numbers.to(after.device))
@@ -154,24 +157,24 @@ class _Remembered(Memory):
             self.numbers = state["average"].to(self.numbers.device, copy=True)
 
 
-_REACH = 0.1  # of log β: so far the tangent is taken for the curve
+_REACH = 0.1  # change of log β over which the tangent is trusted
 _NOTHING = -math.inf, 0.0, -math.inf
 _KEPT = torch.float32
 
 
 def _is_average(row: list[float]) -> bool:
-    """Tell whether numbers can be what calls have left."""
+    """Return whether numbers can be the result of calls."""
     return tuple(row) == _NOTHING or (all(map(math.isfinite, row)) and abs(row[1]) < 1.001)
 
 
 class _Shared(Weighing):
-    """A row's masses, relative to a moving average of what all rows' are.
+    """A row's masses, relative to a moving average over all rows.
 
     Args:
         contrast: the direction.
-        average: of the calls before, at this call's β.
-        weight: of this batch beside it.
-        remembered: where it is kept, and written over in the end.
+        average: the average of the previous calls, at this call's β.
+        weight: weight of this batch in the new average.
+        remembered: where the average is kept, and replaced in the end.
         weighs_positive: whether the positive has a mass.
     """
 
@@ -186,10 +189,10 @@ class _Shared(Weighing):
         log_mass = torch.logaddexp(scores.log_mass, scores.log_positive)
         log_g = log_mass - rows.log_num_negatives
         log_total = self.average.with_next(log_g, self.weight) + rows.log_num_negatives
-        if rows.no_negatives is not None:  # nor has it a gradient then
+        if rows.no_negatives is not None:  # a row without negatives has no gradient
             log_total = torch.where(log_g.isfinite(), log_total, scores.log_positive)
         finite = scores.logits.clamp_(min=torch.finfo(scores.logits.dtype).min)
-        logit = torch.linalg.vecdot(scores.masses, finite) * (scores.peak[:, 0] - log_mass).exp()  # mean by mass
+        logit = torch.linalg.vecdot(scores.masses, finite) * (scores.peak[:, 0] - log_mass).exp()  # mass-weighted mean
         of_positive = (scores.log_positive - log_mass).exp()
         return Weights(
             negatives=scores.relative_to(log_total),
@@ -204,7 +207,7 @@ class _Shared(Weighing):
         log_g, logit = log_g.masked_fill(~has_negatives, -torch.inf), logit.masked_fill(~has_negatives, 0.0)
         log_mean = log_g.logsumexp(0) - has_negatives.sum().clamp(min=1).log()
         log_u = self.average.with_next(log_mean, self.weight)
-        share = (self.weight.log() + log_mean - log_u).exp()  # of this batch in the sum
+        share = (self.weight.log() + log_mean - log_u).exp()  # this batch's share in the sum
         similarity = (log_g.softmax(0) @ logit) / self.average.log_beta.exp()
         after = _Average(
             log_u,

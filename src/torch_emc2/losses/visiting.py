@@ -1,4 +1,4 @@
-"""A visit: every row's chains meet the batch, and where they spend it are the weights of its negatives."""
+"""A visit: every row's chains move through the batch, and the kernel's estimates are the weights of the negatives."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["ChainSettings", "Visiting"]
 
 @dataclass(frozen=True)
 class ChainSettings:
-    """How a loss's chains are to be moved.
+    """How a loss's chains move.
 
     Attributes:
-        kernel: that moves them.
-        num_chains: chains a sample.
-        carry: who supplies carried negatives' embeddings; see `EMC2Loss`.
+        kernel: the kernel that moves them.
+        num_chains: chains per sample.
+        carry: where carried negatives' embeddings come from; see `EMC2Loss`.
         weighs_positive: whether the positive is a state.
-        writes: whether the chains' ends are to be remembered.
+        writes: whether the chains' final states are remembered.
     """
 
     kernel: Kernel
@@ -46,12 +46,12 @@ class Visiting(Weighing):
 
     Args:
         contrast: the direction.
-        anchors: memory of the side whose chains are moved.
+        anchors: memory of the side whose chains move.
         candidates: memory of the side of the negatives.
-        settings: how they are moved.
-        draws: what chance decides.
+        settings: how the chains move.
+        draws: the random draws.
         temperature: 1 / β.
-        encode: the caller's.
+        encode: the caller's ``encode``, checked; or None.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class Visiting(Weighing):
         self.chances = draws.chances(settings.num_chains)
         self.ids = contrast.column_ids
         if contrast.known is not None or contrast.num_further:
-            self.ids = self.ids.masked_fill(contrast.copies, NO_ID)  # what comes a second time is no proposal
+            self.ids = self.ids.masked_fill(contrast.copies, NO_ID)  # a second copy of an item is no proposal
         super().__init__(contrast)
 
         slots = anchors.slots.find(contrast.chain_ids)
-        carried_by_all = anchors.chains.ids.read(slots).long()  # as every rank sees it
+        carried_by_all = anchors.chains.ids.read(slots).long()  # of the whole batch, the same on every rank
         carried = contrast.to_rows(carried_by_all)
-        self.carried = carried.masked_fill_(known_related(contrast, carried), EMPTY)  # no negative any more
+        self.carried = carried.masked_fill_(known_related(contrast, carried), EMPTY)  # no longer a negative
         self.empty = self.carried == EMPTY
         self.vectors: CarriedVectors | None = None
-        self.similarity: Tensor | None = None  # (rows, chains) of what is carried
+        self.similarity: Tensor | None = None  # (rows, chains) of the carried negatives
         if settings.carry == "encode":
             anywhere = bool((carried_by_all != EMPTY).any())
             self.vectors = encode_carried(contrast, self.carried, ~self.empty, anywhere, encode)
@@ -90,7 +90,7 @@ class Visiting(Weighing):
             self.similarity = contrast.to_rows(anchors.chains.similarities.read(slots)).to(contrast.rows.dtype)
 
     def weigh(self, rows: Rows, scores: Scores) -> Weights:
-        """Let the rows' chains meet the batch."""
+        """Move the rows' chains through the batch."""
         carried, empty = rows.of(self.carried), rows.of(self.empty)
         if self.similarity is None:  # no chain carries anything yet
             score = torch.zeros_like(carried, dtype=scores.logits.dtype)
@@ -100,7 +100,7 @@ class Visiting(Weighing):
         if not self.settings.weighs_positive:
             score = score.masked_fill_(empty, -torch.inf)
         else:
-            at_positive = scores.log_positive[:, None] - math.log(self.contrast.column_views)  # which is in each set
+            at_positive = scores.log_positive[:, None] - math.log(self.contrast.column_views)  # it is in each set
             score = torch.where(empty, at_positive, score)
             logits = logits.scatter(1, rows.sample_columns, at_positive.expand_as(rows.sample_columns))
             place = self.chances.place[rows.samples]
@@ -130,20 +130,20 @@ class Visiting(Weighing):
         return Weights(weights, w_pos, kept=kept)
 
     def _in_sets(self, logits: Tensor) -> Tensor:
-        """Let a hard negative count once, which is proposed in every set, where a view of a sample is in one alone.
+        """Make a hard negative count once: it is proposed in every set, while a view of a sample is in one set only.
 
-        What is remembered stays as it is: in each set it stands beside one view of every sample, with equal weight.
+        Remembered columns stay as they are: in each set they stand next to one view of every sample, with equal weight.
         """
         contrast = self.contrast
         if not contrast.num_hard:
             return logits
         samples, remembered, in_sets = contrast.column_views * contrast.ranks.size, contrast.remembered, logits.clone()
-        for hard in slice(samples, remembered.start), slice(remembered.stop, None):  # of all rows, of each
+        for hard in slice(samples, remembered.start), slice(remembered.stop, None):  # shared by all rows, and private
             in_sets[:, hard] -= math.log(contrast.column_views)
         return in_sets
 
     def conclude(self, kept: tuple[Tensor, ...]) -> Conclusion:
-        """Weigh what was carried, and be ready to write where the chains ended."""
+        """Weigh the carried negatives, and prepare the write of where the chains ended."""
         ends, at_carried, acceptance, *stored = kept
         similarity = stored[1] if stored else None
         vectors, contrast = self.vectors, self.contrast
@@ -151,7 +151,7 @@ class Visiting(Weighing):
             used = at_carried > 0
             anywhere = contrast.ranks.anywhere(bool(used.any()))
             vectors = encode_carried(contrast, self.carried, used, anywhere, self.encode)
-            if vectors is not None:  # a score that stayed as it was could hold its chain for ever
+            if vectors is not None:  # a stored score that is never renewed could hold its chain forever
                 assert similarity is not None
                 similarity = torch.where(stored[0] & used, vectors.similarities(contrast.row_vectors), similarity)
         weight = at_carried if self.settings.num_chains == 1 else at_carried / self.settings.num_chains
@@ -165,9 +165,9 @@ class Visiting(Weighing):
         )
 
     def _writing(self, ends: Tensor, similarity: Tensor | None, weight: Tensor) -> Callable[[], None]:
-        """Be ready to write where the chains ended, id and similarity (rows, chains).
+        """Prepare the write of where the chains ended: id and similarity (rows, chains).
 
-        Of a shared chain the end in the view is kept that was drawn.
+        A chain that views share keeps the final state of the view that was drawn.
         """
         contrast, keep_view = self.contrast, self.chances.keep_view
 
@@ -190,16 +190,16 @@ class Visiting(Weighing):
         return write_all
 
     def _owed(self) -> Tensor:
-        """(k, d) the gradient that the batch's candidates are owed, by item; of an item that comes twice, the first."""
+        """(k, d) the gradient that the batch's candidates are owed, by item; a repeated item gets it once."""
         contrast = self.contrast
         owed = self.candidates.owed_to(contrast.item_ids, contrast.row_vectors)
         first = contrast.first_candidates
         return owed if first is None else owed * first[:, None]
 
     def _deferring(self, weight: Tensor) -> Callable[[], None]:
-        """Be ready to owe carried negatives what all rows send them, with ``weight`` (rows, chains): Σ β w · row."""
+        """Prepare the write of what all rows owe to carried negatives: Σ β w · row, with weights w (rows, chains)."""
         contrast, ranks = self.contrast, self.contrast.ranks
-        share = 1 / (contrast.row_views * ranks.size)  # of a row in the mean
+        share = 1 / (contrast.row_views * ranks.size)  # of one row in the mean
         weights, carried = ranks.gather_rows(weight * (share / self.temperature)), ranks.gather_rows(self.carried)
         sent = (weights[:, :, None] * ranks.gather_rows(contrast.row_vectors)[:, None]).flatten(0, 1)
         return self.candidates.owing(contrast.item_ids, carried.flatten(), sent)

@@ -19,13 +19,13 @@ class WeightedSum:
     """Σ over rows of [ -(1 - w_pos) s_pos + Σ_j w_j s_j + carried ], some rows at a time.
 
     Σ_rj W_rj <row_r, column_j> is linear in the rows and in the columns, so its gradients W @ columns and W.T @ rows
-    are formed at once and no similarities are kept for the backward pass. So with private columns, and with carried
-    embeddings.
+    are formed at once and no similarities are kept for the backward pass. The same holds for private columns and for
+    carried embeddings.
     """
 
     def __init__(self, contrast: Contrast) -> None:
         self._contrast = contrast
-        self._of_rows = RowBuffer()  # the gradient at them, and at their private columns
+        self._of_rows = RowBuffer()  # the gradients at the rows and at their private columns
         self._by_columns: Tensor | None = None
         self._carried: Carried | None = None
         self._owed: Tensor | None = None
@@ -49,7 +49,7 @@ class WeightedSum:
         self._of_rows.add(rows, by_rows, *by_private)
 
     def add_carried(self, carried: Carried) -> None:
-        """Add what all rows meet outside of the batch."""
+        """Add the negatives from outside the batch, of all rows."""
         self._carried = carried
         self.by_rows.add_(torch.bmm(carried.weight[:, None], carried.met)[:, 0])
 
@@ -68,7 +68,7 @@ class WeightedSum:
         return value
 
     def gradients(self, scale: float | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each tensor that has a gradient with its own, times ``scale``."""
+        """Yield each tensor that has a gradient, with its gradient times ``scale``."""
         contrast, by_rows, by_columns = self._contrast, self.by_rows, self._by_columns
         assert by_columns is not None
         if contrast.rows is contrast.candidate_vectors:
@@ -89,7 +89,7 @@ class WeightedSum:
 
 
 def with_gradients(value: Tensor, gradients: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return ``value`` with a gradient: given tensors, and what it is at each. It can be differentiated once."""
+    """Return ``value`` with gradients, pairs of a tensor and the gradient at it. It can be differentiated once."""
     tensors, of_tensors = zip(*gradients, strict=True)
     joined: Tensor = _WithGradients.apply((value,), *tensors, *of_tensors)
     return joined
@@ -99,7 +99,7 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: tuple[Tensor], *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors[len(tensors) // 2 :])
-        return value[0]  # in a tuple it is no input, of which this would be a view
+        return value[0]  # in a tuple, or autograd would take the output for a view of an input
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

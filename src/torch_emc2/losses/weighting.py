@@ -16,15 +16,15 @@ __all__ = ["Carried", "Conclusion", "Scores", "Weighing", "Weights", "scores_of"
 
 
 class Scores(NamedTuple):
-    """How some rows compare with their columns; all detached. Estimators may write over ``logits`` and ``masses``.
+    """Scores of some rows against their columns; all detached. Estimators may overwrite ``logits`` and ``masses``.
 
     Attributes:
         logits: (rows, columns) β s_j, -inf where a column is no negative of the row.
         masses: (rows, columns) exp(β s_j - peak).
         peak: (rows, 1) the largest of a row's logits.
         log_mass: (rows,) log Σ_j exp(β s_j) over the row's negatives.
-        positive: of every row.
-        log_positive: (rows,) log(κ Σ exp(β s_pos)), what the positive counts for beside those negatives; -inf for none.
+        positive: the positives of every row.
+        log_positive: (rows,) log(κ Σ exp(β s_pos)), the positive's mass in addition to those negatives; -inf for none.
         temperature: 1 / β.
     """
 
@@ -37,7 +37,7 @@ class Scores(NamedTuple):
     temperature: float | Tensor
 
     def relative_to(self, log_total: Tensor) -> Tensor:
-        """exp(β s_j - log_total) of (rows,) totals, written over ``masses``."""
+        """(rows, columns) exp(β s_j - log_total), for totals (rows,), written over ``masses``."""
         return self.masses.mul_((self.peak - log_total[:, None]).exp_())
 
 
@@ -45,10 +45,10 @@ class Weights(NamedTuple):
     """An estimator's answer for some rows, detached.
 
     Attributes:
-        negatives: (rows, columns) w_j, zero where a column is no negative. The sum writes over it.
+        negatives: (rows, columns) w_j, zero where a column is no negative. The weighted sum overwrites it.
         positive: (rows,) w_pos, or None for zero.
-        value: (rows,) the textbook value of the loss, or None where there is none but the estimate of the global loss.
-        kept: what else there is to say of every row, (rows, …) each, for `Weighing.conclude`.
+        value: (rows,) the loss's own value, or None if it has none and the estimate of the global loss is returned.
+        kept: anything else that `Weighing.conclude` needs of every row, tensors (rows, …).
     """
 
     negatives: Tensor
@@ -58,13 +58,13 @@ class Weights(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """Negatives that are not in the batch, C a row.
+    """Negatives that are not in the batch, C per row.
 
     Attributes:
-        met: (rows, C, d) the unit vectors that each row meets, detached.
-        weight: (rows, C) with these weights.
-        encoded: (k, d) the vectors they are copies of, if those have a gradient.
-        place: (rows, C) which of ``encoded`` each one is.
+        met: (rows, C, d) their unit vectors for each row, detached.
+        weight: (rows, C) their weights.
+        encoded: (k, d) the vectors that ``met`` holds copies of, if they have a gradient; else None.
+        place: (rows, C) which row of ``encoded`` each one is.
     """
 
     met: Tensor
@@ -74,13 +74,13 @@ class Carried(NamedTuple):
 
 
 class Conclusion(NamedTuple):
-    """What an estimator says when all rows are weighed.
+    """An estimator's results once all rows are weighed.
 
     Attributes:
         carried: negatives from outside the batch, or None.
-        owed: (k, d) gradient at the first k of the contrast's ``candidate_vectors`` that earlier batches left to this
-            one, or None.
-        write: what is to be remembered is written by it, after all that can fail.
+        owed: (k, d) gradient at the first k of the contrast's ``candidate_vectors`` that earlier batches deferred
+            to this one, or None.
+        write: function that writes what is to be remembered, called after everything that can fail; or None.
         numbers: for the logs, by name: (rows, …) of this rank's rows, whose mean is shown, or () of the whole batch.
     """
 
@@ -91,11 +91,14 @@ class Conclusion(NamedTuple):
 
 
 class Weighing(ABC):
-    """One direction of a call, as an estimator sees it. All but `weigh` is called by all ranks alike; no gradient.
+    """One direction of a call, as an estimator sees it; without gradient.
+
+    Everything except `weigh` is called on all ranks alike.
 
     Attributes:
         contrast: what is contrasted with what.
-        width: what else a row is compared with, beside its columns: the more, the fewer rows at a time.
+        width: number of entries that a row is compared with in addition to its columns; the more, the fewer rows at a
+            time.
     """
 
     width = 0
@@ -105,17 +108,17 @@ class Weighing(ABC):
 
     @abstractmethod
     def weigh(self, rows: Rows, scores: Scores) -> Weights:
-        """Choose the weights of some rows. No rank waits for another in it: they have different rows."""
+        """Choose the weights of some rows. It must not wait for other ranks, which have different rows."""
 
     def conclude(self, kept: tuple[Tensor, ...]) -> Conclusion:
-        """Say what is met outside of the batch, and what is to be remembered; ``kept`` is now of all rows."""
+        """Return the negatives from outside the batch, and what to remember; ``kept`` is now of all rows."""
         return Conclusion()
 
 
 def scores_of(
     rows: Rows, logits: Tensor, positive: Positive, log_positive: Tensor, temperature: float | Tensor
 ) -> Scores:
-    """Sum up the negatives among logits (rows, columns), which are masked; of a row without any the mass is zero."""
+    """Sum the negatives' masses in masked logits (rows, columns); the mass of a row without negatives is zero."""
     peak = logits.amax(1, keepdim=True)
     if rows.no_negatives is not None:
         peak.clamp_(min=torch.finfo(logits.dtype).min)

@@ -1,1 +1,1 @@
-"""What is remembered of every sample: where its entries lie, tables with an entry a sample, the chains'."""
+"""What is remembered of every sample: where its entries lie, tables with one entry per sample, and the chain table."""

@@ -14,20 +14,21 @@ _CHUNK = 1 << 20  # samples whose chains are looked through at once
 
 
 class ChainTable:
-    """Carried negative of every chain, 4 bytes (8 where an id may exceed int32), and if ``scored`` its similarity, 4.
+    """The carried negative of every chain and, if ``scored``, its similarity.
 
-    A log score is the similarity divided by the temperature, which may have changed by the next visit.
+    They take 4 bytes each per chain, the id 8 where it may exceed int32. Similarities are stored instead of log scores
+    because the temperature may have changed by the next visit.
 
     Args:
         num_samples: number of samples, or None for a table that grows.
-        num_chains: chains a sample.
-        num_negatives: what the ids that chains sit at are below, those of the other side where there is one; or None.
+        num_chains: chains per sample.
+        num_negatives: what the ids that chains sit at are below: with two towers, the size of the other side; or None.
         scored: keep similarities.
 
     Attributes:
         ids: (num_samples, num_chains) id of the negative each chain sits at, `EMPTY` before its first visit.
-        similarities: (num_samples, num_chains) float32, to that negative when the chain stopped, -inf when empty; None
-            where they are not kept.
+        similarities: (num_samples, num_chains) float32, similarity to that negative when the chain stopped, -inf when
+            empty; None if they are not kept.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class ChainTable:
         return {"ids": self.ids, **kept}
 
     def make_room(self, slots: Tensor) -> None:
-        """Be ready for a write to ``slots``."""
+        """Prepare for a write to ``slots``."""
         for table in self._tables.values():
             table.make_room(slots)
 
     def write(self, slots: Tensor, carried: Tensor, similarities: Tensor | None = None) -> None:
         """Store carried ids and their similarities (k, num_chains) in ``slots`` (k,), all different."""
-        self.make_room(slots)  # in both before either is written
+        self.make_room(slots)  # in all tables before one is written
         self.ids.write(slots, carried)
         if self.similarities is not None:
             assert similarities is not None
@@ -71,16 +72,16 @@ class ChainTable:
                 table.data[chunk].masked_fill_(gone, table.fill)
 
     def state(self, slots: Tensor | None = None) -> dict[str, Tensor]:
-        """Return all there is to save; of tables that grow the entries of ``slots``."""
+        """Return everything to save; of tables that grow, the entries of ``slots``."""
         return {name: table.state(slots) for name, table in self._tables.items()}
 
     def check(self, state: dict[str, Tensor]) -> None:
-        """Raise ValueError where a saved `state` is of another size."""
+        """Raise ValueError if a saved `state` is of another size."""
         for name, table in self._tables.items():
             table.check(state[name])
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved `state`. Raises ValueError if it is of another size."""
+        """Load a saved `state`. Raises ValueError if it is of another size."""
         self.check(state)
         for name, table in self._tables.items():
             table.load(state[name])

@@ -13,15 +13,15 @@ UNKNOWN = -1
 
 
 class Slots:
-    """Slots of ids in the tables of a loss, which share them: one look-up serves all.
+    """Maps ids to slots in the tables of a loss, which share them: one look-up serves all tables.
 
-    With ``num_samples`` an id is its slot. Without, ids are arbitrary int64 keys, and the slots of n keys are numbers
-    below the largest n there has been, kept in a dictionary; O(batch) a step.
+    With ``num_samples`` an id is its slot. Without, ids are arbitrary int64 keys, kept in a dictionary, and the slots
+    of n keys are numbers below the largest n there has been. O(batch) per step.
     """
 
     def __init__(self, num_samples: int | None) -> None:
         self._num_samples = num_samples
-        self._keys: list[int] = []  # those of the dictionary, by number
+        self._keys: list[int] = []  # the dictionary's, by number
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
 
@@ -31,7 +31,7 @@ class Slots:
         return self._num_samples is not None
 
     def drawn(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw ids (count,) with replacement: of a table of known size any, else of those that have slots."""
+        """Draw ids (count,) with replacement: from all ids if the size is known, else from those that have slots."""
         most = len(self._keys) if self._num_samples is None else self._num_samples
         if most == 0:
             return torch.full((count,), UNKNOWN, device="cpu")  # whatever the default device is
@@ -45,7 +45,7 @@ class Slots:
         return torch.tensor([*map(self._slots.get, ids.tolist(), repeat(UNKNOWN))], dtype=torch.int64).to(ids.device)
 
     def place(self, ids: Tensor) -> Tensor:
-        """Return the slots of ``ids`` (k,), new ones for new keys, which `keep` makes theirs once there is room."""
+        """Return the slots of ``ids`` (k,), free ones for new keys; `keep` assigns these, once there is room."""
         if self.fixed:
             return ids
         new: dict[int, int] = {}
@@ -59,7 +59,7 @@ class Slots:
         return torch.tensor(slots, dtype=torch.int64).to(ids.device)
 
     def keep(self, ids: Tensor, slots: Tensor) -> None:
-        """Let ``ids`` have the ``slots`` that `place` has just found for them."""
+        """Assign to ``ids`` the ``slots`` that `place` has just found for them."""
         if self.fixed:
             return
         keys = ids.tolist()
@@ -70,7 +70,7 @@ class Slots:
         del self._free[len(self._free) - taken :]
 
     def forget(self, ids: Tensor) -> Tensor:
-        """Take keys out, all different, and return what slots they had; unknown ones had none."""
+        """Remove keys, all different, and return the slots that they had; unknown keys had none."""
         if self.fixed:
             return ids
         slots = [slot for key in ids.tolist() if (slot := self._slots.pop(key, None)) is not None]
@@ -85,7 +85,7 @@ class Slots:
         return torch.tensor(self._keys, dtype=torch.int64), torch.tensor([*self._slots.values()], dtype=torch.int64)
 
     def check(self, keys: Tensor | None, *entries: Tensor) -> None:
-        """Raise ValueError where saved keys (n,), or None, are not of such slots, or not of entries (n, …)."""
+        """Raise ValueError if saved keys (n,), or None, do not fit these slots or the saved entries (n, …)."""
         if (keys is None) != self.fixed:
             raise ValueError(
                 f"the state was saved with num_samples{'=None' if self.fixed else ' given'}, "
@@ -103,7 +103,7 @@ class Slots:
             raise ValueError("the saved keys are not int64, all different, one an entry: the state is damaged")
 
     def load(self, keys: Tensor | None) -> None:
-        """Take over saved keys (n,): their slots are 0 … n-1."""
+        """Load saved keys (n,): their slots are 0 … n-1."""
         if keys is not None:
             self._keys = keys.tolist()
             self._slots = {key: slot for slot, key in enumerate(self._keys)}

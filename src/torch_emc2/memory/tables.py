@@ -1,4 +1,4 @@
-"""A tensor with one entry a sample: the state of an estimator that remembers something of every sample."""
+"""A tensor with one entry per sample: the state of an estimator that remembers something of every sample."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ __all__ = ["SampleTable"]
 
 
 class SampleTable:
-    """Entries of one shape and dtype, looked up and written by slot (`Slots`); O(batch) a step, whatever its size.
+    """Entries of one shape and dtype, looked up and written by slot (`Slots`); O(batch) per step, whatever its size.
 
     Args:
         num_samples: number of entries, or None for a table that grows to the largest slot it is given.
         shape: shape of one entry.
         fill: what an entry holds before it is first written.
 
-    The table follows the device of the slots it is written with, until `share_memory` pins it where other processes
-    read it. Its memory is that of training also when it is made or moved in inference mode, whose tensors training may
-    not write.
+    The table moves to the device of the slots it is written with, until `share_memory` fixes it in memory that other
+    processes read. It is never an inference tensor, even if it is made or moved in inference mode: training could not
+    write to one.
     """
 
     def __init__(self, num_samples: int | None, shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> None:
@@ -29,7 +29,7 @@ class SampleTable:
             self.data = torch.full((num_samples or 0, *shape), fill, dtype=dtype)
 
     def read(self, slots: Tensor) -> Tensor:
-        """Return a copy of the entries of ``slots`` (k,), on their device; a growing table has ``fill`` for unknown."""
+        """Return a copy of the entries of ``slots`` (k,), on their device; ``fill`` where a growing table has none."""
         at = slots.to(self.data.device)
         if not self.grows:
             return self.data.index_select(0, at).to(slots.device)
@@ -44,12 +44,12 @@ class SampleTable:
         self.data.index_copy_(0, slots.to(self.data.device), values.to(self.data))
 
     def add(self, slots: Tensor, values: Tensor) -> None:
-        """Add ``values`` (k, *shape) to the entries of ``slots`` (k,), which may be the same again."""
+        """Add ``values`` (k, *shape) to the entries of ``slots`` (k,), which may repeat."""
         self.make_room(slots)
         self.data.index_add_(0, slots.to(self.data.device), values.to(self.data))
 
     def make_room(self, slots: Tensor) -> None:
-        """Be ready for a write to ``slots``, which then cannot fail: whoever writes several tables calls it on all."""
+        """Prepare for a write to ``slots``, which then cannot fail; to write several tables, call it on all first."""
         with torch.inference_mode(False):
             data = self.data if self.pinned else self.data.to(slots.device)
             if self.grows and slots.numel() and (needed := int(slots.max()) + 1) > len(data):
@@ -58,7 +58,7 @@ class SampleTable:
             self.data = data
 
     def erase(self, slots: Tensor) -> None:
-        """Let the entries of ``slots`` (k,) be as before they were first written."""
+        """Set the entries of ``slots`` (k,) back to ``fill``."""
         at = slots.to(self.data.device)
         self.data.index_fill_(0, at[at < len(self.data)] if self.grows else at, self.fill)
 
@@ -72,11 +72,11 @@ class SampleTable:
         return self.data
 
     def state(self, slots: Tensor | None) -> Tensor:
-        """Return what there is to save: the entries themselves, or of a growing table a copy of those of ``slots``."""
+        """Return what to save: the whole table, or a copy of the entries of ``slots`` if they are given."""
         return self.data if slots is None else self.read(slots.to(self.data.device))
 
     def check(self, data: object) -> None:
-        """Raise ValueError where saved entries (n, *shape) do not fit."""
+        """Raise ValueError if saved entries (n, *shape) do not fit."""
         saved = f"{data.dtype} {tuple(data.shape)}" if isinstance(data, Tensor) else repr(data)
         fits = isinstance(data, Tensor) and data.is_floating_point() == self.data.is_floating_point()
         if not fits or data.shape[1:] != self.data.shape[1:] or (not self.grows and data.shape != self.data.shape):  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ class SampleTable:
             )
 
     def load(self, data: Tensor) -> None:
-        """Take over the entries of a saved table (n, *shape)."""
+        """Load the entries of a saved table (n, *shape)."""
         self.check(data)
         if data.shape == self.data.shape:
             self.data.copy_(data)  # in place: the memory may be shared, and is not needed twice
