@@ -179,6 +179,14 @@ def test_what_is_not_usable_changes_nothing(change: dict[str, Any], message: str
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
+def test_rows_by_name_that_are_not_split_are_told_of() -> None:
+    net, view = encoder(), {"texts": list(IMAGES[:B]), "mask": torch.ones(B, 1)}
+    with pytest.raises(ValueError, match=r"returned 7 embeddings for 3 inputs: of inputs by name only tensors"):
+        cached_backward(InfoNCELoss(0.1), lambda inputs: net(torch.stack(inputs["texts"])), (view, view), chunk_size=3)
+    with pytest.raises(TypeError, match=r"views must be tensors \(b, …\), or dictionaries of such, got list"):
+        cached_backward(InfoNCELoss(0.1), net, ([1, 2], [3, 4]), chunk_size=3)  # type: ignore[arg-type]
+
+
 def test_inputs_by_name_and_a_loss_of_ones_own() -> None:
     """As a tokenizer returns them; what is no tensor goes with every chunk, and a loss gets what was given alone."""
     views, seen, gradients = batch(0)[0], [], []
@@ -192,7 +200,7 @@ def test_inputs_by_name_and_a_loss_of_ones_own() -> None:
             embedded: Tensor = inputs["embedded"]
             return embedded
 
-        def own_loss(x: Tensor, y: Tensor, index: None = None) -> Tensor:
+        def own_loss(x: Tensor, y: Tensor) -> Tensor:
             return InfoNCELoss(0.1)(x, y)
 
         if chunked:

@@ -177,7 +177,7 @@ def _ranking(given: Given, **settings: Any) -> Callable[..., Tensor]:
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
     ranking = MultipleNegativesRankingLoss(None, scale=1 / given.temperature, **settings)
-    return lambda x, y, index=None: ranking.compute_loss_from_embeddings([x, y], None)
+    return lambda x, y: ranking.compute_loss_from_embeddings([x, y], None)
 
 
 def _mnrl(given: Given, **settings: Any) -> Step:

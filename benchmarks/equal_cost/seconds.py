@@ -26,7 +26,8 @@ def microseconds(cells: Sequence[Cell], problem: Problem, *, pairs: int, rounds:
     found: dict[Cell, list[float]] = {cell: [] for cell in cells}
     for number in tqdm(range(1 + rounds), unit="round", disable=None):
         for cell in cells:
-            _, cost = train(cell, problem, "cpu", steps=max(2, pairs // cell.batch_size))
+            size = cell.batch_size * METHODS[cell.method].batches
+            _, cost = train(cell, problem, "cpu", steps=max(2, pairs // size))
             if number:  # at first code is loaded and compiled
                 found[cell].append(1e6 * cost["cpu_seconds"] / cost["pairs"])
     return found

@@ -79,7 +79,7 @@ def cached_backward(
         with torch.no_grad():
             for chunk in chunks:
                 states.append(_random_state())
-                parts.append(function(_copy(chunk)))
+                parts.append(_embedded(function, chunk))
             whole = torch.cat(parts)
         if torch.is_grad_enabled():  # a loss may ask for constants
             embedded.append(_Embedded(function, chunks, states, [len(part) for part in parts], whole.requires_grad_()))
@@ -91,7 +91,7 @@ def cached_backward(
     first, second = (embed(each, view) for each, view in zip(encoders, views, strict=True))
     if encode is not None:
         further["encode"] = tuple(map(embedding, encode)) if isinstance(encode, tuple) else embedding(encode)
-    loss = loss_fn(first, second, index, **further)
+    loss = loss_fn(first, second, *(() if index is None else (index,)), **further)
     loss.backward()  # type: ignore[no-untyped-call]
 
     torch.clear_autocast_cache()  # it holds weights that were cast without graph
@@ -117,11 +117,26 @@ def in_chunks(inputs: Batch, size: int) -> tuple[Batch, ...]:
     """Split a batch into chunks. Each tensor of a dictionary is split; everything else in it goes with every chunk."""
     if isinstance(inputs, Tensor):
         return torch.split(inputs, size)
-    rows = next(len(each) for each in inputs.values() if isinstance(each, Tensor))
+    rows = _rows(inputs)
     chunks = [slice(start, start + size) for start in range(0, max(1, rows), size)]
     return tuple(
         {name: each[chunk] if isinstance(each, Tensor) else each for name, each in inputs.items()} for chunk in chunks
     )
+
+
+def _rows(inputs: Batch) -> int:
+    return len(inputs if isinstance(inputs, Tensor) else next(e for e in inputs.values() if isinstance(e, Tensor)))
+
+
+def _embedded(function: _Encoder, chunk: Batch) -> Tensor:
+    """Embed a chunk, and check that there is one embedding for each of its rows."""
+    part = function(_copy(chunk))
+    if len(part) != _rows(chunk):
+        raise ValueError(
+            f"the encoder returned {len(part)} embeddings for {_rows(chunk)} inputs: of inputs by name only tensors "
+            "(b, …) are split, everything else goes with every chunk"
+        )
+    return part
 
 
 def _copy(chunk: Batch) -> Batch:
@@ -131,6 +146,8 @@ def _copy(chunk: Batch) -> Batch:
 
 def _require_chunks(view: Batch) -> None:
     """Raise ValueError if a view cannot be split."""
+    if not isinstance(view, Tensor | Mapping):
+        raise TypeError(f"views must be tensors (b, …), or dictionaries of such, got {type(view).__name__}")
     tensors = [view] if isinstance(view, Tensor) else [each for each in view.values() if isinstance(each, Tensor)]
     if any(each.requires_grad for each in tensors):
         raise ValueError("views must have no graph, which chunks could not share: detach() them")

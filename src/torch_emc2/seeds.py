@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
-__all__ = ["mix_seed", "scrambled", "shifted"]
+__all__ = ["mix_seed", "own_generator", "scrambled", "shifted"]
 
 
 def mix_seed(*words: int) -> int:
@@ -35,3 +35,13 @@ def scrambled(words: Tensor) -> Tensor:
 def shifted(words: Tensor, by: int) -> Tensor:
     """Shift int64 words to the right without their sign, which torch's own shift copies."""
     return (words >> by) & ((1 << (64 - by)) - 1)
+
+
+def own_generator() -> Generator:
+    """Return a generator for a `DataLoader`, which otherwise seeds its workers with a draw from the caller's.
+
+    It is on the default device, where the loader draws.
+    """
+    import torch
+
+    return torch.Generator(torch.empty(()).device)

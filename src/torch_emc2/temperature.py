@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+import warnings
 from typing import Any
 
 import torch
@@ -63,4 +65,17 @@ def require_temperature(value: Any) -> float:
         temperature = math.inf
     if not _COLDEST <= temperature < math.inf:
         raise ValueError(f"temperature must be a positive number (at least {_COLDEST:g}), got {value!r}")
+    if temperature > 1:
+        warnings.warn(
+            f"temperature is 1 / scale: {temperature:g} tells nothing apart, {1 / temperature:g} may be meant",
+            stacklevel=_callers_level(),
+        )
     return temperature
+
+
+def _callers_level() -> int:
+    """Return the ``stacklevel`` at which a warning of the calling function names the first line outside the package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("torch_emc2"):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -64,10 +64,10 @@ def validate_inputs(
     for name, value in (("y", y), ("hard", hard), ("same", same)):
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    _validate_views(x, y, towers)
     if index is None and needs_index:
         call = "loss(x, y, index)" if x.ndim == 2 else "loss(x, index=index) for x of (b, views, d)"
         raise ValueError(f"this loss needs index, the ids of the batch's samples: {call}")
-    _validate_views(x, y, towers)
     size, dim, views = len(x), x.shape[-1], x.shape[1] if y is None else 3 - towers
     vectors = _normalised(x, y, towers, "x", "y")
     by_slow = None if slow is None else _validate_slow(slow, x, y, towers, vectors[0].dtype)
@@ -123,10 +123,10 @@ def _validate_views(x: Tensor, y: Tensor | None, towers: Towers) -> None:
             raise ValueError("towers=2 needs both sides: loss(x, y, index)")
         if x.ndim != 3 or x.shape[1] < 2:
             raise ValueError(f"x without y must be (b, views, d) with 2 views or more, got {tuple(x.shape)}")
-    elif y.ndim == 1 and not y.is_floating_point():
+    elif not y.is_floating_point() and y.shape != x.shape:
         raise TypeError(
-            f"y must be embeddings, got integers {tuple(y.shape)}: labels are given by name, labels=, ids third or as "
-            "index=; two views are x and y, or x alone (b, views, d)"
+            f"y must be embeddings as x, {tuple(x.shape)}, got {y.dtype} {tuple(y.shape)}: labels are given by name, "
+            "labels=, ids third or as index=; more than two views are x alone, (b, views, d)"
         )
     elif x.ndim != 2 or x.shape != y.shape:
         views = "; with more than two views x alone is (b, views, d): loss(x, index=index)" if x.ndim == 3 else ""

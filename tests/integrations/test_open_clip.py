@@ -165,10 +165,21 @@ def test_a_copy_of_the_model_knows_nothing_of_the_loss(copied: Callable[[Any], A
     assert set(loss.loss.sides[0].chains.ids.data[:6].flatten().tolist()) <= set(text_ids(texts).tolist())
     assert loss.loss.get_extra_state()["calls"] == 1
     (held,) = twin._forward_pre_hooks.values()
-    assert held._loss is None
+    assert held is not loss._seen
     del loss
     gc.collect()
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: _reloaded(both)])
+def test_a_copy_of_model_and_loss_is_a_pair_of_its_own(copied: Callable[[Any], Any]) -> None:
+    (first, second), model = batches(2), clip()
+    both = nn.ModuleDict({"model": model, "loss": EMC2ClipLoss(model)})
+    both["loss"](**both["model"](*first))
+    twin = copied(both)
+    value, want = (each["loss"](**each["model"](*second)) for each in (twin, both))
+    torch.testing.assert_close(value, want, rtol=0, atol=0)
+    torch.testing.assert_close(twin["loss"].state_dict(), both["loss"].state_dict(), rtol=0, atol=0)
 
 
 def _reloaded(model: Any) -> Any:

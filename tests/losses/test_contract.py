@@ -281,12 +281,29 @@ def test_averages_of_another_temperature_are_refused(name: str) -> None:
 def test_averages_with_another_weight_of_the_positive_are_refused(make: Any) -> None:
     saved = make(positive_weight=1.0)
     step_of(saved, 0)
-    for other in (0.0, "global"):
-        loss_fn = make(positive_weight=other, **({"num_samples": M} if make is UniformityLoss else {}))
+    sized = {"num_samples": M} if make is UniformityLoss else {}
+    for other, named in ((0.0, "0"), ("global", f"'global' of {M} samples")):
+        loss_fn = make(positive_weight=other, **sized)
         before = copy.deepcopy(loss_fn.state_dict())
-        with pytest.raises(ValueError, match=rf"averages are of positive_weight=1\.0, this loss has {other}"):
+        with pytest.raises(ValueError, match=rf"averages are of positive_weight=1, this loss has {named}"):
             loss_fn.load_state_dict(saved.state_dict())
         assert_same(loss_fn.state_dict(), before)
+        loss_fn.load_state_dict(make(positive_weight=1.0).state_dict())  # has no averages yet
+
+
+def test_averages_of_other_data_are_refused_where_these_count() -> None:
+    saved, other = (UniformityLoss(positive_weight="global", num_samples=size) for size in (M, 100 * M))
+    step_of(saved, 0)
+    with pytest.raises(ValueError, match=rf"'global' of {M} samples, this loss has 'global' of {100 * M} samples"):
+        other.load_state_dict(saved.state_dict())
+
+
+@each_loss
+def test_labels_in_the_place_of_embeddings_are_told_of(name: str) -> None:
+    z1, _, index = batch(0, 6)
+    for labels in (index, index[:, None], index > 2):
+        with pytest.raises(TypeError, match=r"y must be embeddings as x, \(6, 8\), got torch\.(int64|bool) "):
+            MAKERS[name]()(z1, labels)
 
 
 def test_chains_hold_ids_of_the_other_side_however_large() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_emc2.memory.chains import ChainTable
+from torch_emc2.memory.slots import Slots
 from torch_emc2.memory.tables import SampleTable
 
 
@@ -61,6 +62,12 @@ def test_ids_beyond_int32_are_wide() -> None:
     chains, carried = ChainTable(None, 1, num_negatives=None), torch.tensor([[2**31], [-(2**62)]])
     chains.write(torch.tensor([0, 1]), carried, torch.zeros(2, 1))
     assert torch.equal(chains.ids.read(torch.tensor([0, 1])), carried)
+
+
+def test_draws_do_not_depend_on_the_default_device() -> None:
+    want = Slots(9).drawn(4, torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        assert torch.equal(Slots(9).drawn(4, torch.Generator(device="cpu").manual_seed(0)), want)
 
 
 def test_what_was_never_written_may_be_erased() -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from torch_emc2.data.decode import FULL_16_BIT, decode, depth_of, no_range, open_image, refusal, require_finite
 from torch_emc2.files import whole_file
+from torch_emc2.seeds import own_generator
 from torch_emc2.settings.images import Decoding
 
 __all__ = ["Check", "check_files", "shown"]
@@ -96,7 +96,7 @@ def check_files(
     deep: dict[str, tuple[str, float, float]] = {}
     # A generator of its own: a loader seeds its workers with a draw from torch's.
     loader = DataLoader(
-        _Looked(files, decoding, whole), batch_size=None, num_workers=num_workers, generator=torch.Generator()
+        _Looked(files, decoding, whole), batch_size=None, num_workers=num_workers, generator=own_generator()
     )
     for path, finding in zip(files, tqdm(loader, "Checking images", leave=False, disable=None), strict=True):
         if isinstance(finding, str):

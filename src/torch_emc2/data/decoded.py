@@ -22,6 +22,7 @@ from torch_emc2.data.errors import BadImageError
 from torch_emc2.data.images import ImageDataset
 from torch_emc2.data.kept import keep, which
 from torch_emc2.files import whole_file
+from torch_emc2.seeds import own_generator
 
 __all__ = ["decoded_once"]
 
@@ -131,7 +132,7 @@ def _make(
         )
         return None
     # A generator of its own: a loader seeds its workers with a draw from torch's.
-    loader = DataLoader(_Decoding(images), batch_size=None, num_workers=num_workers, generator=torch.Generator())
+    loader = DataLoader(_Decoding(images), batch_size=None, num_workers=num_workers, generator=own_generator())
     shapes, unreadable = [], {}
     with whole_file(file) as partial_file:
         with partial_file.open("wb") as out:  # not through a memory map: on a full disk that kills the process

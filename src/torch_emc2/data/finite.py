@@ -22,6 +22,7 @@ from torch_emc2.data.images import ImageDataset
 from torch_emc2.data.kept import keep, which
 from torch_emc2.data.views import RandomView, seeded_view
 from torch_emc2.files import whole_file
+from torch_emc2.seeds import own_generator
 from torch_emc2.settings.images import Augmentation
 
 __all__ = ["FiniteViews", "finite_views"]
@@ -139,7 +140,7 @@ def _open(file: Path, shape: Shape) -> FiniteViews | None:
 
 def _make(file: Path, shape: Shape, drawn: _Drawn, origin: dict[str, Any], num_workers: int) -> FiniteViews:
     # A generator of its own: a loader seeds its workers with a draw from torch's.
-    loader = DataLoader(drawn, batch_size=None, num_workers=num_workers, generator=torch.Generator())
+    loader = DataLoader(drawn, batch_size=None, num_workers=num_workers, generator=own_generator())
     unreadable = {}
     with whole_file(file) as partial:
         needed, free = math.prod(shape), shutil.disk_usage(file.parent).free

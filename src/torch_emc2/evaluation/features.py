@@ -10,6 +10,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from torch_emc2.seeds import own_generator
+
 __all__ = ["Images", "extract_features", "raw_pixels"]
 
 
@@ -49,9 +51,8 @@ def extract_features(
     Returns:
         Features (n, d), float32, on the CPU, row i for image i.
     """
-    own = torch.Generator()  # a loader seeds its workers with a draw, which is not to be the caller's
     images = _Transformed(dataset, transform)
-    batches = DataLoader(images, batch_size=batch_size, num_workers=num_workers, generator=own)
+    batches = DataLoader(images, batch_size=batch_size, num_workers=num_workers, generator=own_generator())
     with _evaluating(encode):
         shown = tqdm(batches, "Embedding", leave=False, delay=1, disable=None if progress else True)
         return torch.cat([encode(images.to(device)).float().cpu() for images in shown])

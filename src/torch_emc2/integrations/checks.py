@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from torch_emc2.losses import ContrastiveLoss
 
-__all__ = ["require_loss"]
+__all__ = ["require_loss", "require_model"]
 
 
 def require_loss(loss: object) -> None:
@@ -20,3 +22,9 @@ def require_loss(loss: object) -> None:
         raise ValueError(
             f'the trainer cannot encode what chains carry, as carry="{loss.carry}" needs: build with "cache"'
         )
+
+
+def require_model(model: object, call: str) -> None:
+    """Raise TypeError where a model is no such, as in a call with a loss alone; ``call`` shows the right one."""
+    if not isinstance(model, nn.Module) or isinstance(model, ContrastiveLoss):
+        raise TypeError(f"model must be the model that is trained, got {type(model).__name__}: {call}")

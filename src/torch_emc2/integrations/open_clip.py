@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_emc2.integrations.checks import require_loss
+from torch_emc2.integrations.checks import require_loss, require_model
 from torch_emc2.integrations.text_ids import text_ids
 from torch_emc2.losses import ContrastiveLoss, EMC2Loss
 from torch_emc2.ranks import several_ranks
@@ -56,6 +56,7 @@ class EMC2ClipLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.loss = EMC2Loss(None, towers=2) if loss is None else loss
+        require_model(model, "EMC2ClipLoss(model, loss)")
         require_loss(self.loss)
         if self.loss.towers != 2 or any(size is not None for size in self.loss.sizes):
             raise ValueError(
@@ -67,14 +68,9 @@ class EMC2ClipLoss(nn.Module):
                 f"world_size={world_size}, use_horovod={use_horovod}: the loss gathers by torch.distributed, whose "
                 "process group must be initialised before"
             )
-        self._texts: Tensor | None = None
-        self._training = True
-        hook = model.register_forward_pre_hook(_Look(self), with_kwargs=True)
+        self._seen = _Seen()
+        hook = model.register_forward_pre_hook(self._seen, with_kwargs=True)
         weakref.finalize(self, hook.remove)
-
-    def look(self, texts: Tensor | None, *, training: bool) -> None:
-        """Receive what the model's forward pass is given, from the hook."""
-        self._texts, self._training = texts, training
 
     def forward(
         self,
@@ -85,28 +81,30 @@ class EMC2ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """Return the loss of the features that the model has just returned; ``logit_bias`` cancels out of it."""
-        if self._texts is None or len(self._texts) != len(text_features):
-            seen = "none" if self._texts is None else len(self._texts)
+        if self._seen.texts is None or len(self._seen.texts) != len(text_features):
+            seen = "none" if self._seen.texts is None else len(self._seen.texts)
             raise ValueError(
                 f"{len(text_features)} text features, and texts in the model's last forward pass: {seen}. Call the "
                 "loss once after each model(images, texts), with accum_freq=1"
             )
-        self.loss.train(self._training and torch.is_grad_enabled())
-        loss: Tensor = self.loss(image_features, text_features, text_ids(self._texts), logit_scale=logit_scale)
+        self.loss.train(self._seen.training and torch.is_grad_enabled())
+        loss: Tensor = self.loss(image_features, text_features, text_ids(self._seen.texts), logit_scale=logit_scale)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class _Look:
-    """A hook that shows a loss the texts, without keeping the loss alive; in a copy of the model it does nothing."""
+class _Seen:
+    """A hook that keeps what the model's last forward pass was given.
 
-    def __init__(self, loss: EMC2ClipLoss | None = None) -> None:
-        self._loss = None if loss is None else weakref.ref(loss)
+    A copy of the model alone has one of its own, which no loss reads; a copy of model and loss shares one.
+    """
+
+    def __init__(self) -> None:
+        self.texts: Tensor | None = None
+        self.training = True
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        loss = None if self._loss is None else self._loss()
-        if loss is not None:
-            texts = kwargs["text"] if "text" in kwargs else args[1] if len(args) > 1 else None
-            loss.look(texts, training=model.training)
+        self.texts = kwargs["text"] if "text" in kwargs else args[1] if len(args) > 1 else None
+        self.training = model.training
 
-    def __reduce__(self) -> tuple[type[_Look], tuple[()]]:
-        return _Look, ()
+    def __getstate__(self) -> dict[str, Any]:
+        return {"texts": None, "training": True}

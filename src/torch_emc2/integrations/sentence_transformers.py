@@ -18,7 +18,7 @@ from torch_emc2.batch import NoNegatives
 from torch_emc2.chunked import in_chunks
 from torch_emc2.error_text import one_line
 from torch_emc2.files import whole_file
-from torch_emc2.integrations.checks import require_loss
+from torch_emc2.integrations.checks import require_loss, require_model
 from torch_emc2.integrations.text_ids import text_ids
 from torch_emc2.losses import ContrastiveLoss, EMC2Loss
 
@@ -72,10 +72,7 @@ class EMC2SentenceLoss(nn.Module):
         mini_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module) or isinstance(model, ContrastiveLoss):
-            raise TypeError(
-                f"model must be the SentenceTransformer, got {type(model).__name__}: EMC2SentenceLoss(model, loss)"
-            )
+        require_model(model, "EMC2SentenceLoss(model, loss)")
         self.model = model
         self.loss = EMC2Loss(None, temperature=0.05, positive_weight=1.0) if loss is None else loss
         require_loss(self.loss)

@@ -9,7 +9,6 @@ is the mean of both.
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -83,11 +82,6 @@ class ContrastiveLoss(nn.Module, ABC):
         if towers == 1 and directions != "both":
             raise ValueError(f"directions={directions!r} is for towers=2")
         self.temperature = temperature
-        if isinstance(self.temperature, float) and self.temperature > 1:
-            near = f"{1 / self.temperature:g}"
-            warnings.warn(
-                f"temperature is 1 / scale: {self.temperature:g} tells nothing apart, {near} may be meant", stacklevel=3
-            )
         self.sizes = require_sizes(num_samples, towers)
         self.num_samples: NumSamples = self.sizes[0] if towers == 1 else (self.sizes[0], self.sizes[1])
         self.positive_weight = require_positive_weight(positive_weight, self.sizes)

@@ -92,7 +92,8 @@ class SogCLRLoss(PerSampleLoss):
         return float(gamma)
 
     def _alike(self, device: str) -> dict[str, object]:
-        return {**super()._alike(device), "gamma": self._gamma}
+        of_averages = [side.temperature for side in self.sides]
+        return {**super()._alike(device), "gamma": self._gamma, "temperature of the averages": of_averages}
 
     def _weighing(self, contrast: Contrast, temperature: float | Tensor, encode: CheckedEncode | None) -> Weighing:
         averages = self.sides[contrast.anchors]
@@ -111,7 +112,7 @@ class SogCLRLoss(PerSampleLoss):
 
     def extra_repr(self) -> str:
         """Show the settings."""
-        return f"{super().extra_repr()}, gamma={self.gamma}"
+        return f"{super().extra_repr()}, gamma={'a function' if callable(self.gamma) else self.gamma}"
 
 
 class _Averaged(Weighing):

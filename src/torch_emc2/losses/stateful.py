@@ -96,8 +96,10 @@ class StatefulLoss(ContrastiveLoss):
 
     @property
     def _kappa(self) -> float:
-        """κ as a number; `_GLOBAL` for "global"."""
-        return _GLOBAL if self.positive_weight == "global" else float(self.positive_weight)
+        """κ as a number; for "global", n / N, minus the size of the data, of both sides together."""
+        if self.positive_weight == "global":
+            return -float(sum(size or 0 for size in self.sizes))
+        return float(self.positive_weight)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the memory, for ``state_dict()``; DDP does not broadcast it and ``.half()`` does not touch it."""
@@ -145,20 +147,20 @@ class StatefulLoss(ContrastiveLoss):
         """Load the numbers of `_position`, or raise ValueError."""
         if state["calls"] < 0:
             raise ValueError(f"the saved state is damaged: it is of {state['calls']} calls")
-        if self.remembers_positive and state["positive_weight"] != self._kappa:
-            saved = "global" if state["positive_weight"] == _GLOBAL else state["positive_weight"]
+        saved = state["positive_weight"] if self.remembers_positive and state["calls"] else self._kappa
+        if saved != self._kappa:
+            told, own = (
+                f"'global' of {-kappa:g} samples" if kappa < 0 else f"{kappa:g}" for kappa in (saved, self._kappa)
+            )
             raise ValueError(
-                f"the saved averages are of positive_weight={saved}, this loss has {self.positive_weight}: build it "
-                "with what they were saved with"
+                f"the saved averages are of positive_weight={told}, this loss has {own}: build it with what they were "
+                "saved with"
             )
         self._calls = state["calls"]
 
     def extra_repr(self) -> str:
         """Show size and settings."""
         return f"num_samples={self.num_samples}, {super().extra_repr()}"
-
-
-_GLOBAL = -1.0  # in a saved state, for κ = n / N
 
 
 class PerSampleLoss(StatefulLoss):
