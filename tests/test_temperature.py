@@ -52,13 +52,11 @@ def test_what_is_learnt_is_the_logarithm_of_beta() -> None:
 
 @pytest.mark.parametrize("make", [InfoNCELoss, lambda temperature: EMC2Loss(9, temperature)])
 def test_a_scale_in_the_place_of_a_temperature_is_told_of(make: Callable[[float], ContrastiveLoss]) -> None:
-    with pytest.warns(
-        UserWarning, match=r"temperature is 1 / scale: 20 tells nothing apart, 0\.05 may be meant"
-    ) as told:
-        loss_fn = make(20)
-        loss_fn.temperature = 20
-        Temperature(20)
-    assert [each.filename for each in told] == [__file__] * 3
+    loss_fn = make(0.1)
+    for call in (lambda: make(20), lambda: setattr(loss_fn, "temperature", 20), lambda: Temperature(20)):
+        with pytest.warns(UserWarning, match=r"temperature is 1 / scale: 20 tells nothing apart, 0\.05 may") as told:
+            call()
+        assert [each.filename for each in told] == [__file__]
 
 
 def test_a_temperature_is_clamped_where_it_is_used() -> None:
