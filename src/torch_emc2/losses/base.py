@@ -53,7 +53,8 @@ class ContrastiveLoss(nn.Module, ABC):
         last: detached numbers of the last call, for logs, averaged over directions. ``global_loss`` is, for every
             method, the batch's estimate of the global contrastive loss, per negative:
             ``mean_a[-β s_pos + log mean_j exp(β s_j)]``, that is, the loss minus the log of the number of negatives. It
-            can be compared across methods and batch sizes, and is 0 when all embeddings are equal.
+            can be compared across methods and batch sizes, and is 0 when all embeddings are equal. On several ranks the
+            mean over ranks is the whole batch's; a single rank's is its share of that.
     """
 
     needs_slow = False
