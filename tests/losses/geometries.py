@@ -9,7 +9,16 @@ import torch
 from slow import Batch
 from torch import Tensor
 
-from torch_emc2 import DCLLoss, EMC2Loss, InfoNCELoss, NegativeCacheLoss, SogCLRLoss, Temperature, UniformityLoss
+from torch_emc2 import (
+    DCLLoss,
+    EMC2Loss,
+    InfoNCELoss,
+    MomentumLoss,
+    NegativeCacheLoss,
+    SogCLRLoss,
+    Temperature,
+    UniformityLoss,
+)
 from torch_emc2.kernels import Metropolis
 from torch_emc2.losses import ContrastiveLoss
 
@@ -26,6 +35,12 @@ CASES: dict[str, tuple[int, str, Callable[[], ContrastiveLoss]]] = {
     "infonce, learnt": (2, "labels", lambda: InfoNCELoss(Temperature(0.2).double(), towers=2)),
     "dcl, y->x": (2, "same", lambda: DCLLoss(0.2, towers=2, directions="y->x")),
     "uniformity": (2, "hard of each", lambda: UniformityLoss(0.2, gamma=0.3, towers=2, positive_weight=0.5)),
+    "momentum": (
+        2,
+        "hard of each",
+        lambda: MomentumLoss(0.2, queue_size=5, towers=2, num_samples=(X, Y), positive_weight="global"),
+    ),
+    "momentum, x->y": (2, "same", lambda: MomentumLoss(0.2, queue_size=20, towers=2, directions="x->y")),
     "sogclr": (2, "labels", lambda: SogCLRLoss((X, Y), 0.2, 0.5, towers=2, positive_weight=0.5)),
     "sogclr, keyed": (2, "items", lambda: SogCLRLoss(None, 0.2, 0.5, towers=2)),
     "negative cache": (2, "hard of each", lambda: NegativeCacheLoss((X, Y), D, 0.2, refresh_fraction=0.2, towers=2)),
@@ -55,6 +70,8 @@ CASES: dict[str, tuple[int, str, Callable[[], ContrastiveLoss]]] = {
     ),
     "one tower: infonce": (1, "hard of each", lambda: InfoNCELoss(0.2)),
     "one tower: uniformity": (1, "labels", lambda: UniformityLoss(0.2, gamma=0.3)),
+    "one tower: momentum": (1, "views", lambda: MomentumLoss(0.2, queue_size=20)),
+    "one tower: momentum, shared ids": (1, "hard of all", lambda: MomentumLoss(0.2, queue_size=9, positive_weight=0.3)),
     "one tower: sogclr": (1, "labels", lambda: SogCLRLoss(X, 0.2, 0.5, views=3)),
     "one tower: negative cache": (
         1,
@@ -79,6 +96,7 @@ def parts_of(towers: int, kind: str, step: int, sizes: tuple[int, ...]) -> list[
     """What each rank is called with. Ids come again, on other ranks too."""
     generator, size = torch.Generator().manual_seed(step), sum(sizes)
     z = torch.randn(size, 3, D, dtype=torch.float64, generator=generator)
+    slow = z + 0.3 * torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(100 + step))
     index = torch.randperm(Y, generator=generator)[:size]
     if towers == 1:
         index[-1] = index[0]
@@ -89,7 +107,10 @@ def parts_of(towers: int, kind: str, step: int, sizes: tuple[int, ...]) -> list[
         y_index[-1], index[-2] = y_index[0], index[1]
         whole = Batch(z[:, 0], z[:, 1], index, y_index)
     parts = [
-        Batch(*(None if each is None else each[part] for each in (whole.x, whole.y, whole.index, whole.y_index)))
+        Batch(
+            *(None if each is None else each[part] for each in (whole.x, whole.y, whole.index, whole.y_index)),
+            slow=slow[part] if towers == 1 else (slow[part, 0], slow[part, 1]),
+        )
         for part in torch.arange(size).split(sizes)
     ]
     same = torch.rand(size, size, generator=generator) < 0.1
@@ -116,13 +137,15 @@ def together(parts: list[Batch]) -> Batch:
     fields: dict[str, Any] = {}
     for name in vars(parts[0]):
         values = [getattr(part, name) for part in parts]
-        if values[0] is not None:
+        if isinstance(values[0], tuple):
+            fields[name] = tuple(map(torch.cat, zip(*values, strict=True)))
+        elif values[0] is not None:
             fields[name] = torch.block_diag(*values) > 0 if name == "same" else torch.cat(values)
     return Batch(**fields)
 
 
 Step = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
-"""Loss and gradients: of embeddings, which are a rank's own, and of parameters, which all ranks share."""
+"""Loss and gradients: of embeddings, which are a rank's own, and of parameters; and numbers for logs, as of these."""
 
 
 def train(name: str, sizes: tuple[int, ...], rank: int | None = None) -> tuple[list[Step], Any]:
@@ -140,7 +163,8 @@ def train(name: str, sizes: tuple[int, ...], rank: int | None = None) -> tuple[l
         loss = batch.call(loss_fn, encode=tuple(encoders) if towers == 2 else encoders[0], **scale)
         leaves, learnt = batch.leaves(), [*tables, *loss_fn.parameters(), *scale.values()]
         gradients = torch.autograd.grad(loss, [*leaves, *learnt], materialize_grads=True)
-        steps.append((loss.detach(), gradients[: len(leaves)], gradients[len(leaves) :]))
+        learnt_and_told = *gradients[len(leaves) :], *(loss_fn.last[name] for name in sorted(loss_fn.last))
+        steps.append((loss.detach(), gradients[: len(leaves)], learnt_and_told))
     return steps, loss_fn.state_dict()
 
 
