@@ -204,6 +204,8 @@ def test_what_is_wrong_is_named() -> None:
             EMC2ClipLoss(model, loss)
     with pytest.raises(ValueError, match="the trainer has no momentum encoder, as MomentumLoss needs: write a loop of"):
         EMC2ClipLoss(model, MomentumLoss(towers=2))
+    with pytest.raises(TypeError, match=r"got InfoNCELoss: EMC2ClipLoss\(model, loss\)"):
+        EMC2ClipLoss(InfoNCELoss(towers=2))
     with pytest.raises(TypeError, match=r"loss must be a loss of torch_emc2, .* got the class InfoNCELoss"):
         EMC2ClipLoss(model, InfoNCELoss)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='as carry="encode" needs: build with "cache"'):
