@@ -435,7 +435,7 @@ def test_what_is_wrong_is_named(model: Any, folder: Path, tmp_path: Path) -> Non
         losses.MatryoshkaLoss(model, EMC2SentenceLoss(model, mini_batch_size=2), [8, 4])(features, None)
     with pytest.raises(TypeError, match=r"loss must be a loss of torch_emc2, .* got the class EMC2Loss"):
         EMC2SentenceLoss(model, EMC2Loss)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"model must be the model that is trained, got DCLLoss: EMC2SentenceLoss\(model, loss\)"):
+    with pytest.raises(TypeError, match=r"model must be the model .*, got DCLLoss: EMC2SentenceLoss\(model, loss\)"):
         EMC2SentenceLoss(DCLLoss(T))
     with pytest.raises(ValueError, match='as carry="encode" needs: build with "cache"'):
         EMC2SentenceLoss(model, EMC2Loss(None, T, carry="encode"))
