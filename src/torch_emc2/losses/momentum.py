@@ -43,8 +43,8 @@ class MomentumLoss(PerSampleLoss):
 
     `ema_decay` gives the decay of the momentum encoder.
 
-    The three differences from MoCo are each needed (docs/method.md): all views are rows, the batch's own embeddings are
-    negatives in addition to the queue, and κ = 0 leaves the positive out of the denominator (Yeh et al. 2022).
+    What differs from MoCo: all views are rows, the batch's own embeddings are negatives in addition to the queue, and
+    κ = 0 leaves the positive out of the denominator (Yeh et al. 2022), which matters most (docs/method.md).
 
     The value is the loss as written, with slow embeddings as constants, and the gradient is the gradient of that. The
     similarity and the global loss in ``last`` are those with slow positives and all these negatives.
