@@ -600,6 +600,7 @@ HISTORIES = {  # what rank 1 alone has done, and in what it is then said to diff
     "called": "number of the call: rank 0 has 1, rank 1 2",
     "forgot": r"checksum of what was loaded and forgotten: rank 0 has 0, rank 1 \d+",
     "loaded": r"checksum of what was loaded and forgotten: rank 0 has \d+, rank 1 \d+",
+    "averaged elsewhere": r"temperature of the averages: rank 0 has \[0\.1\], rank 1 \[0\.2\]",
 }
 OF_VIEWS = ("nan", "shape", "empty", "dimension", "dtype")
 OF_CALLS = {  # of encode in one step, for losses that are sure to call it
@@ -626,6 +627,7 @@ DIFFERENCES = [
     if change in ("loss", "temperature")
     or (name in STATEFUL and change in {**vars(MAKERS[name]()), "called": ..., "loaded": ...})
     or (name in PER_SAMPLE and change == "forgot")
+    or ("sogclr" in name and change == "averaged elsewhere")
 ]
 
 
@@ -677,6 +679,8 @@ def _differ(name: str, change: str, sizes: tuple[int, ...], rank: int) -> str:
             vars(loss_fn)[change] = SETTINGS[change]
         elif change == "called":
             loss_fn._calls += 1  # type: ignore[operator]
+        elif change == "averaged elsewhere":
+            loss_fn.sides[0].temperature *= 2  # type: ignore[index, union-attr]
         else:
             loss_fn.forget(part[2][:1])  # type: ignore[operator]
     before = copy.deepcopy(loss_fn.state_dict())
