@@ -1,6 +1,8 @@
 """CPU time of each method's step, measured in turn, so that what else the machine does falls on all of them alike.
 
-python benchmarks/equal_cost/seconds.py wordnet --packages FOLDER --cells momentum-together:32 dcl-together:128
+    python benchmarks/equal_cost/seconds.py wordnet --packages FOLDER --cells momentum-together:32 dcl-together:128
+
+Ratios are what to compare: the times themselves move with whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ def microseconds(cells: Sequence[Cell], problem: Problem, *, pairs: int, rounds:
         for cell in cells:
             size = cell.batch_size * METHODS[cell.method].batches
             _, cost = train(cell, problem, "cpu", steps=max(2, pairs // size))
+            if "diverged" in cost:
+                raise RuntimeError(f"{cell.method} at b = {cell.batch_size}: {cost['diverged']}")
             if number:  # at first code is loaded and compiled
                 found[cell].append(1e6 * cost["cpu_seconds"] / cost["pairs"])
     return found
